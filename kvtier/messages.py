@@ -1,0 +1,288 @@
+"""Messages between a client or worker and its node. `protocol.py` says how they travel."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from kvtier.geometry import Geometry
+from kvtier.receipts import (
+    ConversationInfo,
+    ForgetReceipt,
+    ModelInfo,
+    ParkReceipt,
+    Plan,
+    RestoreReceipt,
+    StatusReport,
+)
+
+Role: TypeAlias = Literal["client", "events", "disk", "gpu", "copy"]
+Mode: TypeAlias = Literal["worker", "shared"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all messages. id: of a request, repeated in its answer; 0 where nothing is answered."""
+
+    id: int = 0
+
+
+# --- every connection -------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First message of a connection, with the versions that the sender speaks."""
+
+    role: Role
+    oldest: int
+    newest: int
+    software: str = ""
+    token: str = ""
+    worker: str = ""
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Answer to Hello. epoch grows with each start of the node."""
+
+    version: int
+    node: str
+    epoch: int
+    software: str = ""
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """Answer to any request that was the caller's mistake. error: the class name in kvtier.errors."""
+
+    error: str
+    message: str
+    fix: str = ""
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """The empty call."""
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    """Answer to Ping."""
+
+
+class Done(Message, frozen=True, tag="done"):
+    """Answer to a request that has nothing to say."""
+
+
+# --- worker -----------------------------------------------------------------------------------------
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """A worker shows its pool. In 'shared' mode the pool's descriptors come with it."""
+
+    fingerprint: bytes
+    model: str
+    geometry: Geometry
+    shard: str
+    layout: str
+    pool_pages: int = 0
+    mode: Mode = "worker"
+    pool: dict[str, Any] = {}
+
+
+class Attached(Message, frozen=True, tag="attached"):
+    """Descriptors beside it: the arenas in order, then the generation table."""
+
+    worker: str
+    arena_bytes: list[int]
+    generation_slots: int
+    gpu_socket: str
+    mode: Mode
+
+
+class Detach(Message, frozen=True, tag="detach"):
+    """The worker goes; none of its copies runs any more."""
+
+    worker: str
+
+
+class Park(Message, frozen=True, tag="park"):
+    """Store the KV of `tokens`, which lie after the block `after_key` (b'' = from the start).
+
+    tokens: packed uint32, little-endian.  after_tokens: position of tokens[0].  request: the worker's
+    number for its page binding.  held_from: for each layer group the first position that the pool still
+    holds.  private_from: for share='conversation', from which token on nothing is shared.
+    """
+
+    worker: str
+    request: int
+    conversation: str
+    tenant: str
+    tokens: bytes
+    after_key: bytes = b""
+    after_tokens: int = 0
+    extras: list[tuple[int, bytes]] = []
+    held_from: list[int] = []
+    level: Literal["host", "disk"] = "host"
+    share: Literal["prefix", "conversation"] = "prefix"
+    private_from: int = 0
+    fidelity: str = "exact"
+    returns_in_s: float | None = None
+    keep_for_s: float | None = None
+    timeout_s: float = 30.0
+    pages: list[bytes] = []
+
+
+class ParkStarted(Message, frozen=True, tag="park_started"):
+    """Answer to Park: job is '' and receipt set when it is over already."""
+
+    job: str
+    receipt: ParkReceipt | None = None
+
+
+class MakePlan(Message, frozen=True, tag="make_plan"):
+    """What of `tokens` is stored, and how to bring it back. conversation '' looks up by prefix alone."""
+
+    worker: str
+    conversation: str
+    tenant: str
+    tokens: bytes
+    after_key: bytes = b""
+    after_tokens: int = 0
+    extras: list[tuple[int, bytes]] = []
+    fidelity: str = "exact"
+    lease_s: float = 10.0
+
+
+class Planned(Message, frozen=True, tag="planned"):
+    """Answer to MakePlan. front_key: key of the last full block found, to go on from next time."""
+
+    plan: Plan
+    front_key: bytes = b""
+    front_tokens: int = 0
+
+
+class Restore(Message, frozen=True, tag="restore"):
+    """Carry out a plan into the pages bound to `request`."""
+
+    worker: str
+    request: int
+    plan_id: str
+    deadline_s: float
+    pages: list[bytes] = []
+
+
+class RestoreStarted(Message, frozen=True, tag="restore_started"):
+    """Answer to Restore: job is '' and receipt set when it is over already."""
+
+    job: str
+    receipt: RestoreReceipt | None = None
+
+
+class DropPlan(Message, frozen=True, tag="drop_plan"):
+    """The plan will not be used; its leases end."""
+
+    plan_id: str
+
+
+class CopiesEnded(Message, frozen=True, tag="copies_ended"):
+    """The worker proves that no copy of these jobs runs or will run (its GPU service was lost)."""
+
+    worker: str
+    jobs: list[str]
+
+
+class Released(Message, frozen=True, tag="released"):
+    """Event: the pages of the park may be reused."""
+
+    request: int
+
+
+class ParkDone(Message, frozen=True, tag="park_done"):
+    """Event: the park is over."""
+
+    request: int
+    receipt: ParkReceipt
+
+
+class RestoreDone(Message, frozen=True, tag="restore_done"):
+    """Event: the restore is over; no copy into its pages runs but into the pages named busy."""
+
+    request: int
+    receipt: RestoreReceipt
+
+
+# --- client -----------------------------------------------------------------------------------------
+
+
+class Hint(Message, frozen=True, tag="hint"):
+    """When the conversation is expected back, and how long it is worth keeping."""
+
+    conversation: str
+    tenant: str
+    returns_in_s: float | None = None
+    keep_for_s: float | None = None
+
+
+class Forget(Message, frozen=True, tag="forget"):
+    """Erase the conversation, every branch of it. Answered when that is durable."""
+
+    conversation: str
+    tenant: str
+
+
+class Forgotten(Message, frozen=True, tag="forgotten"):
+    """Answer to Forget."""
+
+    receipt: ForgetReceipt
+
+
+class Locate(Message, frozen=True, tag="locate"):
+    """Which nodes hold the conversation; on one node, this node's answer."""
+
+    conversation: str
+    tenant: str
+
+
+class Located(Message, frozen=True, tag="located"):
+    """Answer to Locate: (node, tokens held, expected seconds to load), best first."""
+
+    nodes: list[tuple[str, int, float]]
+
+
+class ListConversations(Message, frozen=True, tag="list"):
+    """A page of conversations in order of (tenant, conversation), after the given one."""
+
+    tenant: str = ""
+    after: tuple[str, str] | None = None
+    limit: int = 1000
+
+
+class Conversations(Message, frozen=True, tag="conversations"):
+    """Answer to ListConversations and Show."""
+
+    conversations: list[ConversationInfo]
+    more: bool = False
+
+
+class Show(Message, frozen=True, tag="show"):
+    """One conversation."""
+
+    conversation: str
+    tenant: str
+
+
+class ListModels(Message, frozen=True, tag="list_models"):
+    """Model fingerprints known here."""
+
+
+class Models(Message, frozen=True, tag="models"):
+    """Answer to ListModels."""
+
+    models: list[ModelInfo]
+
+
+class Status(Message, frozen=True, tag="status"):
+    """The node, at this instant."""
+
+
+class StatusIs(Message, frozen=True, tag="status_is"):
+    """Answer to Status."""
+
+    report: StatusReport

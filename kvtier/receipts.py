@@ -1,0 +1,224 @@
+"""What park, plan, restore and forget answer: facts, never exceptions.
+
+Levels, lowest first: 'none' (nothing was kept), 'host' (in this node's memory: survives the worker),
+'disk' (survives kill -9 of everything and power loss).  A reason is one of the words in `Reason`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from kvtier.errors import LevelNotReached
+
+Level: TypeAlias = Literal["none", "host", "disk"]
+LEVELS: tuple[Level, ...] = ("none", "host", "disk")
+
+Reason: TypeAlias = Literal[
+    "",
+    "backpressure",  # no room now; retry_after_s says when
+    "too_large",  # would not fit even into empty tiers
+    "no_disk",  # this node has no disk tier, or it does not work
+    "disk_full",
+    "disk_error",
+    "unknown_conversation",
+    "no_match",  # nothing of these tokens is stored for this model, tenant and fidelity
+    "incomplete",  # layers or shards of it are missing
+    "corrupt",  # a check failed: quarantined, recompute
+    "deadline",  # what came too late was cut off: recompute
+    "lease_expired",
+    "copy_failed",
+    "cancelled",
+    "daemon_unavailable",  # absent, hung, restarting: the circuit is open
+    "forgotten",
+    "wear",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ParkReceipt:
+    """What became of a park.
+
+    released: the pages may be reused.  tokens: the conversation can be restored up to here at `level`.
+    stored/shared: objects copied now / found already stored.  version: of the conversation's record.
+    """
+
+    conversation: str
+    tenant: str
+    level: Level
+    requested: Level
+    released: bool
+    tokens: int = 0
+    objects_stored: int = 0
+    objects_shared: int = 0
+    bytes_stored: int = 0
+    version: int = 0
+    reason: Reason = ""
+    detail: str = ""
+    retry_after_s: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the asked level was reached."""
+        return LEVELS.index(self.level) >= LEVELS.index(self.requested)
+
+    def raise_for_level(self) -> ParkReceipt:
+        """Raise LevelNotReached unless `ok`; for those who prefer exceptions."""
+        if not self.ok:
+            raise LevelNotReached(
+                f"park of {self.tenant}/{self.conversation} reached '{self.level}' of "
+                f"'{self.requested}': {self.reason} {self.detail}".rstrip()
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRange:
+    """Tokens [start, end) and where they come from: 'host', 'disk' or 'compute'."""
+
+    start: int
+    end: int
+    source: Literal["host", "disk", "compute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to bring a conversation back: contiguous ranges that cover all the given tokens.
+
+    plan_id: '' when there is nothing to load.  eta_s: low and high estimate of loading.  lease_s: how
+    long the stored blocks are held for the plan.
+    """
+
+    plan_id: str
+    conversation: str
+    tenant: str
+    tokens: int
+    ranges: tuple[TokenRange, ...]
+    eta_s: tuple[float, float] = (0.0, 0.0)
+    lease_s: float = 0.0
+    bytes: int = 0
+    version: int = 0
+    reason: Reason = ""
+    detail: str = ""
+
+    @property
+    def load_tokens(self) -> int:
+        """Length of the front that is to be loaded."""
+        return max((r.end for r in self.ranges if r.source != "compute"), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReceipt:
+    """What is in the named pages now.
+
+    tokens: KV of [0, tokens) is in place; compute the rest.  sources: tokens by tier.  busy: pages that
+    cannot be proven quiet; do not reuse them before `busy_until_end` (the worker's or actor's end).
+    """
+
+    conversation: str
+    tenant: str
+    tokens: int
+    requested_tokens: int
+    sources: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    seconds: float = 0.0
+    reason: Reason = ""
+    detail: str = ""
+    busy: tuple[int, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was planned to be loaded is in place."""
+        return self.tokens >= self.requested_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReceipt:
+    """What was erased, and what stays because another conversation of the tenant names it too."""
+
+    conversation: str
+    tenant: str
+    found: bool
+    erased_objects: int = 0
+    erased_bytes: int = 0
+    kept_shared_objects: int = 0
+    kept_shared_bytes: int = 0
+    durable: bool = True
+    reason: Reason = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationInfo:
+    """One parked conversation, as `ls` and `show` tell it. Times are Unix seconds."""
+
+    conversation: str
+    tenant: str
+    version: int
+    tokens: int
+    branches: int
+    model: str
+    parked_at_s: float
+    host_tokens: int
+    disk_tokens: int
+    bytes: int
+    returns_at_s: float | None = None
+    keep_until_s: float | None = None
+    share: str = "prefix"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model fingerprint that has objects here or workers attached."""
+
+    fingerprint: str
+    model: str
+    workers: int
+    conversations: int
+    objects: int
+    host_bytes: int
+    disk_bytes: int
+    retired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TierInfo:
+    """One tier's capacity and use."""
+
+    name: str
+    state: Literal["ready", "starting", "degraded", "absent"]
+    capacity_bytes: int
+    used_bytes: int
+    limbo_bytes: int
+    objects: int
+    quarantined: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """One attached worker."""
+
+    worker: str
+    model: str
+    shard: str
+    mode: str
+    pid: int
+    running_jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """The node, at one instant."""
+
+    node: str
+    epoch: int
+    version: str
+    ready: bool
+    uptime_s: float
+    tiers: tuple[TierInfo, ...]
+    workers: tuple[WorkerInfo, ...]
+    conversations: int
+    waiting_parks: int
+    counters: dict[str, float]
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,213 @@
+"""Messages between a node and its tier services, and a worker's copy channel."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from kvtier.geometry import Geometry
+from kvtier.messages import Message, Mode
+
+Direction: TypeAlias = Literal["gather", "scatter"]
+
+
+# --- copies: node <-> GPU service <-> worker ---------------------------------------------------------
+
+
+class WireItem(msgspec.Struct, frozen=True, array_like=True):
+    """One object to copy: see kvtier.gpu.engine.CopyItem, which has the same fields."""
+
+    group: int
+    start: int
+    tokens: int
+    first_valid: int
+    slot_id: int
+    generation: int
+    arena: int
+    offset: int
+    nbytes: int
+    checksum: int | None = None
+
+
+class Copy(Message, frozen=True, tag="copy"):
+    """Move these objects between the pages bound to `request` and their slots."""
+
+    job: str
+    batch: int
+    worker: str
+    request: int
+    direction: Direction
+    items: list[WireItem]
+    verify: bool = True
+    checksums: bool = True
+    pages: list[bytes] = []
+    last: bool = False
+
+
+class Copied(Message, frozen=True, tag="copied"):
+    """A batch ended. checksums: by item, gather only. failed: (index of the item, reason)."""
+
+    job: str
+    batch: int
+    ok: bool
+    checksums: list[int | None] = []
+    failed: list[tuple[int, str]] = []
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class CancelCopies(Message, frozen=True, tag="cancel_copies"):
+    """Batches of the job that have not begun never will; each is answered by Copied with ok=False."""
+
+    job: str
+
+
+class PoolJoined(Message, frozen=True, tag="pool_joined"):
+    """A worker attached; in 'shared' mode its pool's descriptors come with it."""
+
+    worker: str
+    geometry: Geometry
+    mode: Mode
+    layout: str = ""
+    pool_pages: int = 0
+    pool: dict[str, Any] = {}
+
+
+class PoolLeft(Message, frozen=True, tag="pool_left"):
+    """The worker's process ended or detached."""
+
+    worker: str
+
+
+class TierHello(Message, frozen=True, tag="tier_hello"):
+    """A tier service is ready. address: the GPU service's socket. pid: of its process."""
+
+    pid: int
+    address: str = ""
+    capacity_bytes: int = 0
+    detail: str = ""
+
+
+class Arenas(Message, frozen=True, tag="arenas"):
+    """To a tier service; descriptors beside it: the arenas in order, then the generation table."""
+
+    arena_bytes: list[int]
+    generation_slots: int
+
+
+# --- disk: node <-> disk service ---------------------------------------------------------------------
+
+
+class WireMeta(msgspec.Struct, frozen=True, array_like=True):
+    """An ObjectMeta; `root` is an index into the roots of the same message."""
+
+    block_key: bytes
+    group: int
+    shard: str
+    root: int
+    parent_key: bytes
+    start: int
+    tokens: int
+    first_valid: int
+    nbytes: int
+    checksum: int | None = None
+
+
+class WireRoot(msgspec.Struct, frozen=True, array_like=True):
+    """A Root."""
+
+    key: bytes
+    tenant: str
+    fingerprint: bytes
+    fidelity: str
+    block_tokens: int
+
+
+class WireRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A conversation's record as the index keeps it; data b'' removes it."""
+
+    tenant: str
+    conversation: str
+    version: int
+    data: bytes
+
+
+class Announce(Message, frozen=True, tag="announce"):
+    """What the disk holds, in batches after its start; `last` ends it."""
+
+    roots: list[WireRoot] = []
+    metas: list[WireMeta] = []
+    records: list[WireRecord] = []
+    models: list[tuple[bytes, str]] = []
+    last: bool = False
+
+
+class DiskWrite(Message, frozen=True, tag="disk_write"):
+    """Write objects from host slots, then the records, with one flush for all."""
+
+    job: str
+    roots: list[WireRoot]
+    metas: list[WireMeta]
+    slots: list[WireItem]
+    records: list[WireRecord] = []
+    models: list[tuple[bytes, str]] = []
+
+
+class DiskWritten(Message, frozen=True, tag="disk_written"):
+    """Answer to DiskWrite: durable, or nothing of it; reason is one of receipts.Reason."""
+
+    job: str
+    ok: bool
+    reason: str = ""
+    detail: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class DiskRead(Message, frozen=True, tag="disk_read"):
+    """Read objects into host slots."""
+
+    job: str
+    batch: int
+    object_keys: list[tuple[bytes, int, str]]
+    slots: list[WireItem]
+
+
+class DiskReadDone(Message, frozen=True, tag="disk_read_done"):
+    """Answer to DiskRead. failed: (index, 'corrupt' or 'missing' or 'disk_error')."""
+
+    job: str
+    batch: int
+    failed: list[tuple[int, str]] = []
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class DiskRemove(Message, frozen=True, tag="disk_remove"):
+    """Remove objects and records, durably when `durable` is set."""
+
+    job: str
+    object_keys: list[tuple[bytes, int, str]]
+    records: list[WireRecord] = []
+    durable: bool = False
+
+
+class DiskRemoved(Message, frozen=True, tag="disk_removed"):
+    """Answer to DiskRemove."""
+
+    job: str
+    ok: bool
+    detail: str = ""
+
+
+class DiskUsage(Message, frozen=True, tag="disk_usage"):
+    """Sent by the disk service after each change, and when its health changes."""
+
+    capacity_bytes: int
+    used_bytes: int
+    objects: int
+    quarantined: int
+    written_bytes: int
+    state: Literal["ready", "degraded"] = "ready"
+    detail: str = ""
