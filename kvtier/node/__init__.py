@@ -1,0 +1,18 @@
+"""The sans-I/O core of a node: `NodeCore.handle(now_s, stimulus)` answers what is to be sent to whom.
+
+settings.py       the numbers that the core works with
+events.py         stimuli and instructions
+blocks.py         the tree of blocks that this node holds anything of
+conversations.py  names for chains of blocks
+coverage.py       how far a conversation can be restored, and from where
+state.py          everything that the node knows, shared by the parts below
+room.py           making room in host memory: evict, spill, wait, or say no
+disk_side.py      what is asked of the disk service, and what its answers change
+parks.py          pool -> host -> disk
+plans.py          looking up, choosing, holding
+restores.py       disk -> host -> pool
+peers.py          workers and services that come, go and die
+admin.py          status, ls, show, models, hint, locate, forget
+core.py           routes each stimulus to the part that handles it
+journal.py        the log of all stimuli, and its replay
+"""

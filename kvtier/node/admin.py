@@ -1,0 +1,165 @@
+"""What people and programs ask about: status, ls, show, models; hint, locate, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvtier.errors import SlotLeased
+from kvtier.messages import (
+    Conversations,
+    Done,
+    Forget,
+    Forgotten,
+    Hint,
+    ListConversations,
+    ListModels,
+    Locate,
+    Located,
+    Models,
+    Show,
+    Status,
+    StatusIs,
+)
+from kvtier.node.blocks import Block, Stored
+from kvtier.node.conversations import Conversation
+from kvtier.node.disk_side import DiskSide
+from kvtier.node.parks import Parks
+from kvtier.node.reports import conversation_info, model_infos, status_report
+from kvtier.node.state import NodeState
+from kvtier.policy.interfaces import Segment
+from kvtier.receipts import ForgetReceipt
+
+_LIST_MOST = 1000
+
+
+class Admin:
+    """Answers questions, and carries out wishes about conversations."""
+
+    def __init__(
+        self, state: NodeState, disk: DiskSide, parks: Parks, cancel: Callable[[tuple[str, str]], None]
+    ) -> None:
+        self._state = state
+        self._disk = disk
+        self._parks = parks
+        self._cancel = cancel
+
+    def status(self, peer: str, message: Status) -> None:
+        """Answer Status."""
+        report = status_report(self._state, self._parks.waiting())
+        self._state.send(peer, StatusIs(id=message.id, report=report))
+
+    def list_conversations(self, peer: str, message: ListConversations) -> None:
+        """Answer ListConversations: a page in order of (tenant, name)."""
+        names = sorted(
+            name
+            for name in self._state.conversations
+            if (not message.tenant or name[0] == message.tenant)
+            and (message.after is None or name > tuple(message.after))
+        )
+        limit = min(max(message.limit, 1), _LIST_MOST)
+        page = [conversation_info(self._state, self._state.conversations[n]) for n in names[:limit]]
+        self._state.send(peer, Conversations(id=message.id, conversations=page, more=len(names) > limit))
+
+    def show(self, peer: str, message: Show) -> None:
+        """Answer Show: the conversation, or nothing."""
+        known = self._state.conversations.get((message.tenant, message.conversation))
+        found = [conversation_info(self._state, known)] if known else []
+        self._state.send(peer, Conversations(id=message.id, conversations=found))
+
+    def models(self, peer: str, message: ListModels) -> None:
+        """Answer ListModels."""
+        self._state.send(peer, Models(id=message.id, models=model_infos(self._state)))
+
+    def hint(self, peer: str, message: Hint) -> None:
+        """Note when a conversation is expected; one that is not known is no error."""
+        state = self._state
+        known = state.conversations.get((message.tenant, message.conversation))
+        if known is not None:
+            if message.returns_in_s is not None:
+                known.returns_at_s = state.now_s + message.returns_in_s
+            if message.keep_for_s is not None:
+                known.keep_until_s = state.now_s + message.keep_for_s
+            known.version += 1
+            self._disk.save_record(known)
+        state.send(peer, Done(id=message.id))
+
+    def locate(self, peer: str, message: Locate) -> None:
+        """Answer Locate: this node, when it holds the conversation."""
+        state = self._state
+        known = state.conversations.get((message.tenant, message.conversation))
+        nodes: list[tuple[str, int, float]] = []
+        if known is not None and known.heads:
+            chain = state.tree.chain(known.heads[-1].key)
+            segments = [_segment(state, block) for block in chain]
+            choice = state.policies.restore.choose(segments, known.heads[-1].tokens)
+            nodes.append((state.settings.node, choice.tokens, choice.eta_high_s))
+        state.send(peer, Located(id=message.id, nodes=nodes))
+
+    # --- forgetting -------------------------------------------------------------------------------------
+
+    def forget(self, peer: str, message: Forget) -> None:
+        """Erase a conversation; the answer goes out when that is durable."""
+        state = self._state
+        name = (message.tenant, message.conversation)
+        self._cancel(name)
+        known = state.conversations.pop(name, None)
+        if known is None:
+            receipt = ForgetReceipt(message.conversation, message.tenant, found=False)
+            state.send(peer, Forgotten(id=message.id, receipt=receipt))
+            return
+        erased, shared = self._split(known)
+        receipt = ForgetReceipt(
+            message.conversation,
+            message.tenant,
+            found=True,
+            erased_objects=len(erased),
+            erased_bytes=sum(s.meta.nbytes for s in erased),
+            kept_shared_objects=len(shared),
+            kept_shared_bytes=sum(s.meta.nbytes for s in shared),
+        )
+        self._erase(peer, message, receipt, erased)
+
+    def _split(self, conversation: Conversation) -> tuple[list[Stored], list[Stored]]:
+        """Objects that only this conversation names, and those that others name too."""
+        erased: list[Stored] = []
+        shared: list[Stored] = []
+        for block in self._state.tree:
+            if conversation.id in block.names:
+                block.names.discard(conversation.id)
+                (shared if block.names else erased).extend(block.parts.values())
+        return erased, shared
+
+    def _erase(self, peer: str, message: Forget, receipt: ForgetReceipt, erased: list[Stored]) -> None:
+        state = self._state
+
+        def done(ok: bool, detail: str) -> None:
+            answer = receipt
+            if not ok:
+                answer = ForgetReceipt(
+                    message.conversation,
+                    message.tenant,
+                    found=True,
+                    durable=False,
+                    reason="disk_error",
+                    detail=detail,
+                )
+            state.send(peer, Forgotten(id=message.id, receipt=answer))
+
+        for stored in erased:
+            slot = state.host.find(stored.meta.object_id)
+            if slot is not None:
+                try:
+                    state.host.remove(stored.meta.object_id)
+                except SlotLeased:
+                    # A restore reads it just now; it is no longer to be found, and goes when that ends.
+                    state.host.withdraw(slot)
+        durable = [s for s in erased if s.durable]
+        self._disk.remove(durable, [(message.tenant, message.conversation)], durable=True, done=done)
+        for stored in erased:
+            state.forget_object(stored.meta.object_id)
+
+
+def _segment(state: NodeState, block: Block) -> Segment:
+    in_host = all(state.in_host(s.meta.object_id) for s in block.parts.values())
+    nbytes = sum(s.meta.nbytes for s in block.parts.values())
+    return Segment(block.start, block.end, "host" if in_host else "disk", nbytes)

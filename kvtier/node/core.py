@@ -1,0 +1,209 @@
+"""The core of a node: stimuli in, instructions out. No I/O, no clock, no threads, no Ray.
+
+    core = NodeCore(settings, host, policies, secret, rng, epoch=..., arena_bytes=..., generation_slots=...)
+    for send in core.handle(now_s, Received("client:1", message)):
+        ...
+
+The daemon, the simulator and the tests drive the same object.  Given the same stimuli at the same times it
+gives the same instructions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from kvtier import messages as m
+from kvtier import tier_messages as t
+from kvtier.errors import KvtierError, ProtocolError
+from kvtier.node.admin import Admin
+from kvtier.node.blocks import ConversationId
+from kvtier.node.copies import Copies
+from kvtier.node.disk_side import DiskSide
+from kvtier.node.events import (
+    ArenaGrew,
+    EventsJoined,
+    Left,
+    ProcessEnded,
+    Received,
+    Send,
+    Stimulus,
+    Tick,
+)
+from kvtier.node.host_memory import HostMemory
+from kvtier.node.park_job import ParkJob
+from kvtier.node.parks import Parks
+from kvtier.node.peers import Peers
+from kvtier.node.plans import Plans
+from kvtier.node.restores import RestoreJob, Restores
+from kvtier.node.room import Room
+from kvtier.node.settings import NodeSettings
+from kvtier.node.state import NodeState, count
+from kvtier.policy.interfaces import Policies
+from kvtier.tier import Slot
+
+# After these nothing can have ended, so nobody who waits needs another look.
+_QUESTIONS = (m.Ping, m.Status, m.ListConversations, m.Show, m.ListModels, m.Locate, m.Hint)
+
+
+class NodeCore:
+    """One node. arena_bytes, generation_slots: what attachers are told of host memory."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        host: HostMemory,
+        policies: Policies,
+        secret: bytes,
+        rng: random.Random,
+        *,
+        epoch: int,
+        arena_bytes: list[int],
+        generation_slots: int,
+    ) -> None:
+        self.state = state = NodeState(settings, host, policies, secret, rng)
+        state.epoch = epoch
+        self._arena = (arena_bytes, generation_slots)
+        self._grown_bytes = [0] * len(arena_bytes)
+        self._copies = Copies(state)
+        self._disk = DiskSide(state)
+        room = Room(state, self._disk)
+        self._parks = Parks(state, self._copies, self._disk, room)
+        self._plans = Plans(state, self._parks)
+        self._restores = Restores(state, self._copies, self._disk, room, self._plans)
+        self._peers = Peers(state, self._copies, self._disk, self._parks, self._plans, self._restores)
+        self._admin = Admin(state, self._disk, self._parks, self._cancel_parks)
+        self._handlers = self._make_handlers()
+
+    def handle(self, now_s: float, stimulus: Stimulus) -> list[Send]:
+        """What is to be sent because of this. now_s: Unix seconds that never go back."""
+        state = self.state
+        state.now_s = max(now_s, state.now_s)
+        if state.started_s is None:
+            state.started_s = state.now_s
+        state.out = []
+        if isinstance(stimulus, Received):
+            self._received(stimulus)
+        elif isinstance(stimulus, Left):
+            self._peers.left(stimulus.peer)
+        elif isinstance(stimulus, ProcessEnded):
+            self._peers.process_ended(stimulus.peer)
+        elif isinstance(stimulus, ArenaGrew):
+            self._arena_grew(stimulus)
+        elif isinstance(stimulus, Tick):
+            self._tick()
+        if not isinstance(stimulus, EventsJoined) and not self._was_question(stimulus):
+            self._parks.advance_all()
+            self._restores.advance_all()
+            self._plans.advance_all()
+        return state.out
+
+    def busy(self) -> bool:
+        """Whether anything is under way that time can end."""
+        return bool(self._copies.all()) or self.state.host.next_end_s() is not None
+
+    def waiting_parks(self) -> int:
+        """Parks that wait for room."""
+        return self._parks.waiting()
+
+    # --- messages ---------------------------------------------------------------------------------------
+
+    def _received(self, stimulus: Received) -> None:
+        """A caller's mistake is answered by Failed, and has changed nothing."""
+        handler = self._handlers.get(type(stimulus.message))
+        try:
+            if handler is None:
+                raise ProtocolError(f"a node does not take {type(stimulus.message).__name__} messages")
+            handler(stimulus.peer, stimulus.message)
+        except KvtierError as error:
+            count(self.state.counters.errors, type(error).__name__)
+            name = type(error).__name__
+            answer = m.Failed(id=stimulus.message.id, error=name, message=error.message, fix=error.fix)
+            self.state.send(stimulus.peer, answer)
+
+    def _make_handlers(self) -> dict[type[m.Message], Callable[[str, Any], None]]:
+        peers, admin, disk, plans = self._peers, self._admin, self._disk, self._plans
+        return {
+            m.Ping: lambda peer, msg: self.state.send(peer, m.Pong(id=msg.id)),
+            m.Attach: lambda peer, msg: peers.attach(peer, msg, *self._arena),
+            m.Detach: self._detach,
+            m.Park: lambda peer, msg: self._parks.start(peer, msg, peers.worker(msg.worker)),
+            m.MakePlan: lambda peer, msg: plans.make(peer, msg, peers.worker(msg.worker)),
+            m.Restore: lambda peer, msg: self._restores.start(peer, msg, peers.worker(msg.worker)),
+            m.DropPlan: self._drop_plan,
+            m.CopiesEnded: self._copies_ended,
+            m.Status: admin.status,
+            m.ListConversations: admin.list_conversations,
+            m.Show: admin.show,
+            m.ListModels: admin.models,
+            m.Hint: admin.hint,
+            m.Locate: admin.locate,
+            m.Forget: admin.forget,
+            t.TierHello: self._service_joined,
+            t.Copied: self._copied,
+            t.Announce: lambda peer, msg: disk.on_announce(msg),
+            t.DiskWritten: lambda peer, msg: disk.on_written(msg),
+            t.DiskReadDone: lambda peer, msg: disk.on_read(msg),
+            t.DiskRemoved: lambda peer, msg: disk.on_removed(msg),
+            t.DiskUsage: lambda peer, msg: disk.on_usage(msg),
+        }
+
+    def _detach(self, peer: str, message: m.Detach) -> None:
+        self._peers.detach(message.worker)
+        self.state.send(peer, m.Done(id=message.id))
+
+    def _drop_plan(self, peer: str, message: m.DropPlan) -> None:
+        self._plans.drop(message.plan_id)
+        self.state.send(peer, m.Done(id=message.id))
+
+    def _copies_ended(self, peer: str, message: m.CopiesEnded) -> None:
+        self._peers.copies_ended(message.jobs)
+        self.state.send(peer, m.Done(id=message.id))
+
+    def _service_joined(self, peer: str, message: t.TierHello) -> None:
+        self.state.pids[peer] = message.pid
+        self._peers.service_joined(peer, message, *self._arena)
+
+    def _copied(self, peer: str, message: t.Copied) -> None:
+        ended = self._copies.ended(message)
+        if ended is None:
+            return
+        job, pairs = ended
+        if isinstance(job, ParkJob):
+            self._parks.copied(job, pairs, message)
+        elif isinstance(job, RestoreJob):
+            self._restores.copied(job, pairs, message)
+
+    def _cancel_parks(self, name: ConversationId) -> None:
+        for job in self._parks.of(name):
+            self._parks.abandon(job, "forgotten", "the conversation was forgotten")
+
+    # --- time and memory --------------------------------------------------------------------------------
+
+    def _arena_grew(self, stimulus: ArenaGrew) -> None:
+        self.state.host.grow(stimulus.sub_arena, stimulus.ready_bytes)
+        self._grown_bytes[stimulus.sub_arena] = stimulus.ready_bytes
+        self.state.host_ready = self._grown_bytes == self._arena[0]
+
+    def _tick(self) -> None:
+        for slot, holder in self.state.host.expire(self.state.now_s):
+            self._expired(slot, holder)
+        self._plans.tick()
+        self._parks.tick()
+        self._restores.tick()
+
+    def _expired(self, slot: Slot, holder: str) -> None:
+        """A right ended. Whoever cannot be touching the slot is taken out at once; the rest is in limbo."""
+        job = self._copies.get(holder)
+        filling = job is not None and any(slot == s for pairs in job.running.values() for _, s in pairs)
+        if isinstance(job, RestoreJob):
+            self._restores.abandon(job, "lease_expired", "the copy took longer than it had")
+        elif isinstance(job, ParkJob) and filling:
+            self._parks.expired(job)
+        if not filling and not holder.startswith("w"):
+            self.state.host.release(slot, holder)
+
+    @staticmethod
+    def _was_question(stimulus: Stimulus) -> bool:
+        return isinstance(stimulus, Received) and isinstance(stimulus.message, _QUESTIONS)

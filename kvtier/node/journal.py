@@ -1,0 +1,117 @@
+"""The log of everything that a node's core was told, and its replay.
+
+Each entry is a msgpack map: the time, the stimulus, and a digest of the instructions that it led to.  The
+first entry holds what the core was made with.  Replaying a log makes a new core, gives it the stimuli at
+their times, and compares the digests: any difference is a bug, or another version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+import msgpack
+import msgspec
+
+from kvtier.errors import KvtierError
+from kvtier.node.core import NodeCore
+from kvtier.node.events import ArenaGrew, EventsJoined, Left, ProcessEnded, Received, Send, Stimulus, Tick
+from kvtier.node.host_memory import HostMemory
+from kvtier.node.settings import NodeSettings
+from kvtier.policy.interfaces import Policies
+from kvtier.protocol import LENGTH, decode, encode
+
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (ArenaGrew, EventsJoined, Left, ProcessEnded, Tick)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a core is made with, so that a replay can make the same one."""
+
+    settings: NodeSettings
+    secret_digest: str
+    seed: int
+    epoch: int
+    arena_bytes: tuple[int, ...]
+    generation_slots: int
+
+
+class JournaledCore:
+    """A NodeCore that writes down what it is told. write: takes bytes, in order; must not raise."""
+
+    def __init__(self, core: NodeCore, origin: Origin, write: Callable[[bytes], None]) -> None:
+        self._core = core
+        self._write = write
+        write(msgpack.packb({"origin": msgspec.to_builtins(asdict(origin))}))
+
+    def handle(self, now_s: float, stimulus: Stimulus) -> list[Send]:
+        """See NodeCore.handle."""
+        sends = self._core.handle(now_s, stimulus)
+        entry = {"at_s": now_s, **pack(stimulus), "sends": digest(sends)}
+        self._write(msgpack.packb(entry))
+        return sends
+
+
+def pack(stimulus: Stimulus) -> dict[str, Any]:
+    """A stimulus as a map of plain values."""
+    if isinstance(stimulus, Received):
+        return {"kind": "Received", "peer": stimulus.peer, "message": encode(stimulus.message)[LENGTH.size :]}
+    return {"kind": type(stimulus).__name__, **asdict(stimulus)}
+
+
+def unpack(entry: dict[str, Any]) -> Stimulus:
+    """The reverse of `pack`; other fields of the entry are ignored."""
+    kind = entry["kind"]
+    if kind == "Received":
+        return Received(entry["peer"], decode(entry["message"]))
+    cls = _KINDS[kind]
+    stimulus: Stimulus = cls(**{name: entry[name] for name in cls.__dataclass_fields__})
+    return stimulus
+
+
+def digest(sends: Iterable[Send]) -> bytes:
+    """8 bytes that stand for a list of instructions."""
+    hasher = hashlib.sha256()
+    for send in sends:
+        hasher.update(msgpack.packb([send.peer, encode(send.message), send.fds]))
+    return hasher.digest()[:8]
+
+
+def read(stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The entries of a log; an entry that a crash cut short ends it."""
+    yield from msgpack.Unpacker(stream, max_buffer_size=1 << 30)
+
+
+def replay(
+    entries: Iterable[dict[str, Any]],
+    make_host: Callable[[Origin], HostMemory],
+    make_policies: Callable[[], Policies],
+    secret: bytes,
+) -> int:
+    """Give a new core the logged stimuli; answers how many. Raises KvtierError at the first difference."""
+    iterator = iter(entries)
+    origin = msgspec.convert(next(iterator)["origin"], Origin)
+    if hashlib.sha256(secret).hexdigest() != origin.secret_digest:
+        raise KvtierError("the log was written under another secret", fix="give that node's secret file")
+    core = NodeCore(
+        origin.settings,
+        make_host(origin),
+        make_policies(),
+        secret,
+        random.Random(origin.seed),
+        epoch=origin.epoch,
+        arena_bytes=list(origin.arena_bytes),
+        generation_slots=origin.generation_slots,
+    )
+    steps = 0
+    for entry in iterator:
+        sends = core.handle(entry["at_s"], unpack(entry))
+        if digest(sends) != entry["sends"]:
+            raise KvtierError(f"step {steps} of the log gave other instructions: {entry['kind']}")
+        steps += 1
+    return steps

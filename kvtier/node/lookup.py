@@ -1,0 +1,92 @@
+"""From tokens to the blocks that are stored of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtier import keys
+from kvtier.errors import TokensError
+from kvtier.node.blocks import Block, BlockTree
+from kvtier.objects import Root
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Packed uint32 tokens that follow the block `after_key` (b'' = from the start)."""
+
+    tokens: bytes
+    after_key: bytes
+    after_tokens: int
+    extras: tuple[tuple[int, bytes], ...]
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.after_tokens + len(self.tokens) // keys.TOKEN_BYTES
+
+
+def prefix_blocks(tree: BlockTree, root: Root, query: Query) -> list[Block]:
+    """The blocks up to query.after_key. Raises TokensError when they are not (any longer) known."""
+    if not query.after_key:
+        return []
+    blocks = tree.chain(query.after_key)
+    if not blocks or blocks[-1].end != query.after_tokens or blocks[0].root.key != root.key:
+        raise TokensError(
+            f"no stored block with this key ends at token {query.after_tokens}",
+            fix="send all tokens from the start, without after_key",
+        )
+    return blocks
+
+
+def block_refs(root: Root, query: Query, private: tuple[int, bytes] | None) -> list[keys.BlockRef]:
+    """The keys of all blocks of the query, the tail last. Raises TokensError."""
+    return keys.chain(
+        root,
+        query.tokens,
+        query.extras,
+        parent=query.after_key or None,
+        first_position=query.after_tokens,
+        private=private,
+    )
+
+
+def match(
+    tree: BlockTree, root: Root, query: Query, private: tuple[int, bytes] | None
+) -> list[Block]:
+    """The stored blocks that are a front of the query's tokens; the last may be a recorded tail."""
+    blocks = prefix_blocks(tree, root, query)
+    for ref in block_refs(root, query, private):
+        block = tree.get(ref.key)
+        if block is None:
+            break
+        blocks.append(block)
+    if not blocks or not blocks[-1].is_tail:
+        tail = _matching_tail(tree, root, query, private, blocks)
+        if tail is not None:
+            blocks.append(tail)
+    return blocks
+
+
+def _matching_tail(
+    tree: BlockTree, root: Root, query: Query, private: tuple[int, bytes] | None, blocks: Sequence[Block]
+) -> Block | None:
+    """The longest tail recorded after `blocks` that the query's next tokens begin with."""
+    parent = blocks[-1].key if blocks else root.key
+    return next((t for t in tree.tails(parent) if begins_with(t, root, query, private)), None)
+
+
+def begins_with(block: Block, root: Root, query: Query, private: tuple[int, bytes] | None) -> bool:
+    """Whether the query has, at the block's place, the block's tokens after the same prefix."""
+    first = (block.start - query.after_tokens) * keys.TOKEN_BYTES
+    if first < 0 or block.end > query.end:
+        return False
+    refs = keys.chain(
+        root,
+        query.tokens[first : first + block.tokens * keys.TOKEN_BYTES],
+        tuple(extra for extra in query.extras if extra[0] < block.end),
+        parent=block.parent if block.start else None,
+        first_position=block.start,
+        private=private,
+    )
+    return refs[0].key == block.key

@@ -1,0 +1,373 @@
+"""Parking: pool -> host memory -> disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import cast
+
+from kvtier.errors import KvtierError, ObjectExists, StaleSlot, TokensError
+from kvtier.messages import Park, ParkDone, ParkStarted, Released
+from kvtier.node import naming
+from kvtier.node.blocks import ConversationId, Stored
+from kvtier.node.conversations import Conversation, Head
+from kvtier.node.copies import Copies, Pair
+from kvtier.node.disk_side import DiskSide
+from kvtier.node.lookup import Query, block_refs, prefix_blocks
+from kvtier.node.needs import needed_objects
+from kvtier.node.park_job import ParkJob
+from kvtier.node.room import Room
+from kvtier.node.state import NodeState, Worker, count
+from kvtier.objects import ObjectMeta
+from kvtier.receipts import Level, Reason
+from kvtier.tier import Slot
+from kvtier.tier_messages import Copied
+
+# Least and most that a refused caller is told to wait.
+_RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 5.0
+
+
+class Parks:
+    """Starts parks, and moves them on whenever something ended."""
+
+    def __init__(self, state: NodeState, copies: Copies, disk: DiskSide, room: Room) -> None:
+        self._state = state
+        self._copies = copies
+        self._disk = disk
+        self._room = room
+        self._jobs: dict[str, ParkJob] = {}
+
+    def waiting(self) -> int:
+        """Parks that wait for room."""
+        return sum(job.waiting_since_s is not None for job in self._jobs.values())
+
+    def of(self, name: ConversationId) -> list[ParkJob]:
+        """Parks of a conversation that still copy."""
+        return [job for job in self._jobs.values() if job.name == name and not job.gathered]
+
+    # --- beginning --------------------------------------------------------------------------------------
+
+    def start(self, peer: str, message: Park, worker: Worker) -> None:
+        """Answer a Park. Raises the caller's mistakes as KvtierError, before anything changed."""
+        state = self._state
+        if message.fidelity != "exact":
+            raise KvtierError(f"fidelity '{message.fidelity}' is not available", fix="use 'exact'")
+        query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
+        root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
+        prefix = prefix_blocks(state.tree, root, query)
+        private = self._private(message)
+        refs = block_refs(root, query, private)
+        if not refs:
+            raise TokensError("there are no tokens to park", fix="give the tokens whose KV the pages hold")
+        metas = needed_objects(root, refs, prefix, worker.geometry, worker.shard, message.held_from)
+        job = ParkJob(
+            state.next_id("p"),
+            worker,
+            message.request,
+            message.pages,
+            message=message,
+            root=root,
+            query=query,
+            private=private,
+            metas=metas,
+            started_s=state.now_s,
+            todo=deque(metas),
+        )
+        self._jobs[job.id] = job
+        self._copies.add(job)
+        state.send(peer, ParkStarted(id=message.id, job=job.id))
+        self._advance(job)
+
+    def _private(self, message: Park) -> tuple[int, bytes] | None:
+        if message.share == "prefix":
+            return None
+        known = self._state.conversations.get((message.tenant, message.conversation))
+        salts = [p[1] for p in known.privates() if p is not None] if known else []
+        return (message.private_from, salts[0] if salts else self._state.rng.randbytes(16))
+
+    # --- moving on --------------------------------------------------------------------------------------
+
+    def advance_all(self) -> None:
+        """Something ended, somewhere: whoever waits tries again, the longest waiting first."""
+        for job in list(self._jobs.values()):
+            self._advance(job)
+            if job.waiting_since_s is not None:
+                # Later parks must not take the room that this one waits for.
+                break
+
+    def tick(self) -> None:
+        """Parks that waited too long for room are told to come again."""
+        for job in list(self._jobs.values()):
+            waits = job.waiting_since_s is not None
+            if waits and self._state.now_s - job.started_s >= job.message.timeout_s:
+                self._fail(job, "backpressure", "host memory stayed full")
+                self._advance(job)
+
+    def _advance(self, job: ParkJob) -> None:
+        if not job.over and not job.gathered and job.failure is None:
+            self._gather(job)
+        if not job.over and job.failure is not None and not job.running:
+            self._finish(job, "none")
+        if not job.over and job.gathered:
+            self._make_durable(job)
+
+    def _gather(self, job: ParkJob) -> None:
+        """Ask for copies as long as there is room and the job may have more of them running."""
+        if not self._state.gpu_peer:
+            self._fail(job, "copy_failed", "the GPU service is not there")
+            return
+        stuck = ""
+        while job.todo and not stuck and len(job.running) < self._state.settings.batches_in_flight:
+            batch, stuck = self._next_batch(job)
+            if batch:
+                self._copies.start(job, "gather", batch, last=not job.todo)
+        if job.running:
+            self._stop_waiting(job)
+        elif job.todo:
+            self._wait_or_refuse(job, stuck)
+        else:
+            self._all_gathered(job)
+
+    def _next_batch(self, job: ParkJob) -> tuple[list[Pair], str]:
+        """Slots for the next objects, and what stopped it from taking more."""
+        state = self._state
+        batch: list[Pair] = []
+        nbytes = 0
+        while job.todo and (not batch or nbytes + job.todo[0].nbytes <= state.settings.batch_bytes):
+            meta = job.todo[0]
+            if not self._hold_stored(job, meta):
+                try:
+                    slot = self._room.reserve(meta, job.id)
+                except ObjectExists:
+                    return batch, "filling"
+                if not isinstance(slot, Slot):
+                    return batch, slot
+                state.host.lease(slot, job.id, state.now_s + state.settings.copy_lease_s)
+                batch.append((meta, slot))
+                nbytes += meta.nbytes
+            job.todo.popleft()
+        return batch, ""
+
+    def _hold_stored(self, job: ParkJob, meta: ObjectMeta) -> bool:
+        """Whether the object is here already, complete enough; if so it is held for the job."""
+        state = self._state
+        stored = state.tree.stored(meta.object_id)
+        if stored is None:
+            return False
+        if stored.meta.first_valid > meta.first_valid:
+            self._replace(stored)
+            return False
+        slot = state.host.find(meta.object_id)
+        if slot is None:
+            return stored.durable and state.disk.ready
+        if not self._streams(job):
+            state.host.lease(slot, job.id, job.started_s + 2 * job.message.timeout_s)
+        state.policies.host.used(meta.object_id.block_key, state.now_s)
+        return True
+
+    def _streams(self, job: ParkJob) -> bool:
+        """Whether the conversation is too large to be held in host memory as a whole."""
+        nbytes = sum(meta.nbytes for meta in job.metas)
+        return self._disk.usable() and nbytes > self._state.host.usage().capacity_bytes // 2
+
+    def _replace(self, stored: Stored) -> None:
+        """A sliding layer's object that lacks rows which this park has: drop it, to store it whole."""
+        block = self._state.tree.get(stored.meta.object_id.block_key)
+        if block is None or stored.writing or stored.pins:
+            return
+        if self._state.in_host(stored.meta.object_id):
+            self._state.remove_from_host(block, stored)
+        if stored.durable:
+            self._disk.remove([stored])
+
+    def _wait_or_refuse(self, job: ParkJob, stuck: str) -> None:
+        """Nothing of the job runs and it cannot go on: is there something to wait for?"""
+        largest = max(meta.nbytes for meta in job.todo)
+        if largest > self._state.host.usage().capacity_bytes:
+            self._fail(job, "too_large", f"an object of {largest} bytes does not fit in host memory")
+        elif stuck == "full" and not self._copies.running(besides=job):
+            self._fail(job, "backpressure", "all of host memory is in use")
+        elif job.waiting_since_s is None:
+            job.waiting_since_s = self._state.now_s
+
+    def _stop_waiting(self, job: ParkJob) -> None:
+        if job.waiting_since_s is not None:
+            self._state.counters.backpressure_s += self._state.now_s - job.waiting_since_s
+            job.waiting_since_s = None
+
+    # --- copies end -------------------------------------------------------------------------------------
+
+    def copied(self, job: ParkJob, pairs: list[Pair], message: Copied) -> None:
+        """A batch of the job ended."""
+        state = self._state
+        if job.over:
+            for _, slot in pairs:
+                state.host.release(slot, job.id)
+            self._release(job)
+            self._copies.settle(job)
+            return
+        if not (message.ok and job.failure is None and self._commit(job, pairs, message)):
+            for _, slot in pairs:
+                state.host.abort(slot, quiet=True)
+            failed = message.failed[0][1] if message.failed else "the copy did not end in time"
+            self._fail(job, "copy_failed", failed)
+
+    def _commit(self, job: ParkJob, pairs: list[Pair], message: Copied) -> bool:
+        """Make the batch visible; False when the right to its slots had ended."""
+        state = self._state
+        sums = [checksum for checksum in message.checksums if checksum is not None]
+        if len(sums) != len(pairs):
+            return False
+        try:
+            state.host.commit([(slot, c) for (_, slot), c in zip(pairs, sums, strict=True)])
+        except StaleSlot:
+            return False
+        written: list[Stored] = []
+        for (meta, _), checksum in zip(pairs, sums, strict=True):
+            stored = state.stored_in_host(replace(meta, checksum=checksum))
+            block = state.tree.get(meta.object_id.block_key)
+            if block is not None:
+                block.names.add(job.name)
+            self._hold_stored(job, meta)
+            written.append(stored)
+            job.objects_stored += 1
+            job.bytes_stored += meta.nbytes
+        state.counters.parked_bytes += sum(meta.nbytes for meta, _ in pairs)
+        if job.message.level == "disk" and self._disk.usable() and job.lowered is None:
+            self._write(job, written, None)
+        return True
+
+    def _all_gathered(self, job: ParkJob) -> None:
+        """All objects are stored: the pages may go, the conversation has a new head."""
+        lost = [meta for meta in job.metas if not self._hold_stored(job, meta)]
+        if lost:
+            job.todo = deque(lost)
+            job.waiting_since_s = job.waiting_since_s or self._state.now_s
+            return
+        self._stop_waiting(job)
+        job.gathered = True
+        self._release(job)
+        self._set_head(job)
+
+    def _set_head(self, job: ParkJob) -> None:
+        state, message = self._state, job.message
+        conversation = state.conversations.setdefault(job.name, Conversation(*job.name))
+        last = job.metas[-1].object_id.block_key
+        chain = state.tree.chain(last)
+        for block in chain:
+            block.names.add(job.name)
+        head = Head(last, job.query.end, job.root.key, job.root.fingerprint, job.private, state.now_s)
+        tails = naming.extended_tails(state, job.root, job.query, job.private, chain)
+        replaces = {block.key for block in chain[:-1]} | {tail.key for tail in tails}
+        dropped = conversation.set_head(head, replaces, state.settings.max_heads)
+        naming.unname(state, conversation, dropped)
+        if message.returns_in_s is not None:
+            conversation.returns_at_s = state.now_s + message.returns_in_s
+        if message.keep_for_s is not None:
+            conversation.keep_until_s = state.now_s + message.keep_for_s
+        job.conversation = conversation
+        geometry, shard = job.worker.geometry, job.worker.shard
+        for object_id in naming.behind_window(state, chain, geometry, shard, job.query.end):
+            self._room.passed_by(object_id)
+
+    # --- to disk ----------------------------------------------------------------------------------------
+
+    def _make_durable(self, job: ParkJob) -> None:
+        if job.message.level != "disk" or job.lowered is not None:
+            self._finish(job, "host")
+            return
+        if job.writes_running:
+            return
+        if job.recorded:
+            self._finish(job, "disk")
+            return
+        stored = [self._state.tree.stored(meta.object_id) for meta in job.metas]
+        todo = [s for s in stored if s is not None and not s.durable]
+        if None in stored:
+            job.lowered = ("backpressure", "host memory was taken before it was on disk")
+        elif any(s.writing for s in todo):
+            return
+        else:
+            self._write(job, todo, None if todo else job.conversation)
+        if job.lowered is not None:
+            self._finish(job, "host" if None not in stored else "none")
+
+    def _write(self, job: ParkJob, objects: list[Stored], record: Conversation | None) -> None:
+        job.writes_running += 1
+
+        def done(ok: bool, reason: str, detail: str) -> None:
+            job.writes_running -= 1
+            if not ok:
+                job.lowered = (cast(Reason, reason), detail)
+            elif record is not None:
+                job.recorded = True
+            elif self._streams(job):
+                for stored in objects:
+                    slot = self._state.host.find(stored.meta.object_id)
+                    if slot is not None:
+                        self._state.host.release(slot, job.id)
+
+        self._disk.write(objects, [record] if record is not None else [], "park", done)
+
+    # --- ends -------------------------------------------------------------------------------------------
+
+    def abandon(self, job: ParkJob, reason: Reason, detail: str) -> None:
+        """End the job although copies may still run: their slots are in limbo until then."""
+        job.failure = (reason, detail)
+        for pairs in job.running.values():
+            for _, slot in pairs:
+                self._state.host.abort(slot, quiet=False)
+        self._copies.cancel(job)
+        self._finish(job, "host" if job.gathered else "none")
+
+    def expired(self, job: ParkJob) -> None:
+        """The right to a slot that the job fills has ended."""
+        if not job.over and job.running:
+            self.abandon(job, "lease_expired", "the copy took longer than it had")
+
+    def _fail(self, job: ParkJob, reason: Reason, detail: str) -> None:
+        """Nothing more is begun; the receipt goes out when what runs has ended."""
+        if job.failure is None:
+            job.failure = (reason, detail)
+            self._copies.cancel(job)
+
+    def _release(self, job: ParkJob) -> None:
+        if not job.released and not job.running:
+            job.released = True
+            self._state.send(job.worker.name, Released(request=job.request))
+
+    def _finish(self, job: ParkJob, level: Level) -> None:
+        state = self._state
+        self._stop_waiting(job)
+        self._release(job)
+        retry = self._retry_after_s() if job.failure and job.failure[0] == "backpressure" else None
+        receipt = job.receipt(level, retry)
+        count(state.counters.parks, receipt.reason or level)
+        state.send(job.worker.name, ParkDone(request=job.request, receipt=receipt))
+        job.over = True
+        self._jobs.pop(job.id, None)
+        self._copies.settle(job)
+        if level != "none":
+            self._drop_extended_tails(job)
+
+    def _drop_extended_tails(self, job: ParkJob) -> None:
+        """A tail goes once the block that contains it is as durable."""
+        state = self._state
+        chain = state.tree.chain(job.metas[-1].object_id.block_key)
+        by_parent = {block.parent: block for block in chain if not block.is_tail}
+        for tail in naming.extended_tails(state, job.root, job.query, job.private, chain):
+            if not naming.droppable(state, tail, by_parent[tail.parent]):
+                continue
+            parts = list(tail.parts.values())
+            for stored in parts:
+                if state.in_host(stored.meta.object_id):
+                    state.host.remove(stored.meta.object_id)
+            self._disk.remove([s for s in parts if s.durable])
+            for stored in parts:
+                state.forget_object(stored.meta.object_id)
+
+    def _retry_after_s(self) -> float:
+        """When the next lease ends, within bounds: room may come then."""
+        end_s = self._state.host.next_end_s()
+        wait_s = _RETRY_MOST_S if end_s is None else end_s - self._state.now_s
+        return min(max(wait_s, _RETRY_LEAST_S), _RETRY_MOST_S)

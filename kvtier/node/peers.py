@@ -1,0 +1,188 @@
+"""Workers and services that come, go and die.
+
+A closed connection takes rights away; only the end of a process, its own word, or a batch's answer proves
+that none of its copies runs any more.
+"""
+
+from __future__ import annotations
+
+from kvtier.errors import FingerprintError, GeometryError, ProtocolError
+from kvtier.messages import Attach, Attached
+from kvtier.node.copies import Copies, CopyJob
+from kvtier.node.disk_side import DiskSide
+from kvtier.node.park_job import ParkJob
+from kvtier.node.parks import Parks
+from kvtier.node.plans import Plans
+from kvtier.node.restores import RestoreJob, Restores
+from kvtier.node.state import NodeState, Worker
+from kvtier.objects import KEY_BYTES
+from kvtier.receipts import Reason
+from kvtier.tier_messages import Arenas, PoolJoined, PoolLeft, TierHello
+
+
+class Peers:
+    """Knows who is there, and ends what those who left had begun."""
+
+    def __init__(
+        self, state: NodeState, copies: Copies, disk: DiskSide, parks: Parks, plans: Plans, restores: Restores
+    ) -> None:
+        self._state = state
+        self._copies = copies
+        self._disk = disk
+        self._parks = parks
+        self._plans = plans
+        self._restores = restores
+
+    # --- coming -----------------------------------------------------------------------------------------
+
+    def attach(self, peer: str, message: Attach, arena_bytes: list[int], generation_slots: int) -> None:
+        """Answer an Attach. Raises FingerprintError, GeometryError."""
+        _check_attach(message)
+        state = self._state
+        name = state.next_id("worker:")
+        worker = Worker(
+            name,
+            peer,
+            message.fingerprint,
+            message.model,
+            message.geometry,
+            message.shard,
+            message.mode,
+            message.layout,
+            message.pool_pages,
+            message.pool,
+        )
+        state.workers[name] = worker
+        state.models[message.fingerprint] = message.model
+        answer = Attached(
+            id=message.id,
+            worker=name,
+            arena_bytes=arena_bytes,
+            generation_slots=generation_slots,
+            gpu_socket=state.gpu_address,
+            mode=message.mode,
+        )
+        state.send(peer, answer, "arenas")
+        if state.gpu_peer:
+            self._introduce(worker)
+
+    def service_joined(
+        self, peer: str, message: TierHello, arena_bytes: list[int], generation_slots: int
+    ) -> None:
+        """A tier service is ready to work."""
+        state = self._state
+        arenas = Arenas(arena_bytes=arena_bytes, generation_slots=generation_slots)
+        if peer.startswith("disk"):
+            self._disk.joined(peer)
+            state.send(peer, arenas, "arenas")
+            return
+        if state.gpu_peer:
+            self._gpu_left(state.gpu_peer)
+        state.gpu_peer, state.gpu_address = peer, message.address
+        state.send(peer, arenas, "arenas")
+        for worker in state.workers.values():
+            if worker.connected:
+                self._introduce(worker)
+
+    def _introduce(self, worker: Worker) -> None:
+        message = PoolJoined(
+            worker=worker.name,
+            geometry=worker.geometry,
+            mode=worker.mode,
+            layout=worker.layout,
+            pool_pages=worker.pool_pages,
+            pool=worker.pool,
+        )
+        self._state.send(self._state.gpu_peer, message, "pool" if worker.mode == "shared" else "")
+
+    # --- going ------------------------------------------------------------------------------------------
+
+    def detach(self, name: str) -> None:
+        """The worker goes, and says that none of its copies runs."""
+        worker = self.worker(name)
+        self._worker_left(worker, "cancelled")
+        for job in self._jobs_of(worker):
+            self._copies.proven_quiet(job)
+        self._state.workers.pop(name, None)
+
+    def left(self, peer: str) -> None:
+        """A connection closed."""
+        state = self._state
+        if peer == state.disk.peer:
+            self._disk.lost()
+        elif peer == state.gpu_peer:
+            self._gpu_left(peer)
+        for worker in [w for w in state.workers.values() if w.peer == peer]:
+            self._worker_left(worker, "cancelled")
+
+    def process_ended(self, peer: str) -> None:
+        """The process behind the peer is gone."""
+        self.left(peer)
+        self._disk.process_ended(peer)
+        for job in self._copies.all():
+            if job.executor == peer or (not job.executor and job.worker.peer == peer):
+                self._copies.proven_quiet(job)
+        for worker in [w for w in self._state.workers.values() if w.peer == peer]:
+            del self._state.workers[worker.name]
+
+    def copies_ended(self, jobs: list[str]) -> None:
+        """A worker proves that no copy of these jobs runs or will run."""
+        for job_id in jobs:
+            job = self._copies.get(job_id)
+            if job is not None and job.worker.mode == "worker":
+                self._abandon(job, "copy_failed", "the worker lost its GPU service")
+                self._copies.proven_quiet(job)
+
+    def worker(self, name: str) -> Worker:
+        """The attached worker. Raises ProtocolError when there is none of that name."""
+        worker = self._state.workers.get(name)
+        if worker is None or not worker.connected:
+            raise ProtocolError(f"worker '{name}' is not attached", fix="attach again")
+        return worker
+
+    def _worker_left(self, worker: Worker, reason: Reason) -> None:
+        if not worker.connected:
+            return
+        worker.connected = False
+        for job in self._jobs_of(worker):
+            self._abandon(job, reason, "the worker went away")
+        self._plans.worker_left(worker)
+        if self._state.gpu_peer:
+            self._state.send(self._state.gpu_peer, PoolLeft(worker=worker.name))
+
+    def _gpu_left(self, peer: str) -> None:
+        self._state.gpu_peer = ""
+        for job in self._copies.all():
+            if job.running:
+                self._abandon(job, "copy_failed", "the GPU service went away")
+
+    def _jobs_of(self, worker: Worker) -> list[CopyJob]:
+        return [job for job in self._copies.all() if job.worker is worker]
+
+    def _abandon(self, job: CopyJob, reason: Reason, detail: str) -> None:
+        if job.over:
+            return
+        if isinstance(job, ParkJob):
+            self._parks.abandon(job, reason, detail)
+        elif isinstance(job, RestoreJob):
+            self._restores.abandon(job, reason, detail)
+
+
+def _check_attach(message: Attach) -> None:
+    if len(message.fingerprint) != KEY_BYTES:
+        raise FingerprintError(
+            f"a fingerprint has {KEY_BYTES} bytes, this has {len(message.fingerprint)}",
+            fix="attach with Fingerprint.of_directory(...) or Fingerprint.of_revision(...)",
+        )
+    geometry = message.geometry
+    if not geometry.groups or not message.shard:
+        raise GeometryError("the pool names no layer group or no shard", fix="attach with its geometry")
+    if geometry.block_tokens < 1 or geometry.page_tokens < 1 or geometry.block_tokens % geometry.page_tokens:
+        raise GeometryError(
+            f"block_tokens {geometry.block_tokens} is not a multiple of page_tokens {geometry.page_tokens}",
+            fix="choose block_tokens as a multiple of the engine's page",
+        )
+    for group in geometry.groups:
+        size = group.state_bytes if group.kind == "state" else group.token_bytes
+        if size < 1 or (group.kind == "sliding" and group.window_tokens < 1):
+            raise GeometryError(f"a {group.kind} layer group has no size or window", fix="check the pool")

@@ -1,0 +1,150 @@
+"""The node's state in words for people and programs. Reads only."""
+
+from __future__ import annotations
+
+from kvtier.geometry import Geometry
+from kvtier.node.conversations import Conversation
+from kvtier.node.state import NodeState
+from kvtier.receipts import ConversationInfo, ModelInfo, StatusReport, TierInfo, WorkerInfo
+
+
+def conversation_info(state: NodeState, conversation: Conversation) -> ConversationInfo:
+    """One conversation: its newest branch, and where that lies."""
+    head = conversation.heads[-1]
+    host = disk = nbytes = 0
+    for block in state.tree.chain(head.key):
+        parts = list(block.parts.values())
+        nbytes += sum(s.meta.nbytes for s in parts)
+        host += block.tokens if parts and all(state.in_host(s.meta.object_id) for s in parts) else 0
+        disk += block.tokens if parts and all(s.durable for s in parts) else 0
+    return ConversationInfo(
+        conversation=conversation.name,
+        tenant=conversation.tenant,
+        version=conversation.version,
+        tokens=head.tokens,
+        branches=len(conversation.heads),
+        model=state.models.get(head.fingerprint, ""),
+        parked_at_s=head.parked_at_s,
+        host_tokens=host,
+        disk_tokens=disk,
+        bytes=nbytes,
+        returns_at_s=conversation.returns_at_s,
+        keep_until_s=conversation.keep_until_s,
+        share="conversation" if head.private else "prefix",
+    )
+
+
+def model_infos(state: NodeState) -> list[ModelInfo]:
+    """Every fingerprint that is known, the one with most bytes first."""
+    objects: dict[bytes, int] = {}
+    host: dict[bytes, int] = {}
+    disk: dict[bytes, int] = {}
+    for block in state.tree:
+        fingerprint = block.root.fingerprint
+        for stored in block.parts.values():
+            objects[fingerprint] = objects.get(fingerprint, 0) + 1
+            if state.in_host(stored.meta.object_id):
+                host[fingerprint] = host.get(fingerprint, 0) + stored.meta.nbytes
+            if stored.durable:
+                disk[fingerprint] = disk.get(fingerprint, 0) + stored.meta.nbytes
+    infos = [
+        ModelInfo(
+            fingerprint=fingerprint.hex(),
+            model=state.models.get(fingerprint, ""),
+            workers=sum(w.connected and w.fingerprint == fingerprint for w in state.workers.values()),
+            conversations=sum(
+                any(h.fingerprint == fingerprint for h in c.heads) for c in state.conversations.values()
+            ),
+            objects=objects.get(fingerprint, 0),
+            host_bytes=host.get(fingerprint, 0),
+            disk_bytes=disk.get(fingerprint, 0),
+        )
+        for fingerprint in sorted({*state.models, *objects})
+    ]
+    return sorted(infos, key=lambda i: (-(i.host_bytes + i.disk_bytes), i.fingerprint))
+
+
+def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
+    """The node at this instant."""
+    warnings = []
+    if not state.gpu_peer:
+        warnings.append("the GPU service is not connected: parks and restores are refused")
+    if state.disk.health == "degraded":
+        warnings.append(f"the disk tier is degraded: {state.disk.detail}")
+    return StatusReport(
+        node=state.settings.node,
+        epoch=state.epoch,
+        version=state.settings.software,
+        ready=bool(state.gpu_peer) and (state.disk.ready or not state.settings.disk_expected),
+        uptime_s=state.now_s - (state.started_s or state.now_s),
+        tiers=tuple(_tiers(state)),
+        workers=tuple(
+            WorkerInfo(w.name, w.model, w.shard, w.mode, state.pids.get(w.peer, 0), len(w.jobs))
+            for w in state.workers.values()
+            if w.connected
+        ),
+        conversations=len(state.conversations),
+        waiting_parks=waiting_parks,
+        counters=_counters(state),
+        warnings=tuple(warnings),
+    )
+
+
+def pool_bytes(geometry: Geometry, pages: int) -> int:
+    """Bytes of an attached pool, as far as its pages tell."""
+    return geometry.token_bytes * geometry.page_tokens * pages
+
+
+def _tiers(state: NodeState) -> list[TierInfo]:
+    workers = [w for w in state.workers.values() if w.connected]
+    gpu = TierInfo(
+        name="gpu",
+        state="ready" if state.gpu_peer else "absent",
+        capacity_bytes=sum(pool_bytes(w.geometry, w.pool_pages) for w in workers),
+        used_bytes=0,
+        limbo_bytes=0,
+        objects=0,
+        detail=f"{len(workers)} pools of serving engines",
+    )
+    usage = state.host.usage()
+    host = TierInfo(
+        name="host",
+        state="ready" if state.host_ready else "starting",
+        capacity_bytes=usage.capacity_bytes,
+        used_bytes=usage.used_bytes,
+        limbo_bytes=usage.limbo_bytes,
+        objects=usage.objects,
+        quarantined=usage.quarantined,
+    )
+    disk = state.disk
+    return [
+        gpu,
+        host,
+        TierInfo(
+            name="disk",
+            state=disk.health if disk.ready else "starting" if disk.peer else "absent",
+            capacity_bytes=disk.capacity_bytes,
+            used_bytes=disk.used_bytes,
+            limbo_bytes=0,
+            objects=disk.objects,
+            quarantined=disk.quarantined,
+            detail=disk.detail,
+        ),
+    ]
+
+
+def _counters(state: NodeState) -> dict[str, float]:
+    c = state.counters
+    flat: dict[str, float] = {
+        "backpressure_s": c.backpressure_s,
+        "evicted_objects": c.evicted_objects,
+        "spilled_bytes": c.spilled_bytes,
+        "parked_bytes": c.parked_bytes,
+        "restored_bytes": c.restored_bytes,
+        "restored_tokens": c.restored_tokens,
+        "disk_written_bytes": state.disk.written_bytes,
+    }
+    groups = {"parks": c.parks, "restores": c.restores, "misses": c.misses, "errors": c.errors}
+    for name, group in groups.items():
+        flat.update({f"{name}.{key}": value for key, value in group.items()})
+    return flat

@@ -1,0 +1,298 @@
+"""Restoring: disk -> host memory -> pool."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from kvtier.errors import ObjectExists
+from kvtier.messages import Restore, RestoreDone, RestoreStarted
+from kvtier.node.blocks import Stored
+from kvtier.node.copies import Copies, CopyJob, Pair
+from kvtier.node.coverage import Piece, Source, longest, restored_end
+from kvtier.node.disk_side import DiskSide
+from kvtier.node.plans import HeldPlan, Plans
+from kvtier.node.room import Room
+from kvtier.node.state import NodeState, Worker, count
+from kvtier.objects import ObjectId
+from kvtier.receipts import Reason, RestoreReceipt
+from kvtier.tier import Slot
+from kvtier.tier_messages import Copied
+
+_PAGE_BYTES = 4
+
+
+@dataclass(slots=True)
+class RestoreJob(CopyJob):
+    """One restore. to_read: on disk; to_copy: in host memory; reading: reads that have not ended."""
+
+    held: HeldPlan = field(kw_only=True)
+    deadline_s: float = field(kw_only=True)
+    started_s: float = field(kw_only=True)
+    to_read: deque[Piece] = field(default_factory=deque)
+    to_copy: deque[Pair] = field(default_factory=deque)
+    reading: int = 0
+    copied: set[ObjectId] = field(default_factory=set)
+    copied_bytes: int = 0
+    reason: Reason = ""
+    detail: str = ""
+
+
+class Restores:
+    """Starts restores, and moves them on whenever something ended."""
+
+    def __init__(self, state: NodeState, copies: Copies, disk: DiskSide, room: Room, plans: Plans) -> None:
+        self._state = state
+        self._copies = copies
+        self._disk = disk
+        self._room = room
+        self._plans = plans
+        self._jobs: dict[str, RestoreJob] = {}
+
+    def start(self, peer: str, message: Restore, worker: Worker) -> None:
+        """Answer a Restore."""
+        state = self._state
+        held = self._plans.take(message.plan_id, worker)
+        if held is None:
+            count(state.counters.misses, "lease_expired")
+            detail = "the plan is not held any more"
+            receipt = RestoreReceipt("", "", 0, 0, reason="lease_expired", detail=detail)
+            state.send(peer, RestoreStarted(id=message.id, job="", receipt=receipt))
+            return
+        job = RestoreJob(
+            state.next_id("s"),
+            worker,
+            message.request,
+            message.pages,
+            held=held,
+            deadline_s=state.now_s + message.deadline_s,
+            started_s=state.now_s,
+        )
+        self._jobs[job.id] = job
+        self._copies.add(job)
+        state.send(peer, RestoreStarted(id=message.id, job=job.id))
+        for piece in held.pieces:
+            self._queue(job, piece)
+        self._advance(job)
+
+    def _queue(self, job: RestoreJob, piece: Piece) -> None:
+        """Copy it from host memory when it is there, else read it."""
+        state = self._state
+        slot = state.host.find(piece.stored.meta.object_id)
+        if slot is None:
+            job.to_read.append(piece)
+            return
+        until_s = job.deadline_s + state.settings.quiet_grace_s + state.settings.copy_lease_s
+        state.host.lease(slot, job.id, until_s)
+        job.to_copy.append((piece.stored.meta, slot))
+
+    # --- moving on --------------------------------------------------------------------------------------
+
+    def advance_all(self) -> None:
+        """Something ended, somewhere."""
+        for job in list(self._jobs.values()):
+            self._advance(job)
+
+    def tick(self) -> None:
+        """Cut off what is late."""
+        for job in list(self._jobs.values()):
+            if self._state.now_s >= job.deadline_s:
+                self._stop(job, "deadline", "the rest would have come too late")
+                if self._state.now_s >= job.deadline_s + self._state.settings.quiet_grace_s:
+                    self._finish(job)
+                else:
+                    self._advance(job)
+
+    def _advance(self, job: RestoreJob) -> None:
+        if job.over:
+            return
+        if not self._state.gpu_peer:
+            self._stop(job, "copy_failed", "the GPU service is not there")
+        self._read(job)
+        self._copy(job)
+        if not (job.running or job.reading or job.to_copy or job.to_read):
+            self._finish(job)
+
+    def _read(self, job: RestoreJob) -> None:
+        while job.to_read and job.reading < self._state.settings.batches_in_flight:
+            read_id = self._state.next_id("r")
+            pairs = self._next_read(job, read_id)
+            if not pairs:
+                break
+            job.reading += 1
+            self._start_read(job, read_id, pairs)
+        idle = not (job.running or job.reading or job.to_copy)
+        if job.to_read and idle and not self._disk.writes_running() and not self._copies.running(job):
+            self._stop(job, "backpressure", "no host memory to read into")
+
+    def _next_read(self, job: RestoreJob, read_id: str) -> list[tuple[Stored, Slot]]:
+        state = self._state
+        pairs: list[tuple[Stored, Slot]] = []
+        nbytes = 0
+        while job.to_read and (not pairs or nbytes < state.settings.batch_bytes):
+            stored = job.to_read[0].stored
+            if state.in_host(stored.meta.object_id):
+                self._queue(job, job.to_read.popleft())
+                continue
+            if not (stored.durable and state.disk.ready):
+                self._stop(job, "disk_error", "the disk tier went away")
+                break
+            try:
+                slot = self._room.reserve(stored.meta, read_id)
+            except ObjectExists:
+                break
+            if not isinstance(slot, Slot):
+                break
+            pairs.append((stored, slot))
+            nbytes += stored.meta.nbytes
+            job.to_read.popleft()
+        return pairs
+
+    def _start_read(self, job: RestoreJob, read_id: str, pairs: list[tuple[Stored, Slot]]) -> None:
+        def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
+            job.reading -= 1
+            self._state.policies.restore.observed("disk", nbytes, seconds)
+            for index, (stored, slot) in enumerate(pairs):
+                if index in failed:
+                    self._read_failed(job, stored, slot, failed[index])
+                else:
+                    self._read_worked(job, stored, slot)
+
+        self._disk.read(read_id, pairs, done)
+
+    def _read_worked(self, job: RestoreJob, stored: Stored, slot: Slot) -> None:
+        state = self._state
+        checksum = stored.meta.checksum
+        assert checksum is not None, "what is on disk has a checksum"
+        state.host.commit([(slot, checksum)])
+        state.stored_in_host(stored.meta)
+        if not job.over and not job.reason:
+            self._queue(job, Piece(stored, "host", 0))
+
+    def _read_failed(self, job: RestoreJob, stored: Stored, slot: Slot, why: str) -> None:
+        state = self._state
+        # When the disk service is gone its last read may still be running.
+        state.host.abort(slot, quiet=bool(state.disk.peer))
+        count(state.counters.errors, why)
+        block = state.tree.get(stored.meta.object_id.block_key)
+        if why != "disk_error" and block is not None:
+            state.removed_from_disk(block, stored)
+        self._stop(job, "corrupt" if why == "corrupt" else "disk_error", f"a block on disk: {why}")
+
+    def _copy(self, job: RestoreJob) -> None:
+        settings = self._state.settings
+        while job.to_copy and len(job.running) < settings.batches_in_flight:
+            batch = [job.to_copy.popleft()]
+            nbytes = batch[0][0].nbytes
+            while job.to_copy and nbytes + job.to_copy[0][0].nbytes <= settings.batch_bytes:
+                batch.append(job.to_copy.popleft())
+                nbytes += batch[-1][0].nbytes
+            last = not (job.to_copy or job.to_read or job.reading)
+            self._copies.start(job, "scatter", batch, last)
+
+    # --- copies end -------------------------------------------------------------------------------------
+
+    def copied(self, job: RestoreJob, pairs: list[Pair], message: Copied) -> None:
+        """A batch of the job ended."""
+        if job.over:
+            self._copies.settle(job)
+            return
+        self._state.policies.restore.observed("host", message.bytes, message.seconds)
+        failed = dict(message.failed)
+        for index, (meta, slot) in enumerate(pairs):
+            if message.ok or (failed and index not in failed):
+                job.copied.add(meta.object_id)
+                job.copied_bytes += meta.nbytes
+            else:
+                self._copy_failed(job, meta.object_id, slot, failed.get(index, "the copy failed"))
+
+    def _copy_failed(self, job: RestoreJob, object_id: ObjectId, slot: Slot, why: str) -> None:
+        """Wrong bytes in host memory: gone from there; the disk's copy is tried when there is one."""
+        state = self._state
+        if why != "corrupt":
+            self._stop(job, "copy_failed", why)
+            return
+        count(state.counters.errors, "corrupt")
+        stored, block = state.tree.stored(object_id), state.tree.get(object_id.block_key)
+        if stored is None or block is None or state.host.find(object_id) != slot:
+            self._stop(job, "corrupt", "a block in host memory was wrong")
+            return
+        state.host.release(slot, job.id)
+        state.host.quarantine(slot)
+        if stored.durable and state.disk.ready:
+            job.to_read.append(Piece(stored, "disk", 0))
+        else:
+            state.forget_object(object_id)
+            self._stop(job, "corrupt", "a block in host memory was wrong")
+
+    # --- ends -------------------------------------------------------------------------------------------
+
+    def abandon(self, job: RestoreJob, reason: Reason, detail: str) -> None:
+        """Answer now, although copies may still run."""
+        if not job.over:
+            self._stop(job, reason, detail)
+            self._finish(job)
+
+    def _stop(self, job: RestoreJob, reason: Reason, detail: str) -> None:
+        """Begin nothing more; what is in place counts."""
+        job.to_read.clear()
+        job.to_copy.clear()
+        if not job.reason:
+            job.reason, job.detail = reason, detail
+            self._copies.cancel(job)
+
+    def _finish(self, job: RestoreJob) -> None:
+        state = self._state
+        tokens, sources = self._in_place(job) if not job.running else (0, {})
+        plan = job.held.plan
+        receipt = RestoreReceipt(
+            conversation=plan.conversation,
+            tenant=plan.tenant,
+            tokens=tokens,
+            requested_tokens=plan.load_tokens,
+            sources=sources,
+            bytes=job.copied_bytes,
+            seconds=state.now_s - job.started_s,
+            reason=job.reason,
+            detail=job.detail,
+            busy=self._busy(job),
+        )
+        state.send(job.worker.name, RestoreDone(request=job.request, receipt=receipt))
+        self._plans.release(job.held)
+        self._note(receipt)
+        job.over = True
+        self._jobs.pop(job.id, None)
+        self._copies.settle(job)
+
+    def _in_place(self, job: RestoreJob) -> tuple[int, dict[str, int]]:
+        def where(stored: Stored) -> Source | None:
+            return "host" if stored.meta.object_id in job.copied else None
+
+        worker, plan = job.worker, job.held.plan
+        pieces = longest(job.held.blocks, worker.geometry, worker.shard, where, plan.load_tokens)
+        tokens = restored_end(pieces)
+        sources: dict[str, int] = {}
+        for part in plan.ranges:
+            if part.source != "compute" and part.start < tokens:
+                sources[part.source] = sources.get(part.source, 0) + min(part.end, tokens) - part.start
+        return tokens, sources
+
+    def _busy(self, job: RestoreJob) -> tuple[int, ...]:
+        """Pages that copies in another process may still write to."""
+        if not job.running or job.worker.mode == "worker":
+            return ()
+        return tuple(
+            int.from_bytes(packed[at : at + _PAGE_BYTES], "little")
+            for packed in job.pages
+            for at in range(0, len(packed), _PAGE_BYTES)
+        )
+
+    def _note(self, receipt: RestoreReceipt) -> None:
+        counters = self._state.counters
+        for source in receipt.sources:
+            count(counters.restores, source)
+        if receipt.reason:
+            count(counters.misses, receipt.reason)
+        counters.restored_bytes += receipt.bytes
+        counters.restored_tokens += receipt.tokens
+        counters.restore_s.add(receipt.seconds)

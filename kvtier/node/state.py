@@ -1,0 +1,214 @@
+"""Everything that the node knows, shared by the parts of the core."""
+
+from __future__ import annotations
+
+import bisect
+import random
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvtier.geometry import Geometry
+from kvtier.keys import make_root, tenant_secret
+from kvtier.messages import Message
+from kvtier.node.blocks import Block, BlockTree, ConversationId, Stored
+from kvtier.node.conversations import Conversation
+from kvtier.node.coverage import Source
+from kvtier.node.events import Send
+from kvtier.node.host_memory import HostMemory
+from kvtier.node.settings import NodeSettings
+from kvtier.objects import ObjectId, ObjectMeta, Root
+from kvtier.policy.interfaces import Policies
+
+
+@dataclass(slots=True)
+class Worker:
+    """An attached worker. connected: its control connection is open."""
+
+    name: str
+    peer: str
+    fingerprint: bytes
+    model: str
+    geometry: Geometry
+    shard: str
+    mode: Literal["worker", "shared"]
+    layout: str = ""
+    pool_pages: int = 0
+    pool: dict[str, Any] = field(default_factory=dict)
+    connected: bool = True
+    jobs: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class DiskView:
+    """What the node knows of its disk service. peer: '' when there is none; ready: it takes work."""
+
+    peer: str = ""
+    ready: bool = False
+    health: Literal["ready", "degraded"] = "ready"
+    detail: str = ""
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    objects: int = 0
+    quarantined: int = 0
+    written_bytes: int = 0
+
+
+# Upper bounds of the histogram's buckets, in seconds; the last bucket has none.
+BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Times in seconds by bucket; each value is in one bucket only."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
+    sum_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect.bisect_left(BUCKETS_S, seconds)] += 1
+        self.sum_s += seconds
+
+
+@dataclass(slots=True)
+class Counters:
+    """What metrics and status report; only ever grows."""
+
+    parks: dict[str, int] = field(default_factory=dict)
+    restores: dict[str, int] = field(default_factory=dict)
+    misses: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    backpressure_s: float = 0.0
+    evicted_objects: int = 0
+    spilled_bytes: int = 0
+    parked_bytes: int = 0
+    restored_bytes: int = 0
+    restored_tokens: int = 0
+    restore_s: Histogram = field(default_factory=Histogram)
+
+
+def count(counter: dict[str, int], name: str, by: int = 1) -> None:
+    """Add to one of the named counters."""
+    counter[name] = counter.get(name, 0) + by
+
+
+class NodeState:
+    """Tree, conversations, workers and tiers of one node; knows how its parts stay consistent.
+
+    host: the host tier, or its slots without memory in a simulation.  secret: from which each tenant's
+    key secret is derived.  rng: for salts; seeded by the caller, so that a replay repeats them.
+    """
+
+    def __init__(
+        self, settings: NodeSettings, host: HostMemory, policies: Policies, secret: bytes, rng: random.Random
+    ) -> None:
+        self.settings = settings
+        self.host = host
+        self.policies = policies
+        self.rng = rng
+        self.now_s = 0.0
+        self.started_s: float | None = None
+        self.epoch = 0
+        self.pids: dict[str, int] = {}
+        self.host_ready = False
+        self.out: list[Send] = []
+        self.tree = BlockTree()
+        self.conversations: dict[ConversationId, Conversation] = {}
+        self.workers: dict[str, Worker] = {}
+        self.models: dict[bytes, str] = {}
+        self.disk = DiskView()
+        self.gpu_peer = ""
+        self.gpu_address = ""
+        self.counters = Counters()
+        self._secret = secret
+        self._roots: dict[tuple[str, bytes, str, int], Root] = {}
+        self._serial = 0
+
+    # --- naming ---------------------------------------------------------------------------------------
+
+    def next_id(self, prefix: str) -> str:
+        """A name that is never used again in this epoch."""
+        self._serial += 1
+        return f"{prefix}{self.epoch}.{self._serial}"
+
+    def root(self, tenant: str, fingerprint: bytes, fidelity: str, block_tokens: int) -> Root:
+        """The start of all chains of this tenant, model, fidelity and block size."""
+        name = (tenant, fingerprint, fidelity, block_tokens)
+        root = self._roots.get(name)
+        if root is None:
+            secret = tenant_secret(self._secret, tenant)
+            root = make_root(secret, tenant, fingerprint, fidelity, block_tokens)
+            self._roots[name] = root
+        return root
+
+    def send(self, peer: str, message: Message, fds: Literal["", "arenas", "pool"] = "") -> None:
+        """Add an instruction to the answer to the present stimulus."""
+        self.out.append(Send(peer, message, fds))
+
+    # --- where objects are ------------------------------------------------------------------------------
+
+    def source_of(self, stored: Stored) -> Source | None:
+        """The best tier that has the object now."""
+        if self.host.find(stored.meta.object_id) is not None:
+            return "host"
+        return "disk" if stored.durable and self.disk.ready else None
+
+    def in_host(self, object_id: ObjectId) -> bool:
+        """Whether host memory has the object."""
+        return self.host.find(object_id) is not None
+
+    def stored_in_host(self, meta: ObjectMeta) -> Stored:
+        """Note that an object has been committed to host memory."""
+        stored = self.tree.add(meta)
+        if meta.checksum is not None:
+            stored.meta = meta
+        self.policies.host.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
+        return stored
+
+    def stored_on_disk(self, meta: ObjectMeta) -> Stored:
+        """Note that an object is durable on disk."""
+        stored = self.tree.add(meta)
+        stored.durable = True
+        stored.writing = ""
+        self.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
+        return stored
+
+    def remove_from_host(self, block: Block, stored: Stored) -> int:
+        """Drop the host copy; answers the bytes freed. Raises SlotLeased."""
+        freed = self.host.remove(stored.meta.object_id)
+        if not any(self.in_host(s.meta.object_id) for s in block.parts.values()):
+            self.policies.host.removed(block.key)
+        if not stored.durable:
+            self.forget_object(stored.meta.object_id)
+        return freed
+
+    def removed_from_disk(self, block: Block, stored: Stored) -> None:
+        """Note that the disk copy is gone."""
+        stored.durable = False
+        if not any(s.durable for s in block.parts.values()):
+            self.policies.disk.removed(block.key)
+        if not self.in_host(stored.meta.object_id):
+            self.forget_object(stored.meta.object_id)
+
+    def forget_object(self, object_id: ObjectId) -> None:
+        """No tier has it any more: out of the tree, and conversations end at what is left."""
+        for block in self.tree.drop(object_id):
+            self.policies.host.removed(block.key)
+            self.policies.disk.removed(block.key)
+            self._shorten_conversations(block)
+
+    def _shorten_conversations(self, block: Block) -> None:
+        for name in block.names:
+            conversation = self.conversations.get(name)
+            if conversation is None:
+                continue
+            parent = self.tree.get(block.parent)
+            heads = []
+            for head in conversation.heads:
+                if head.key != block.key:
+                    heads.append(head)
+                elif parent is not None:
+                    heads.append(head._replace(key=parent.key, tokens=parent.end))
+            conversation.heads = heads
+            if not heads:
+                del self.conversations[name]
