@@ -21,6 +21,11 @@ class GroupGeometry:
     window_tokens: int = 0
     state_bytes: int = 0
 
+    @property
+    def empty(self) -> bool:
+        """Whether this shard has none of the group's layers: there is nothing to store of it."""
+        return not (self.token_bytes or self.state_bytes)
+
     def object_bytes(self, tokens: int, first_valid: int = 0) -> int:
         """Stored length of an object of `tokens` tokens whose first `first_valid` rows are absent."""
         if self.kind == "state":
