@@ -1,0 +1,86 @@
+"""The node's numbers for Prometheus, and whether it is alive and ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from kvtier.config import Config
+from kvtier.daemon.http import HealthServer
+from kvtier.daemon.metrics import Histogram, NodeMetrics, TierMetrics, make_registry
+from kvtier.node.core import NodeCore
+from kvtier.node.state import BUCKETS_S
+
+Answer = TypeVar("Answer")
+
+
+class Ask(Protocol):
+    """NodeService.ask."""
+
+    def __call__(self, question: Callable[[NodeCore], Answer], /) -> Answer | None: ...
+
+
+def serve_endpoints(config: Config, ask: Ask) -> HealthServer:
+    """Start /metrics, /healthz and /readyz. Raises ConfigError."""
+
+    def snapshot() -> NodeMetrics:
+        answer = ask(node_metrics)
+        return answer or NodeMetrics(node=config.node.name, version="", ready=False)
+
+    def alive() -> Sequence[str]:
+        return () if ask(lambda core: True) else ("the node's loop does not answer",)
+
+    def ready() -> Sequence[str]:
+        return ask(unready) or () if not alive() else alive()
+
+    server = HealthServer(
+        config.metrics.host,
+        config.metrics.port,
+        registry=make_registry(snapshot),
+        alive=alive,
+        ready=ready,
+        allow_remote=config.metrics.allow_remote,
+    )
+    server.start()
+    return server
+
+
+def unready(core: NodeCore) -> Sequence[str]:
+    """Why the node does not serve; nothing when it does."""
+    report = core.status()
+    if report.ready:
+        return ()
+    waiting = [f"the {tier.name} tier is {tier.state}" for tier in report.tiers if tier.state != "ready"]
+    return (*report.warnings, *waiting)
+
+
+def node_metrics(core: NodeCore) -> NodeMetrics:
+    """A snapshot for the collector."""
+    report, counters = core.status(), core.state.counters
+    return NodeMetrics(
+        node=report.node,
+        version=report.version,
+        ready=report.ready,
+        tiers=tuple(
+            TierMetrics(
+                name=tier.name,
+                ready=tier.state == "ready",
+                capacity_bytes=tier.capacity_bytes,
+                used_bytes=tier.used_bytes,
+                limbo_bytes=tier.limbo_bytes,
+                objects=tier.objects,
+                quarantined=tier.quarantined,
+            )
+            for tier in report.tiers
+        ),
+        parks=dict(counters.parks),
+        restores=dict(counters.restores),
+        misses=dict(counters.misses),
+        errors=dict(counters.errors),
+        restore_s=Histogram(BUCKETS_S, tuple(counters.restore_s.counts), counters.restore_s.sum_s),
+        backpressure_s=counters.backpressure_s,
+        disk_written_bytes=core.state.disk.written_bytes,
+        workers=len(report.workers),
+        conversations=report.conversations,
+        waiting_parks=report.waiting_parks,
+    )

@@ -1,0 +1,301 @@
+"""The GPU tier's service: keeps the schedule of copies between pools and host memory.
+
+In mode 'worker' it tells the worker's process what to copy when; in mode 'shared' it maps the worker's pool
+and copies itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from kvtier import __version__, paths
+from kvtier.breaker import Backoff
+from kvtier.config import Config
+from kvtier.daemon.connection import Connection, Listener, Peer, access_of, welcome
+from kvtier.daemon.copy_desk import CopyDesk, copy_item, page_tables
+from kvtier.daemon.loop import Loop, LoopThread
+from kvtier.errors import GeometryError, KvtierError, ProtocolError
+from kvtier.gpu.cpu_engine import CpuCopyEngine
+from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyResult
+from kvtier.gpu.schedule import Bounds
+from kvtier.gpu.shared_pool import SharedPool
+from kvtier.host.arena import ArenaView
+from kvtier.messages import Hello, Message
+from kvtier.tier_messages import Arenas, CancelCopies, Copied, Copy, PoolJoined, PoolLeft, TierHello
+from kvtier.wire import Channel, close_all, hello
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.05
+_CALL_S = 2.0
+_GENERATION_BYTES = 8
+_RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
+# Batches that one worker may have at once: enough to keep the copy going while the next is on its way.
+_BATCHES = 4
+
+
+@dataclass(slots=True)
+class _Node:
+    """One connection to the node, and its host memory."""
+
+    channel: Channel
+    arena: ArenaView
+    engine: CopyEngine
+
+
+class GpuService:
+    """Serves the node of the same runtime_dir, and workers at `<runtime_dir>/gpu.sock`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._node: _Node | None = None
+        self._modes: dict[str, str] = {}
+        self._workers: dict[str, Connection] = {}
+        self._pools: dict[str, SharedPool] = {}
+        self._due_s = 0.0
+        self._attempts = 0
+        self._failure = ""
+        self._desk = self._new_desk()
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen for workers and return; the node is looked for from now on. Raises KvtierError."""
+        self._loop = Loop(_TICK_S, self._tick)
+        self._path = paths.gpu_socket(self._config.node.runtime_dir)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._listener = Listener(self._loop, self._path, access_of(self._config), self._join)
+        self._thread = LoopThread(self._loop, "kvtier-gpu", self._close)
+        self._thread.start()
+
+    def stop(self, grace_s: float) -> None:
+        """End; running copies end first, within the time."""
+        self._thread.stop(grace_s)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether the service ended within the time."""
+        return self._thread.wait(timeout_s)
+
+    def health(self) -> dict[str, Any]:
+        """Alive, and serving a node."""
+        failure = repr(self._thread.failure) if self._thread.failure else self._failure
+        return {"alive": not self._thread.wait(0), "ready": self._node is not None, "failure": failure}
+
+    def _close(self) -> None:
+        self._lose_node("the service ends")
+        self._listener.close()
+
+    # --- the node ---------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        if self._node is not None or time.monotonic() < self._due_s:
+            return
+        try:
+            self._find_node()
+        except (KvtierError, OSError) as error:
+            self._failure = str(error)
+            self._attempts += 1
+            self._due_s = time.monotonic() + _RECONNECT.delay_s(self._attempts, random.random())
+
+    def _find_node(self) -> None:
+        path = str(paths.node_socket(self._config.node.runtime_dir))
+        deadline_s = time.monotonic() + _CALL_S
+        channel = Channel.open(path, hello("gpu"), deadline_s)
+        try:
+            channel.send(TierHello(pid=os.getpid(), address=str(self._path)), deadline_s)
+            message, fds = channel.recv(deadline_s)
+            try:
+                if not isinstance(message, Arenas):
+                    raise ProtocolError(f"the node sent {type(message).__name__} instead of its arenas")
+                table_bytes = message.generation_slots * _GENERATION_BYTES
+                arena = ArenaView.from_fds(fds, [*message.arena_bytes, table_bytes])
+            finally:
+                close_all(fds)
+        except BaseException:
+            channel.close()
+            raise
+        engine = CpuCopyEngine(arena, threads=self._config.gpu.copy_threads)
+        self._node = _Node(channel, arena, engine)
+        self._failure, self._attempts = "", 0
+        self._loop.watch(channel.fileno(), self._hear)
+        self._hear()
+
+    def _hear(self) -> None:
+        node = self._node
+        if node is None:
+            return
+        try:
+            for message, fds in node.channel.recv_ready():
+                self._told(message, fds)
+        except KvtierError as error:
+            self._lose_node(str(error))
+
+    def _told(self, message: Message, fds: list[int]) -> None:
+        now_s = time.monotonic()
+        if isinstance(message, PoolJoined):
+            self._pool_joined(message, fds)
+            return
+        close_all(fds)
+        if isinstance(message, Copy):
+            self._desk.asked(message, now_s)
+        elif isinstance(message, CancelCopies):
+            self._desk.cancelled(message.job, now_s)
+        elif isinstance(message, PoolLeft):
+            self._pool_left(message.worker)
+        else:
+            raise ProtocolError(f"the GPU service does not take {type(message).__name__}")
+
+    def _lose_node(self, why: str) -> None:
+        """Without the node nothing that is queued has a meaning: workers attach again when it is back."""
+        node, self._node = self._node, None
+        if node is None:
+            return
+        self._failure = why
+        if node.channel.fileno() >= 0:
+            self._loop.unwatch(node.channel.fileno())
+        for connection in list(self._workers.values()):
+            connection.close()
+        self._desk = self._new_desk()
+        self._modes.clear()
+        # Ends what is queued and waits for what runs: only then may memory be unmapped.
+        node.engine.close()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        node.channel.close()
+        node.arena.close()
+
+    def _tell_node(self, message: Message) -> None:
+        if self._node is None:
+            return
+        try:
+            self._node.channel.send(message, time.monotonic() + _CALL_S)
+        except KvtierError as error:
+            self._loop.call(partial(self._lose_node, str(error)))
+
+    # --- workers ----------------------------------------------------------------------------------------
+
+    def _join(self, connection: Connection, peer: Peer, greeting: Hello) -> None:
+        os.close(peer.pidfd)
+        if greeting.role != "copy" or not greeting.worker:
+            connection.close()
+            return
+        node_name = self._config.node.name
+        connection.send(welcome(greeting, node_name, 0, __version__))
+        worker = greeting.worker
+        before = self._workers.pop(worker, None)
+        if before is not None:
+            before.close()
+        self._workers[worker] = connection
+        connection.on_message = partial(self._worker_said, worker)
+        connection.on_close = partial(self._worker_closed, worker, connection)
+        self._meet(worker)
+
+    def _meet(self, worker: str) -> None:
+        """A worker can copy once both it and the node have spoken of it."""
+        if self._modes.get(worker) == "worker" and worker in self._workers:
+            self._desk.joined(worker, time.monotonic())
+
+    def _worker_said(self, worker: str, message: Message, fds: list[int]) -> None:
+        close_all(fds)
+        if isinstance(message, Copied) and self._modes.get(worker) == "worker":
+            self._desk.copied(message, time.monotonic())
+
+    def _worker_closed(self, worker: str, connection: Connection) -> None:
+        if self._workers.get(worker) is connection:
+            del self._workers[worker]
+            if self._modes.get(worker) == "worker":
+                self._desk.gone(worker, time.monotonic())
+
+    def _pool_joined(self, message: PoolJoined, fds: list[int]) -> None:
+        if message.mode == "shared":
+            try:
+                self._pools[message.worker] = SharedPool.attach(message.pool, fds)
+            except (GeometryError, OSError) as error:
+                log.warning("the pool of %s cannot be mapped: %s", message.worker, error)
+                return
+            self._modes[message.worker] = "shared"
+            self._desk.joined(message.worker, time.monotonic())
+            return
+        close_all(fds)
+        self._modes[message.worker] = "worker"
+        self._meet(message.worker)
+
+    def _pool_left(self, worker: str) -> None:
+        self._modes.pop(worker, None)
+        pool = self._pools.get(worker)
+        if pool is None:
+            self._desk.gone(worker, time.monotonic())
+            connection = self._workers.pop(worker, None)
+            if connection is not None:
+                connection.close()
+            return
+        self._desk.gone(worker, time.monotonic())
+        self._loop.call(partial(self._unmap_when_quiet, worker))
+
+    def _unmap_when_quiet(self, worker: str) -> None:
+        node = self._node
+        if node is not None and not node.engine.wait_idle(0):
+            self._loop.call(partial(self._unmap_when_quiet, worker))
+            return
+        pool = self._pools.pop(worker, None)
+        if pool is not None:
+            pool.close()
+
+    # --- copies -----------------------------------------------------------------------------------------
+
+    def _new_desk(self) -> CopyDesk:
+        bounds = Bounds(max_batches=_BATCHES, max_bytes=_BATCHES * self._config.gpu.batch_bytes)
+        return CopyDesk(self._carry_out, self._cancel, self._tell_node, bounds)
+
+    def _carry_out(self, copy: Copy) -> None:
+        if self._modes.get(copy.worker) == "worker":
+            self._workers[copy.worker].send(copy)
+            return
+        node = self._node
+        assert node is not None, "copies are only asked for by a node"
+        try:
+            binding = self._pools[copy.worker].pool.bind(page_tables(copy))
+            batch = CopyBatch(
+                copy.job,
+                copy.batch,
+                copy.direction,
+                binding,
+                tuple(copy_item(item) for item in copy.items),
+                verify=copy.verify or copy.direction == "gather",
+            )
+            node.engine.submit(batch, lambda result: self._loop.call(partial(self._ended, result)))
+        except KvtierError as error:
+            failed = [(index, f"error: {error}") for index in range(len(copy.items))]
+            answer = Copied(job=copy.job, batch=copy.batch, ok=False, failed=failed)
+            self._loop.call(partial(self._finish, answer))
+
+    def _ended(self, result: CopyResult) -> None:
+        answer = Copied(
+            job=result.job,
+            batch=result.batch,
+            ok=result.ok,
+            checksums=list(result.checksums),
+            failed=list(result.failed),
+            bytes=result.bytes,
+            seconds=result.seconds,
+        )
+        self._finish(answer)
+
+    def _finish(self, answer: Copied) -> None:
+        # A worker that left is not on the desk any more, but its node waits for the end of this copy.
+        if not self._desk.copied(answer, time.monotonic()):
+            self._tell_node(answer)
+
+    def _cancel(self, worker: str, message: CancelCopies) -> None:
+        if self._modes.get(worker) == "worker":
+            if worker in self._workers:
+                self._workers[worker].send(message)
+        elif self._node is not None:
+            self._node.engine.cancel(message.job)

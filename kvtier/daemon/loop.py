@@ -1,0 +1,108 @@
+"""One thread that waits for sockets, processes and other threads, and calls back.
+
+Everything that belongs to a service happens in its loop's thread, so nothing there needs a lock; other
+threads hand work over with `call`.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import selectors
+import threading
+import time
+from collections.abc import Callable
+
+
+class Loop:
+    """Calls back when a descriptor is ready, when asked from another thread, and every `tick_s`."""
+
+    def __init__(self, tick_s: float, on_tick: Callable[[], None]) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._tick_s = tick_s
+        self._on_tick = on_tick
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._running = True
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
+
+    def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
+        """Call back whenever the descriptor is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, on_readable)
+
+    def watch_writable(self, fd: int, on_readable: Callable[[], None], wanted: bool) -> None:
+        """Also call back when the descriptor, which is watched already, is writable; or no longer."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
+        self._selector.modify(fd, events, on_readable)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching. Must come before the descriptor is closed."""
+        self._selector.unregister(fd)
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Have the loop's thread do this soon. From any thread."""
+        self._calls.append(work)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """End `run`. From any thread."""
+        self.call(self._end)
+
+    def run(self) -> None:
+        """Work until stopped. What a callback raises ends it and is raised here."""
+        next_tick_s = time.monotonic() + self._tick_s
+        try:
+            while self._running:
+                wait_s = max(0.0, next_tick_s - time.monotonic())
+                for key, _ in self._selector.select(wait_s):
+                    # A callback before this one may have ended what this one is about.
+                    if self._selector.get_map().get(key.fd) is key:
+                        key.data()
+                if time.monotonic() >= next_tick_s:
+                    self._on_tick()
+                    next_tick_s = time.monotonic() + self._tick_s
+        finally:
+            self._selector.close()
+            os.close(self._wake_fd)
+
+    def _woken(self) -> None:
+        os.eventfd_read(self._wake_fd)
+        while self._calls:
+            self._calls.popleft()()
+
+    def _end(self) -> None:
+        self._running = False
+
+
+class LoopThread:
+    """A loop in a thread of its own; keeps what ended it."""
+
+    def __init__(self, loop: Loop, name: str, cleanup: Callable[[], None]) -> None:
+        self._loop = loop
+        self._cleanup = cleanup
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ask the loop to end, and wait for it; answers whether it did."""
+        if self._thread.is_alive():
+            self._loop.stop()
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether the thread ended within the time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run()
+        except BaseException as error:
+            self.failure = error
+            raise
+        finally:
+            self._cleanup()

@@ -1,0 +1,148 @@
+"""What a node tells Prometheus: a plain snapshot of numbers, and the collector that turns it into metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, get_args
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from kvtier.receipts import LEVELS, Reason
+
+SOURCES: Final = ("host", "disk")
+# Series exist from the first scrape on, so that the first event shows in a rate.
+REASONS: Final[tuple[str, ...]] = tuple(reason for reason in get_args(Reason) if reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of durations. counts[i]: up to bounds_s[i] and over the bound before; the last one: the rest."""
+
+    bounds_s: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    sum_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierMetrics:
+    """One tier at one instant."""
+
+    name: str
+    ready: bool
+    capacity_bytes: int
+    used_bytes: int
+    limbo_bytes: int = 0
+    objects: int = 0
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMetrics:
+    """A node at one instant; counts are since its start.
+
+    parks: by the level reached.  restores: restores that loaded anything, by source; one that loaded from
+    both counts in both.  misses: parks and restores that fell short, by receipts.Reason.  errors: by kind.
+    backpressure_s: time that parks waited for room.
+    """
+
+    node: str
+    version: str
+    ready: bool
+    tiers: tuple[TierMetrics, ...] = ()
+    parks: Mapping[str, float] = field(default_factory=dict)
+    restores: Mapping[str, float] = field(default_factory=dict)
+    misses: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    restore_s: Histogram = Histogram()
+    backpressure_s: float = 0.0
+    disk_written_bytes: float = 0.0
+    workers: int = 0
+    conversations: int = 0
+    waiting_parks: int = 0
+
+
+class NodeCollector(Collector):
+    """Asks for a snapshot at each scrape. snapshot is called in the thread of the HTTP request."""
+
+    def __init__(self, snapshot: Callable[[], NodeMetrics]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: asking at registration would need a node that runs already."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics of this instant."""
+        now = self._snapshot()
+        yield InfoMetricFamily("kvtier_node", "This node.", {"node": now.node, "version": now.version})
+        yield GaugeMetricFamily("kvtier_ready", "1 when the node serves.", float(now.ready))
+        yield from _tiers(now.tiers)
+        yield _counter("kvtier_parks", "Parks by the level reached.", "level", _with(LEVELS, now.parks))
+        yield _counter("kvtier_restores", "Restores by source.", "source", _with(SOURCES, now.restores))
+        yield _counter(
+            "kvtier_misses", "Parks and restores that fell short.", "reason", _with(REASONS, now.misses)
+        )
+        yield _counter("kvtier_errors", "Errors by kind.", "kind", now.errors)
+        yield _histogram("kvtier_restore_seconds", "Time from restore to its receipt.", now.restore_s)
+        yield CounterMetricFamily(
+            "kvtier_backpressure_seconds", "Time that parks waited for room.", now.backpressure_s
+        )
+        yield CounterMetricFamily(
+            "kvtier_disk_written_bytes", "Bytes written to the drive.", now.disk_written_bytes
+        )
+        yield GaugeMetricFamily("kvtier_workers", "Attached workers.", now.workers)
+        yield GaugeMetricFamily("kvtier_conversations", "Parked conversations.", now.conversations)
+        yield GaugeMetricFamily("kvtier_waiting_parks", "Parks that wait for room now.", now.waiting_parks)
+
+
+def make_registry(snapshot: Callable[[], NodeMetrics]) -> CollectorRegistry:
+    """A registry with the node's metrics alone: several nodes of one process do not meet."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(NodeCollector(snapshot))
+    return registry
+
+
+def _tiers(tiers: tuple[TierMetrics, ...]) -> Iterator[Metric]:
+    for name, text, values in (
+        ("kvtier_tier_ready", "1 when the tier works.", [float(t.ready) for t in tiers]),
+        ("kvtier_tier_capacity_bytes", "Hard bound of the tier.", [t.capacity_bytes for t in tiers]),
+        ("kvtier_tier_used_bytes", "Bytes in use.", [t.used_bytes for t in tiers]),
+        ("kvtier_tier_limbo_bytes", "Bytes that a copy may still touch.", [t.limbo_bytes for t in tiers]),
+        ("kvtier_tier_objects", "Objects held.", [t.objects for t in tiers]),
+        ("kvtier_tier_quarantined_objects", "Objects whose check failed.", [t.quarantined for t in tiers]),
+    ):
+        family = GaugeMetricFamily(name, text, labels=["tier"])
+        for tier, value in zip(tiers, values, strict=True):
+            family.add_metric([tier.name], value)
+        yield family
+
+
+def _with(known: tuple[str, ...], counts: Mapping[str, float]) -> dict[str, float]:
+    return dict.fromkeys(known, 0.0) | dict(counts)
+
+
+def _counter(name: str, text: str, label: str, counts: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
+    family = HistogramMetricFamily(name, text)
+    below = 0
+    buckets: list[tuple[str, float]] = []
+    for bound, count in zip((*map(str, histogram.bounds_s), "+Inf"), histogram.counts, strict=True):
+        below += count
+        buckets.append((bound, below))
+    family.add_metric([], buckets, histogram.sum_s)
+    return family

@@ -1,0 +1,269 @@
+"""The node's own service: owns host memory, the core and the node's socket."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from kvtier import __version__, paths
+from kvtier.config import Config
+from kvtier.config_secrets import tenant_secret
+from kvtier.daemon.connection import Connection, Listener, Peer, access_of, welcome
+from kvtier.daemon.host_memory import make_host
+from kvtier.daemon.loop import Loop, LoopThread
+from kvtier.daemon.question import Question
+from kvtier.errors import KvtierError
+from kvtier.messages import Attach, Attached, Hello, Message
+from kvtier.node.core import NodeCore
+from kvtier.node.events import (
+    ArenaGrew,
+    EventsJoined,
+    Left,
+    ProcessEnded,
+    Received,
+    Send,
+    Stimulus,
+    Tick,
+)
+from kvtier.node.journal import JournaledCore, Origin
+from kvtier.node.settings import NodeSettings
+from kvtier.policy.defaults import make_policies
+from kvtier.tier_messages import PoolJoined, PoolLeft
+from kvtier.wire import close_all
+
+if TYPE_CHECKING:
+    from kvtier.daemon.http import HealthServer
+
+Answer = TypeVar("Answer")
+
+# Leases and deadlines are looked at this often.
+_TICK_S = 0.02
+_SERVICES = ("disk", "gpu")
+
+
+@dataclass(slots=True)
+class _Link:
+    """A connection that has joined. gone: closed, but its process may live. worth_watching: it may copy."""
+
+    name: str
+    connection: Connection
+    peer: Peer
+    copies: bool
+    gone: bool = False
+
+
+class NodeService:
+    """Serves workers, clients and tier services at `<runtime_dir>/node.sock`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._links: dict[str, _Link] = {}
+        self._events: dict[str, Connection] = {}
+        self._unsent: dict[str, deque[Message]] = {}
+        self._pool_fds: dict[str, list[int]] = {}
+        self._arriving_fds: list[int] = []
+        self._serial = 0
+        self._journal: BinaryIO | None = None
+        self._endpoints: HealthServer | None = None
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take memory, listen, and return. Raises KvtierError when the settings do not work here."""
+        config = self._config
+        secret = tenant_secret(config)
+        self._make_runtime_dir()
+        self._loop = Loop(_TICK_S, lambda: self._handle(Tick()))
+        self._host = make_host(config, self._grew)
+        try:
+            self._make_core(secret)
+            self._listener = Listener(
+                self._loop, paths.node_socket(config.node.runtime_dir), access_of(config), self._join
+            )
+            if config.metrics.enabled:
+                # Only here: what serves metrics is not installed where the daemon is embedded.
+                from kvtier.daemon.endpoints import serve_endpoints
+
+                self._endpoints = serve_endpoints(config, self.ask)
+        except BaseException:
+            self._host.close()
+            raise
+        self._thread = LoopThread(self._loop, "kvtier-node", self._close)
+        self._thread.start()
+
+    def stop(self, grace_s: float) -> None:
+        """End; workers see misses from now on."""
+        self._thread.stop(grace_s)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether the service ended within the time."""
+        return self._thread.wait(timeout_s)
+
+    def health(self) -> dict[str, Any]:
+        """Alive, ready, and where it serves."""
+        failure = self._thread.failure
+        report = self.ask(NodeCore.status)
+        return {
+            "alive": not self._thread.wait(0),
+            "ready": report is not None and report.ready,
+            "failure": repr(failure) if failure else "",
+            "metrics_port": self._endpoints.port if self._endpoints else 0,
+        }
+
+    def ask(self, question: Callable[[NodeCore], Answer]) -> Answer | None:
+        """Have the loop's thread put a question to the core; None when it does not answer. Any thread."""
+        return Question(question).put(self._loop, self._core)
+
+    def _make_runtime_dir(self) -> None:
+        access = self._config.access
+        open_to_others = bool(access.allowed_uids or access.token_file)
+        folder = Path(self._config.node.runtime_dir)
+        try:
+            folder.mkdir(mode=0o755 if open_to_others else 0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise KvtierError(
+                f"cannot make {folder}: {error.strerror}", fix="choose another node.runtime_dir"
+            ) from error
+
+    def _make_core(self, secret: bytes) -> None:
+        """The core, and `_tell`, which gives it stimuli and keeps the journal if one is wanted."""
+        config = self._config
+        # Nanoseconds of this start: greater than any earlier one's, also after kill -9.
+        epoch = time.time_ns() // 1_000_000
+        seed = int.from_bytes(os.urandom(8), "little")
+        sizes = list(self._host.sizes[:-1])
+        settings = NodeSettings(
+            node=config.node.name,
+            batch_bytes=config.gpu.batch_bytes,
+            plan_lease_s=config.leases.plan_s,
+            copy_lease_s=config.leases.copy_s,
+            verify=config.host.verify == "always",
+            software=__version__,
+            disk_expected=config.disk.enabled,
+        )
+        self._epoch = epoch
+        self._core = NodeCore(
+            settings,
+            self._host,
+            make_policies(config.policy.name, config.policy.restore),
+            secret,
+            random.Random(seed),
+            epoch=epoch,
+            arena_bytes=sizes,
+            generation_slots=self._host.generation_slots,
+        )
+        self._tell: Callable[[float, Stimulus], list[Send]] = self._core.handle
+        if config.log.stimulus_log == "off":
+            return
+        self._journal = open(config.log.stimulus_log, "ab")  # noqa: SIM115  (closed with the service)
+        digest = hashlib.sha256(secret).hexdigest()
+        origin = Origin(settings, digest, seed, epoch, tuple(sizes), self._host.generation_slots)
+        self._tell = JournaledCore(self._core, origin, self._journal.write).handle
+
+    def _close(self) -> None:
+        """In the loop's thread, after its end."""
+        if self._endpoints is not None:
+            self._endpoints.close()
+        self._listener.close()
+        for link in self._links.values():
+            os.close(link.peer.pidfd)
+        for fds in self._pool_fds.values():
+            close_all(fds)
+        self._host.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    # --- connections ------------------------------------------------------------------------------------
+
+    def _join(self, connection: Connection, peer: Peer, hello: Hello) -> None:
+        self._serial += 1
+        name = f"{hello.role}:{self._serial}"
+        if hello.role == "copy":
+            connection.close()
+            os.close(peer.pidfd)
+            return
+        link = _Link(name, connection, peer, copies=hello.role in _SERVICES)
+        self._links[name] = link
+        connection.on_close = lambda: self._left(link)
+        connection.on_message = lambda message, fds: self._message(link, message, fds)
+        connection.send(welcome(hello, self._config.node.name, self._epoch, __version__))
+        if hello.role == "events":
+            self._events[hello.worker] = connection
+            for message in self._unsent.pop(hello.worker, ()):
+                connection.send(message)
+            self._handle(EventsJoined(hello.worker))
+        self._loop.watch(peer.pidfd, lambda: self._ended(link))
+
+    def _message(self, link: _Link, message: Message, fds: list[int]) -> None:
+        self._arriving_fds = fds
+        if isinstance(message, Attach):
+            link.copies = True
+        self._handle(Received(link.name, message))
+        close_all(self._arriving_fds)
+        self._arriving_fds = []
+
+    def _left(self, link: _Link) -> None:
+        link.gone = True
+        self._events = {worker: c for worker, c in self._events.items() if c is not link.connection}
+        self._handle(Left(link.name))
+        if not link.copies:
+            self._forget(link)
+
+    def _ended(self, link: _Link) -> None:
+        """The process behind a connection is gone."""
+        link.copies = False
+        if not link.gone:
+            link.connection.close()
+        else:
+            self._forget(link)
+        self._handle(ProcessEnded(link.name))
+
+    def _forget(self, link: _Link) -> None:
+        if self._links.pop(link.name, None) is not None:
+            self._loop.unwatch(link.peer.pidfd)
+            os.close(link.peer.pidfd)
+
+    # --- the core ---------------------------------------------------------------------------------------
+
+    def _grew(self, sub_arena: int, ready_bytes: int) -> None:
+        """From the prefault thread."""
+        self._loop.call(lambda: self._handle(ArenaGrew(sub_arena, ready_bytes)))
+
+    def _handle(self, stimulus: Stimulus) -> None:
+        for send in self._tell(time.time(), stimulus):
+            self._carry_out(send)
+
+    def _carry_out(self, send: Send) -> None:
+        message = send.message
+        if isinstance(message, Attached):
+            self._pool_fds[message.worker], self._arriving_fds = self._arriving_fds, []
+        if send.peer.startswith("worker:"):
+            self._to_worker(send.peer, message)
+        else:
+            link = self._links.get(send.peer)
+            if link is not None and not link.gone:
+                link.connection.send(message, self._fds_for(send))
+        if isinstance(message, PoolLeft):
+            close_all(self._pool_fds.pop(message.worker, []))
+            self._unsent.pop(message.worker, None)
+
+    def _to_worker(self, worker: str, message: Message) -> None:
+        connection = self._events.get(worker)
+        if connection is not None:
+            connection.send(message)
+        elif worker in self._pool_fds:
+            self._unsent.setdefault(worker, deque()).append(message)
+
+    def _fds_for(self, send: Send) -> list[int]:
+        if send.fds == "arenas":
+            return list(self._host.fds)
+        if send.fds == "pool" and isinstance(send.message, PoolJoined):
+            return self._pool_fds.get(send.message.worker, [])
+        return []
