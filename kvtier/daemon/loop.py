@@ -23,6 +23,7 @@ class Loop:
         self._on_tick = on_tick
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._running = True
+        self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
 
@@ -40,9 +41,11 @@ class Loop:
         self._selector.unregister(fd)
 
     def call(self, work: Callable[[], None]) -> None:
-        """Have the loop's thread do this soon. From any thread."""
+        """Have the loop's thread do this soon; nothing happens once it ended. From any thread."""
         self._calls.append(work)
-        os.eventfd_write(self._wake_fd, 1)
+        with self._lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
         """End `run`. From any thread."""
@@ -51,19 +54,22 @@ class Loop:
     def run(self) -> None:
         """Work until stopped. What a callback raises ends it and is raised here."""
         next_tick_s = time.monotonic() + self._tick_s
-        try:
-            while self._running:
-                wait_s = max(0.0, next_tick_s - time.monotonic())
-                for key, _ in self._selector.select(wait_s):
-                    # A callback before this one may have ended what this one is about.
-                    if self._selector.get_map().get(key.fd) is key:
-                        key.data()
-                if time.monotonic() >= next_tick_s:
-                    self._on_tick()
-                    next_tick_s = time.monotonic() + self._tick_s
-        finally:
+        while self._running:
+            wait_s = max(0.0, next_tick_s - time.monotonic())
+            for key, _ in self._selector.select(wait_s):
+                # A callback before this one may have ended what this one is about.
+                if self._selector.get_map().get(key.fd) is key:
+                    key.data()
+            if time.monotonic() >= next_tick_s:
+                self._on_tick()
+                next_tick_s = time.monotonic() + self._tick_s
+
+    def close(self) -> None:
+        """Give back the loop's own descriptors; what it watches is its owner's. After `run` has ended."""
+        with self._lock:
             self._selector.close()
             os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake_fd)
@@ -106,3 +112,4 @@ class LoopThread:
             raise
         finally:
             self._cleanup()
+            self._loop.close()

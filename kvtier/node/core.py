@@ -36,11 +36,13 @@ from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
+from kvtier.node.reports import status_report
 from kvtier.node.restores import RestoreJob, Restores
 from kvtier.node.room import Room
 from kvtier.node.settings import NodeSettings
 from kvtier.node.state import NodeState, count
 from kvtier.policy.interfaces import Policies
+from kvtier.receipts import StatusReport
 from kvtier.tier import Slot
 
 # After these nothing can have ended, so nobody who waits needs another look.
@@ -103,9 +105,9 @@ class NodeCore:
         """Whether anything is under way that time can end."""
         return bool(self._copies.all()) or self.state.host.next_end_s() is not None
 
-    def waiting_parks(self) -> int:
-        """Parks that wait for room."""
-        return self._parks.waiting()
+    def status(self) -> StatusReport:
+        """The node at this instant."""
+        return status_report(self.state, self._parks.waiting())
 
     # --- messages ---------------------------------------------------------------------------------------
 

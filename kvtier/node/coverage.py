@@ -45,7 +45,7 @@ def restored_end(pieces: Sequence[Piece]) -> int:
 def _full_front(
     blocks: Sequence[Block], geometry: Geometry, shard: str, source_of: SourceOf, at_most: int
 ) -> list[list[Piece]]:
-    groups = [g for g, group in enumerate(geometry.groups) if group.kind == "full"]
+    groups = [g for g, group in enumerate(geometry.groups) if group.kind == "full" and not group.empty]
     front: list[list[Piece]] = []
     for index, block in enumerate(blocks):
         if block.end > at_most:
@@ -65,7 +65,7 @@ def _pieces_at(
     tokens = blocks[last].end
     found: list[Piece] = []
     for group, shape in enumerate(geometry.groups):
-        if shape.kind == "full":
+        if shape.kind == "full" or shape.empty:
             continue
         if shape.kind == "state":
             piece = _piece(blocks[last], last, group, shard, source_of)

@@ -24,8 +24,8 @@ class HostMemory(Protocol):
     def remove(self, object_id: ObjectId) -> int: ...
     def usage(self) -> TierUsage: ...
 
-    def withdraw(self, slot: Slot) -> None:
-        """Forget a committed object, leased or not; its room is free once its holders are out."""
+    def withdraw(self, slot: Slot) -> bool:
+        """Forget a committed object, leased or not; answers whether it was there still."""
 
     def quarantine(self, slot: Slot) -> None:
         """Forget a committed object whose bytes are wrong, leased or not, and count it."""

@@ -44,14 +44,14 @@ class Origin:
 class JournaledCore:
     """A NodeCore that writes down what it is told. write: takes bytes, in order; must not raise."""
 
-    def __init__(self, core: NodeCore, origin: Origin, write: Callable[[bytes], None]) -> None:
-        self._core = core
+    def __init__(self, core: NodeCore, origin: Origin, write: Callable[[bytes], object]) -> None:
+        self.core = core
         self._write = write
         write(msgpack.packb({"origin": msgspec.to_builtins(asdict(origin))}))
 
     def handle(self, now_s: float, stimulus: Stimulus) -> list[Send]:
         """See NodeCore.handle."""
-        sends = self._core.handle(now_s, stimulus)
+        sends = self.core.handle(now_s, stimulus)
         entry = {"at_s": now_s, **pack(stimulus), "sends": digest(sends)}
         self._write(msgpack.packb(entry))
         return sends

@@ -34,6 +34,8 @@ def needed_objects(
     places = [BlockRef(b.key, b.parent, b.start, b.tokens) for b in prefix] + list(refs)
     metas: list[ObjectMeta] = []
     for group, shape in enumerate(geometry.groups):
+        if shape.empty:
+            continue
         first_new = refs[0].start if shape.kind == "full" else 0
         for ref, first_valid in _rows(shape, places, first_new, held[group]):
             nbytes = shape.object_bytes(ref.tokens, first_valid)

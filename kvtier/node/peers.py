@@ -175,7 +175,7 @@ def _check_attach(message: Attach) -> None:
             fix="attach with Fingerprint.of_directory(...) or Fingerprint.of_revision(...)",
         )
     geometry = message.geometry
-    if not geometry.groups or not message.shard:
+    if all(group.empty for group in geometry.groups) or not message.shard:
         raise GeometryError("the pool names no layer group or no shard", fix="attach with its geometry")
     if geometry.block_tokens < 1 or geometry.page_tokens < 1 or geometry.block_tokens % geometry.page_tokens:
         raise GeometryError(
@@ -183,6 +183,6 @@ def _check_attach(message: Attach) -> None:
             fix="choose block_tokens as a multiple of the engine's page",
         )
     for group in geometry.groups:
-        size = group.state_bytes if group.kind == "state" else group.token_bytes
-        if size < 1 or (group.kind == "sliding" and group.window_tokens < 1):
+        windowless = group.kind == "sliding" and group.window_tokens < 1
+        if windowless or group.token_bytes < 0 or group.state_bytes < 0:
             raise GeometryError(f"a {group.kind} layer group has no size or window", fix="check the pool")
