@@ -9,9 +9,10 @@ from kvtier.host.limits import auto_capacity, memory_limit
 from kvtier.host.tier import HostTier
 
 
-def make_host(config: Config, on_ready: Callable[[int, int], None]) -> HostTier:
+def make_host(config: Config, epoch: int, on_ready: Callable[[int, int], None]) -> HostTier:
     """The arena; on_ready(sub_arena, ready_bytes) comes from the thread that faults it in.
 
+    epoch: greater than that of any earlier start, so that no slot of an earlier arena passes for one of this.
     Raises ConfigError when it would not fit into what this machine or container has.
     """
     settings = config.host
@@ -25,5 +26,6 @@ def make_host(config: Config, on_ready: Callable[[int, int], None]) -> HostTier:
         limit=limit,
         numa_nodes=None if settings.numa == "auto" else [],
         on_ready=on_ready,
+        first_generation=epoch,
         fault_in=settings.prefault,
     )

@@ -81,7 +81,9 @@ class NodeService:
         secret = tenant_secret(config)
         self._make_runtime_dir()
         self._loop = Loop(_TICK_S, lambda: self._handle(Tick()))
-        self._host = make_host(config, self._grew)
+        # Milliseconds: greater than at any earlier start, also after kill -9.
+        self._epoch = time.time_ns() // 1_000_000
+        self._host = make_host(config, self._epoch, self._grew)
         try:
             self._make_core(secret)
             self._listener = Listener(
@@ -135,8 +137,6 @@ class NodeService:
     def _make_core(self, secret: bytes) -> None:
         """The core, and `_tell`, which gives it stimuli and keeps the journal if one is wanted."""
         config = self._config
-        # Nanoseconds of this start: greater than any earlier one's, also after kill -9.
-        epoch = time.time_ns() // 1_000_000
         seed = int.from_bytes(os.urandom(8), "little")
         sizes = list(self._host.sizes[:-1])
         settings = NodeSettings(
@@ -148,14 +148,13 @@ class NodeService:
             software=__version__,
             disk_expected=config.disk.enabled,
         )
-        self._epoch = epoch
         self._core = NodeCore(
             settings,
             self._host,
             make_policies(config.policy.name, config.policy.restore),
             secret,
             random.Random(seed),
-            epoch=epoch,
+            epoch=self._epoch,
             arena_bytes=sizes,
             generation_slots=self._host.generation_slots,
         )
@@ -164,7 +163,7 @@ class NodeService:
             return
         self._journal = open(config.log.stimulus_log, "ab")  # noqa: SIM115  (closed with the service)
         digest = hashlib.sha256(secret).hexdigest()
-        origin = Origin(settings, digest, seed, epoch, tuple(sizes), self._host.generation_slots)
+        origin = Origin(settings, digest, seed, self._epoch, tuple(sizes), self._host.generation_slots)
         self._tell = JournaledCore(self._core, origin, self._journal.write).handle
 
     def _close(self) -> None:

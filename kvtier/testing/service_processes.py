@@ -1,0 +1,139 @@
+"""A whole node as three processes without Ray, which tests and benchmarks can stop and kill one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kvtier import paths
+from kvtier.client import Client, connect
+from kvtier.config import load
+from kvtier.config_text import to_toml
+from kvtier.errors import DaemonNotFound
+from kvtier.waiting import wait_until
+
+_READY_S = 30.0
+_FAULTED_S = 120.0
+_GRACE_S = 15.0
+
+
+class ServiceProcesses:
+    """Started by `with`; ended, and all its processes with it, at the end of the block.
+
+    folder: for sockets, secrets and the store; kept.  settings: by dotted name, as for `kvtier.config.load`.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+        self._folder = Path(folder)
+        overrides = {
+            "node.name": "test",
+            "node.runtime_dir": str(self._folder / "run"),
+            "node.state_dir": str(self._folder / "state"),
+            "host.capacity_bytes": 64 << 20,
+            "disk.capacity_bytes": 256 << 20,
+            "disk.segment_bytes": 16 << 20,
+            "metrics.enabled": False,
+            **(settings or {}),
+        }
+        self.config = load(None, overrides)
+        self.socket_path = str(paths.node_socket(self.config.node.runtime_dir))
+        self._settings = self._folder / "settings.toml"
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> ServiceProcesses:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._settings.write_text(to_toml(self.config))
+        try:
+            self.start_all()
+        except BaseException:
+            self.stop_all()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_all()
+
+    @property
+    def names(self) -> list[str]:
+        """The services of this node."""
+        return ["node", "gpu", *(["disk"] if self.config.disk.enabled else [])]
+
+    def start_all(self) -> None:
+        """Start what does not run, and wait until the node is ready. Raises DaemonNotFound."""
+        for name in self.names:
+            if name not in self._processes:
+                self.start(name)
+        with connect(self.socket_path, required=False) as client:
+            if not wait_until(lambda: _is_ready(client), _READY_S):
+                raise DaemonNotFound(f"the services in {self._folder} did not become ready")
+
+    def start(self, name: str) -> None:
+        """Start one service and wait until it runs."""
+        command = [sys.executable, "-m", "kvtier.testing.run_service", name, str(self._settings)]
+        log = (self._folder / f"{name}.log").open("a")
+        with log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        self._processes[name] = process
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            self.kill(name)
+            raise DaemonNotFound(f"{name} did not start", fix=(self._folder / f"{name}.log").read_text())
+
+    def pid(self, name: str) -> int:
+        """Of a running service."""
+        return self._processes[name].pid
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Stop it (SIGSTOP), let it go on (SIGCONT), or worse."""
+        os.kill(self.pid(name), number)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and wait until it is gone."""
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+    def kill_all(self) -> None:
+        """SIGKILL all that run, before waiting for any."""
+        for process in self._processes.values():
+            process.kill()
+        for name in list(self._processes):
+            self.kill(name)
+
+    def stop_all(self) -> None:
+        """End all that run, politely first."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        for process in self._processes.values():
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                continue
+        self.kill_all()
+
+    def wait_faulted(self, client: Client) -> None:
+        """Until all of host memory is faulted in."""
+
+        def all_there() -> bool:
+            return all(tier.state == "ready" for tier in client.status().tiers if tier.name == "host")
+
+        if not wait_until(all_there, _FAULTED_S):
+            raise DaemonNotFound("host memory was not faulted in within two minutes")
+
+
+def _is_ready(client: Client) -> bool:
+    try:
+        return client.status().ready
+    except DaemonNotFound:
+        return False
