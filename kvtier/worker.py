@@ -1,0 +1,388 @@
+"""A serving worker's side: park, plan and restore against the node's daemon.
+
+None of these calls raises for what the daemon cannot do at present: without it a park keeps nothing, a plan
+computes everything, and both say 'daemon_unavailable'.  A caller's mistake is raised before anything is sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from kvtier.arguments import DEFAULT_TENANT, Duration, name, one_of, optional_seconds, seconds
+from kvtier.attachment import Attachment, MakeEngine, attach
+from kvtier.errors import DaemonNotFound, KvtierError, MalformedMessage, ProtocolError
+from kvtier.handles import QUIET_S, ParkHandle, RestoreHandle
+from kvtier.link import Link, LinkSettings, Prepared
+from kvtier.messages import (
+    Detach,
+    Done,
+    DropPlan,
+    Failed,
+    MakePlan,
+    Message,
+    Park,
+    ParkStarted,
+    Planned,
+    Restore,
+    RestoreStarted,
+)
+from kvtier.objects import Shard
+from kvtier.page_use import PageUse, ParkUse, RestoreUse, missed
+from kvtier.receipts import RestoreReceipt, TokenRange
+from kvtier.wire import Channel, ChannelTimeout, expect
+from kvtier.worker_inputs import (
+    NO_FRONT,
+    Front,
+    ModelIdentity,
+    WorkerPlan,
+    WorkerPool,
+    attach_request,
+    extras_list,
+    pack,
+    page_bytes,
+)
+
+if TYPE_CHECKING:
+    from kvtier.worker_inputs import AnyPool
+
+Answer = TypeVar("Answer", bound=Message)
+Started = TypeVar("Started", ParkStarted, RestoreStarted)
+CALL_TIMEOUT_S = 1.0
+# The node ends what is late by itself; only after this time the worker does.
+RESTORE_GRACE_S = 0.1
+PARK_GRACE_S = 1.0
+DETACH_S = 1.0
+LEVELS = ("host", "disk")
+SHARES = ("prefix", "conversation")
+
+
+class Worker:
+    """Made by `Client.attach`. All calls from any thread of the process that made it."""
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        model: ModelIdentity,
+        pool: AnyPool,
+        *,
+        shard: Shard,
+        call_timeout_s: float,
+        make_engine: MakeEngine | None,
+        required: bool,
+    ) -> None:
+        self._pool = WorkerPool(pool)
+        self._request = attach_request(model, self._pool, shard)
+        self._call_timeout_s = call_timeout_s
+        self._make_engine = make_engine
+        self._requests = itertools.count(1)
+        self._attachment: Attachment | None = None
+        self._lost: list[Attachment] = []
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._closed = False
+        self._link = Link(settings, self._prepare, self._on_lost)
+        try:
+            self._link.start(required=required)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def attached(self) -> bool:
+        """Whether the daemon takes calls at present."""
+        return self._link.connected
+
+    @property
+    def detail(self) -> str:
+        """Why it does not, or did not the last time."""
+        return self._link.reason
+
+    # --- serving calls ----------------------------------------------------------------------------------
+
+    def park(
+        self,
+        conversation: str,
+        tokens: Any,
+        pages: Any,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        level: Literal["host", "disk"] = "host",
+        returns_in_s: Duration | None = None,
+        keep_for_s: Duration | None = None,
+        share: Literal["prefix", "conversation"] = "prefix",
+        private_from: int = 0,
+        extras: Sequence[tuple[int, bytes]] = (),
+        fidelity: str = "exact",
+        after: Front = NO_FRONT,
+        timeout_s: Duration = 30.0,
+    ) -> ParkHandle:
+        """Store the KV of `tokens`, which lies in `pages`, under the conversation's name.
+
+        tokens: all of them, as `keys.pack_tokens` takes them.  pages: page ids in order of position, one
+        list or one for each layer group, or a Binding.  share, private_from: 'conversation' shares nothing
+        from token private_from on.  extras: (position, digest) of LoRA, images, cache salts.  after: a known
+        front, whose tokens are not sent and not keyed again.  timeout_s: for the asked level to be reached.
+
+        The pages must not change before `released` is set on what is returned.  Raises ConfigError,
+        TokensError, GeometryError, MessageTooLarge: before anything is sent, or as the node refuses it.
+        """
+        limit_s = seconds("timeout_s", timeout_s)
+        one_of("level", level, LEVELS)
+        one_of("share", share, SHARES)
+        names = (name("conversation", conversation), name("tenant", tenant))
+        packed, count = pack(tokens, after)
+        binding = self._pool.bind(pages, count)
+        attachment = self._attachment
+        use = ParkUse(
+            next(self._requests),
+            binding,
+            limit_s=time.monotonic() + limit_s + PARK_GRACE_S,
+            copies_here=_copies_here(attachment),
+            names=names,
+            level=level,
+        )
+        message = Park(
+            worker="" if attachment is None else attachment.worker,
+            request=use.request,
+            conversation=conversation,
+            tenant=tenant,
+            tokens=packed,
+            after_key=after.key,
+            after_tokens=after.tokens,
+            extras=extras_list(extras),
+            held_from=list(binding.bases),
+            level=level,
+            share=share,
+            private_from=private_from,
+            fidelity=name("fidelity", fidelity),
+            returns_in_s=optional_seconds("returns_in_s", returns_in_s),
+            keep_for_s=optional_seconds("keep_for_s", keep_for_s),
+            timeout_s=limit_s,
+            pages=[] if use.copies_here else page_bytes(binding),
+        )
+        self._begin(attachment, use, (message, ParkStarted), self._call_timeout_s)
+        return ParkHandle(use, lambda: self._cancel(attachment, use))
+
+    def plan(
+        self,
+        conversation: str | None,
+        tokens: Any,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        extras: Sequence[tuple[int, bytes]] = (),
+        fidelity: str = "exact",
+        after: Front = NO_FRONT,
+        lease_s: Duration = 10.0,
+        timeout_s: Duration | None = None,
+    ) -> WorkerPlan:
+        """What of `tokens` is stored, and how to bring it back; what it names is held for lease_s.
+
+        conversation: None looks up by prefix alone.  after: a front found before, to look on from there.
+        Give a plan that will not be restored to `drop`.  Raises ConfigError, TokensError, MessageTooLarge.
+        """
+        known = "" if conversation is None else name("conversation", conversation)
+        packed, count = pack(tokens, after)
+        attachment = self._attachment
+        message = MakePlan(
+            worker="" if attachment is None else attachment.worker,
+            conversation=known,
+            tenant=name("tenant", tenant),
+            tokens=packed,
+            after_key=after.key,
+            after_tokens=after.tokens,
+            extras=extras_list(extras),
+            fidelity=name("fidelity", fidelity),
+            lease_s=seconds("lease_s", lease_s),
+        )
+        limit_s = self._call_timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
+        try:
+            if attachment is None:
+                raise DaemonNotFound(self._link.reason or "not attached")
+            answer = self._exchange(self._link.prepare(message), attachment, limit_s, Planned)
+        except DaemonNotFound as error:
+            everything = (TokenRange(0, count, "compute"),)
+            return WorkerPlan(
+                "", known, tenant, count, everything, reason="daemon_unavailable", detail=str(error)
+            )
+        return WorkerPlan.of(answer, attachment.era)
+
+    def restore(self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration) -> RestoreReceipt:
+        """Carry out a plan. deadline_s: from now; what comes later is cut off: compute it.
+
+        Returns once no copy into the pages is queued or running, or names the pages for which that cannot be
+        proven as `busy` (page 0 stands for all of a contiguous cache).  Raises ConfigError, GeometryError.
+        """
+        return self.restore_async(plan, pages, deadline_s=deadline_s).result()
+
+    def restore_async(self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration) -> RestoreHandle:
+        """Like `restore`, but returns once it is under way. The pages belong to it until it is done."""
+        limit_s = seconds("deadline_s", deadline_s)
+        binding = self._pool.bind(pages, plan.load_tokens)
+        attachment = self._attachment
+        use = RestoreUse(
+            next(self._requests),
+            binding,
+            limit_s=time.monotonic() + limit_s + RESTORE_GRACE_S,
+            copies_here=_copies_here(attachment),
+            plan=plan,
+        )
+        handle = RestoreHandle(use, lambda: self._cancel(attachment, use))
+        if not plan.plan_id:
+            use.said_done(missed(plan, plan.reason or "no_match", plan.detail))
+            return handle
+        if attachment is not None and attachment.era != plan.era:
+            use.said_done(missed(plan, "lease_expired", "the daemon was lost since the plan was made"))
+            return handle
+        message = Restore(
+            worker="" if attachment is None else attachment.worker,
+            request=use.request,
+            plan_id=plan.plan_id,
+            deadline_s=limit_s,
+            pages=[] if use.copies_here else page_bytes(binding),
+        )
+        patience_s = min(self._call_timeout_s, limit_s + RESTORE_GRACE_S)
+        self._begin(attachment, use, (message, RestoreStarted), patience_s)
+        return handle
+
+    def drop(self, plan: WorkerPlan) -> None:
+        """The plan will not be used: what it holds is let go, in the background."""
+        self._link.check_process()
+        if plan.plan_id:
+            self._link.post(DropPlan(plan_id=plan.plan_id), plan.era)
+
+    # --- its end ----------------------------------------------------------------------------------------
+
+    def close(self, wait_s: Duration = QUIET_S) -> None:
+        """Detach. Parks get up to wait_s until their pages are released, then all copies are cancelled.
+
+        Afterwards nothing of the daemon's memory is mapped and no thread is left; again is no error.  Raises
+        KvtierError when a copy does not end: the memory then stays mapped, since it is still in use.
+        """
+        limit_s = time.monotonic() + seconds("wait_s", wait_s)
+        if os.getpid() != self._process:
+            self._link.close()
+            return
+        self._closed = True
+        attachment = self._attachment
+        if attachment is not None:
+            for use in attachment.agent.uses:
+                if isinstance(use, ParkUse) and self._link.connected:
+                    use.released.wait(max(0.0, limit_s - time.monotonic()))
+            attachment.stop("cancelled", "the worker was closed")
+            if attachment.quiet(QUIET_S) and self._link.connected:
+                self._detach(attachment)
+        self._link.close()
+        self._retire()
+        if self._lost:
+            raise KvtierError("a copy of this worker does not end", fix="end the process")
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _detach(self, attachment: Attachment) -> None:
+        try:
+            self._link.call(Detach(worker=attachment.worker), Done, DETACH_S)
+        except KvtierError:
+            # The node then learns of the end from the closed sockets and the process.
+            return
+
+    # --- attaching --------------------------------------------------------------------------------------
+
+    def _prepare(self, channel: Channel, era: int) -> None:
+        """Attach over a new connection, once nothing of the one before is in use."""
+        self._retire()
+        if self._lost:
+            raise DaemonNotFound("copies of the lost connection still run")
+        if self._closed:
+            raise DaemonNotFound("the worker is closed")
+        request = (self._request, self._pool.fds)
+        self._attachment = attach(self._link, channel, era, request, self._make_engine)
+
+    def _retire(self) -> None:
+        """Give back what earlier attachments hold, as far as no copy uses it."""
+        with self._lock:
+            if self._attachment is not None:
+                self._lost.append(self._attachment)
+                self._attachment = None
+            for attachment in list(self._lost):
+                attachment.stop("daemon_unavailable", self._link.reason)
+                if attachment.quiet(QUIET_S):
+                    attachment.close()
+                    self._lost.remove(attachment)
+
+    def _on_lost(self, error: KvtierError) -> None:
+        attachment = self._attachment
+        if attachment is not None:
+            attachment.stop("daemon_unavailable", str(error))
+
+    # --- parts of the calls -----------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        attachment: Attachment | None,
+        use: PageUse[Any],
+        request: tuple[Message, type[Started]],
+        limit_s: float,
+    ) -> None:
+        """Send a request whose outcome comes by events; what the node cannot do now ends the use at once."""
+        message, kind = request
+        prepared = self._link.prepare(message)
+        if attachment is None or not self._link.connected:
+            use.end("daemon_unavailable", self._link.reason or "not attached")
+            return
+        if not attachment.agent.add(use):
+            self._link.fail(attachment.era, DaemonNotFound("the events connection was lost"))
+            use.end("daemon_unavailable", self._link.reason)
+            return
+        try:
+            answer = self._exchange(prepared, attachment, limit_s, kind)
+        except DaemonNotFound as error:
+            attachment.agent.end(use, "daemon_unavailable", str(error))
+        except KvtierError:
+            # A refusal comes before anything was done.
+            use.said_released()
+            attachment.agent.forget(use)
+            raise
+        except BaseException:
+            attachment.agent.end(use, "cancelled", "the call was interrupted")
+            raise
+        else:
+            use.begun(answer.job, answer.receipt)
+
+    def _exchange(
+        self, prepared: Prepared, attachment: Attachment, limit_s: float, kind: type[Answer]
+    ) -> Answer:
+        """The node's answer, or what it refuses the request with; DaemonNotFound for every other failure."""
+        try:
+            answer = self._link.exchange(prepared, limit_s, attachment.era)
+            if not isinstance(answer, kind | Failed):
+                raise MalformedMessage(f"the daemon answered with {type(answer).__name__}")
+        except ProtocolError as error:
+            self._link.fail(attachment.era, error)
+            raise DaemonNotFound(str(error)) from error
+        except ChannelTimeout as error:
+            # Also when the time went by waiting for another call: nothing on this connection takes that long.
+            if limit_s >= self._call_timeout_s:
+                self._link.fail(attachment.era, error)
+            raise
+        return expect(answer, kind, self._link.settings.path)
+
+    def _cancel(self, attachment: Attachment | None, use: PageUse[Any]) -> None:
+        if attachment is not None:
+            attachment.agent.end(use, "cancelled", "cancelled by the caller")
+
+
+def _copies_here(attachment: Attachment | None) -> bool:
+    """Whether this process runs the copies. Without an attachment nobody does."""
+    return attachment is None or attachment.mode == "worker"

@@ -1,0 +1,155 @@
+"""What a worker brings along: a model's identity, a pool, tokens, pages. Checked before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+from kvtier.errors import FingerprintError, GeometryError, TokensError
+from kvtier.messages import Attach, Mode, Planned
+from kvtier.objects import KEY_BYTES, Shard
+from kvtier.receipts import Plan
+
+if TYPE_CHECKING:
+    from kvtier.gpu.layout import PoolLayout
+    from kvtier.gpu.pool import Binding, Pool
+    from kvtier.gpu.shared_pool import SharedPool
+
+    AnyPool: TypeAlias = Pool | PoolLayout | SharedPool
+
+TOKEN_BYTES = 4
+
+
+class ModelIdentity(Protocol):
+    """What `attach` has to know of a model: kvtier.fingerprint.Fingerprint has it."""
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes."""
+
+    @property
+    def describe(self) -> str:
+        """A name for people."""
+
+
+class Front(NamedTuple):
+    """A known full block: the next lookup or park may go on after it. tokens: up to its end."""
+
+    key: bytes = b""
+    tokens: int = 0
+
+
+NO_FRONT = Front()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan(Plan):
+    """A plan for one worker's restore. front: the last full block that was found.
+
+    era: of the attachment that made it; another attachment knows nothing of it.
+    """
+
+    front: Front = NO_FRONT
+    era: int = 0
+
+    @classmethod
+    def of(cls, answer: Planned, era: int) -> WorkerPlan:
+        """From the node's answer to the attachment of `era`."""
+        found = {field: getattr(answer.plan, field) for field in _PLAN_FIELDS}
+        return cls(**found, front=Front(answer.front_key, answer.front_tokens), era=era)
+
+
+_PLAN_FIELDS = tuple(field.name for field in fields(Plan))
+
+
+class WorkerPool:
+    """The pool that a worker attaches with, of any kind.
+
+    pool: a Pool; a SharedPool, which the daemon maps; or the layout of a contiguous cache.  Raises
+    GeometryError for anything else.
+    """
+
+    def __init__(self, pool: AnyPool) -> None:
+        from kvtier.gpu.layout import PoolLayout
+        from kvtier.gpu.pool import Pool
+        from kvtier.gpu.shared_pool import SharedPool
+
+        self.mode: Mode = "worker"
+        self.description: dict[str, Any] = {}
+        self.fds: list[int] = []
+        if isinstance(pool, SharedPool):
+            self.mode = "shared"
+            self.description, self.fds = pool.export()
+            pool = pool.pool
+        self._pool: Pool | None = pool if isinstance(pool, Pool) else None
+        layout = pool.layout if isinstance(pool, Pool) else pool
+        if not isinstance(layout, PoolLayout):
+            raise GeometryError(f"{type(pool).__name__} is neither a pool nor a layout")
+        self.layout: PoolLayout = layout
+
+    def bind(self, pages: Any, tokens: int) -> Binding:
+        """Where `tokens` tokens lie: page ids, or a Binding as it is. Raises GeometryError."""
+        from kvtier.gpu.pool import Binding
+
+        if not isinstance(pages, Binding):
+            if self._pool is None:
+                raise GeometryError("a contiguous cache has no pages", fix="pass what bind_sequence() gives")
+            return self._pool.bind(pages, tokens=tokens)
+        if pages.layout is not self.layout and pages.layout != self.layout:
+            raise GeometryError("these pages were bound with another layout than the attached one")
+        if min(pages.ends) < tokens:
+            raise GeometryError(f"{min(pages.ends)} positions are bound, too few for {tokens} tokens")
+        return pages
+
+
+def attach_request(model: ModelIdentity, pool: WorkerPool, shard: Shard) -> Attach:
+    """The request that shows the worker to its node. Raises FingerprintError, GeometryError."""
+    digest = getattr(model, "digest", None)
+    if not isinstance(digest, bytes) or len(digest) != KEY_BYTES:
+        raise FingerprintError(
+            "the model has no identity of its weights",
+            fix="pass kvtier.fingerprint.Fingerprint.of_directory(...) or .of_revision(...)",
+        )
+    if not isinstance(shard, Shard):
+        raise GeometryError(f"{shard!r} is not a shard", fix="pass kvtier.objects.Shard(...)")
+    layout = pool.layout
+    return Attach(
+        id=1,
+        fingerprint=digest,
+        model=model.describe,
+        geometry=layout.geometry,
+        shard=shard.name,
+        layout=layout.layout_id,
+        pool_pages=max(layout.pages(group) for group in range(len(layout.groups))),
+        mode=pool.mode,
+        pool=pool.description,
+    )
+
+
+def page_bytes(binding: Binding) -> list[bytes]:
+    """Page ids of each layer group as packed uint32, for a node that copies by itself."""
+    return [b"" if table is None else table.astype("<u4").tobytes() for table in binding.tables]
+
+
+def pack(tokens: Any, after: Front) -> tuple[bytes, int]:
+    """The packed tokens behind the front, and the number of all. Raises TokensError."""
+    from kvtier.keys import pack_tokens
+
+    if after.tokens and len(after.key) != KEY_BYTES:
+        raise TokensError(f"the key of a front has {KEY_BYTES} bytes, not {len(after.key)}")
+    if after.tokens and len(tokens) < after.tokens:
+        raise TokensError(f"{len(tokens)} tokens do not reach beyond a front of {after.tokens}")
+    packed = pack_tokens(tokens[after.tokens :] if after.tokens else tokens)
+    count = after.tokens + len(packed) // TOKEN_BYTES
+    if not count:
+        raise TokensError("there are no tokens")
+    return packed, count
+
+
+def extras_list(extras: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Checked (position, digest) pairs. Raises TokensError."""
+    for position, digest in extras:
+        if position < 0 or not isinstance(digest, bytes) or not digest:
+            raise TokensError(f"({position!r}, {digest!r}) is not a position and a digest")
+    return list(extras)
