@@ -209,7 +209,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """The node, at one instant."""
+    """The node, at one instant. metrics_url: where /metrics is served; '' when it is not."""
 
     node: str
     epoch: int
@@ -222,3 +222,4 @@ class StatusReport:
     waiting_parks: int
     counters: dict[str, float]
     warnings: tuple[str, ...] = ()
+    metrics_url: str = ""

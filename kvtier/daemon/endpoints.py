@@ -31,7 +31,8 @@ def serve_endpoints(config: Config, ask: Ask) -> HealthServer:
         return () if ask(lambda core: True) else ("the node's loop does not answer",)
 
     def ready() -> Sequence[str]:
-        return ask(unready) or () if not alive() else alive()
+        reasons = ask(unready)
+        return alive() or ("the node's loop does not answer",) if reasons is None else reasons
 
     server = HealthServer(
         config.metrics.host,

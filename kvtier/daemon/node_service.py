@@ -94,6 +94,7 @@ class NodeService:
                 from kvtier.daemon.endpoints import serve_endpoints
 
                 self._endpoints = serve_endpoints(config, self.ask)
+                self._core.state.metrics_url = self._endpoints.url
         except BaseException:
             self._host.close()
             raise
@@ -116,7 +117,7 @@ class NodeService:
             "alive": not self._thread.wait(0),
             "ready": report is not None and report.ready,
             "failure": repr(failure) if failure else "",
-            "metrics_port": self._endpoints.port if self._endpoints else 0,
+            "metrics_url": self._endpoints.url if self._endpoints else "",
         }
 
     def ask(self, question: Callable[[NodeCore], Answer]) -> Answer | None:

@@ -87,6 +87,7 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         waiting_parks=waiting_parks,
         counters=_counters(state),
         warnings=tuple(warnings),
+        metrics_url=state.metrics_url,
     )
 
 

@@ -7,9 +7,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvtier.errors import KvtierError
 from kvtier.geometry import Geometry
 from kvtier.keys import make_root, tenant_secret
-from kvtier.messages import Message
+from kvtier.messages import Failed, Message
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Stored
 from kvtier.node.conversations import Conversation
 from kvtier.node.coverage import Source
@@ -51,6 +52,15 @@ class DiskView:
     objects: int = 0
     quarantined: int = 0
     written_bytes: int = 0
+
+
+# On disk an object takes whole units of this, and one more for its header.
+_UNIT_BYTES = 4096
+
+
+def disk_bytes(meta: ObjectMeta) -> int:
+    """Room that the object takes on disk."""
+    return -(-meta.nbytes // _UNIT_BYTES) * _UNIT_BYTES + _UNIT_BYTES
 
 
 # Upper bounds of the histogram's buckets, in seconds; the last bucket has none.
@@ -111,6 +121,7 @@ class NodeState:
         self.epoch = 0
         self.pids: dict[str, int] = {}
         self.host_ready = False
+        self.metrics_url = ""
         self.out: list[Send] = []
         self.tree = BlockTree()
         self.conversations: dict[ConversationId, Conversation] = {}
@@ -120,6 +131,10 @@ class NodeState:
         self.gpu_peer = ""
         self.gpu_address = ""
         self.counters = Counters()
+        self.arena_bytes: list[int] = []
+        self.disk_held_bytes = 0
+        # Conversations that are over, by the version of the record that the disk may still have.
+        self.ended: dict[ConversationId, int] = {}
         self._secret = secret
         self._roots: dict[tuple[str, bytes, str, int], Root] = {}
         self._serial = 0
@@ -145,70 +160,120 @@ class NodeState:
         """Add an instruction to the answer to the present stimulus."""
         self.out.append(Send(peer, message, fds))
 
+    def refuse(self, peer: str, request: Message, error: KvtierError) -> None:
+        """Answer a caller's mistake, which has changed nothing."""
+        name = type(error).__name__
+        count(self.counters.errors, name)
+        self.send(peer, Failed(id=request.id, error=name, message=error.message, fix=error.fix))
+
     # --- where objects are ------------------------------------------------------------------------------
 
     def source_of(self, stored: Stored) -> Source | None:
         """The best tier that has the object now."""
         if self.host.find(stored.meta.object_id) is not None:
             return "host"
-        return "disk" if stored.durable and self.disk.ready else None
+        return "disk" if stored.on_disk is not None and self.disk.ready else None
 
     def in_host(self, object_id: ObjectId) -> bool:
         """Whether host memory has the object."""
         return self.host.find(object_id) is not None
 
+    def is_stored(self, stored: Stored) -> bool:
+        """Whether this entry, and not a later one of the same name, is in the tree."""
+        return self.tree.stored(stored.meta.object_id) is stored
+
     def stored_in_host(self, meta: ObjectMeta) -> Stored:
         """Note that an object has been committed to host memory."""
         stored = self.tree.add(meta)
-        if meta.checksum is not None:
-            stored.meta = meta
+        stored.meta = meta
         self.policies.host.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
 
     def stored_on_disk(self, meta: ObjectMeta) -> Stored:
         """Note that an object is durable on disk."""
         stored = self.tree.add(meta)
-        stored.durable = True
-        stored.writing = ""
+        self._count_disk(stored, meta)
+        if not self.in_host(meta.object_id):
+            stored.meta = meta
         self.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
 
     def remove_from_host(self, block: Block, stored: Stored) -> int:
         """Drop the host copy; answers the bytes freed. Raises SlotLeased."""
         freed = self.host.remove(stored.meta.object_id)
+        self.left_host(block, stored)
+        return freed
+
+    def left_host(self, block: Block, stored: Stored) -> None:
+        """Note that the host copy is gone."""
         if not any(self.in_host(s.meta.object_id) for s in block.parts.values()):
             self.policies.host.removed(block.key)
-        if not stored.durable:
+        if stored.on_disk is not None:
+            stored.meta = stored.on_disk
+        else:
             self.forget_object(stored.meta.object_id)
-        return freed
 
     def removed_from_disk(self, block: Block, stored: Stored) -> None:
         """Note that the disk copy is gone."""
-        stored.durable = False
-        if not any(s.durable for s in block.parts.values()):
+        self._count_disk(stored, None)
+        if not any(s.on_disk is not None for s in block.parts.values()):
             self.policies.disk.removed(block.key)
         if not self.in_host(stored.meta.object_id):
             self.forget_object(stored.meta.object_id)
 
     def forget_object(self, object_id: ObjectId) -> None:
         """No tier has it any more: out of the tree, and conversations end at what is left."""
-        for block in self.tree.drop(object_id):
+        stored = self.tree.stored(object_id)
+        if stored is None:
+            return
+        self._count_disk(stored, None)
+        gone = self.tree.drop(object_id)
+        for block in gone:
             self.policies.host.removed(block.key)
             self.policies.disk.removed(block.key)
             self._shorten_conversations(block)
+        left = self.tree.get(object_id.block_key)
+        if left is not None:
+            if not any(self.in_host(s.meta.object_id) for s in left.parts.values()):
+                self.policies.host.removed(left.key)
+            if not any(s.on_disk is not None for s in left.parts.values()):
+                self.policies.disk.removed(left.key)
+
+    def _count_disk(self, stored: Stored, meta: ObjectMeta | None) -> None:
+        before = disk_bytes(stored.on_disk) if stored.on_disk is not None else 0
+        self.disk_held_bytes += (disk_bytes(meta) if meta is not None else 0) - before
+        stored.on_disk = meta
+
+    # --- conversations ----------------------------------------------------------------------------------
+
+    def conversation(self, name: ConversationId) -> Conversation:
+        """The conversation of this name; made where there was none."""
+        known = self.conversations.get(name)
+        if known is None:
+            # Its record on disk, if one is left, must not be newer than what comes.
+            known = Conversation(*name, version=self.ended.get(name, 0))
+            self.conversations[name] = known
+        return known
+
+    def end_conversation(self, name: ConversationId) -> None:
+        """Nothing of it is left, or it is forgotten; its record on disk has to go."""
+        known = self.conversations.pop(name, None)
+        if known is not None:
+            self.ended[name] = max(known.version, self.ended.get(name, 0))
 
     def _shorten_conversations(self, block: Block) -> None:
-        for name in block.names:
+        """Branches that ended in the block end in its parent."""
+        parent = self.tree.get(block.parent)
+        for name in sorted(block.names):
             conversation = self.conversations.get(name)
-            if conversation is None:
+            if conversation is None or all(h.key != block.key for h in conversation.heads):
                 continue
-            parent = self.tree.get(block.parent)
-            heads = []
-            for head in conversation.heads:
-                if head.key != block.key:
-                    heads.append(head)
-                elif parent is not None:
-                    heads.append(head._replace(key=parent.key, tokens=parent.end))
+            heads = [h for h in conversation.heads if h.key != block.key]
+            if parent is not None and all(h.key != parent.key for h in heads):
+                at = next(i for i, h in enumerate(conversation.heads) if h.key == block.key)
+                head = conversation.heads[at]._replace(key=parent.key, tokens=parent.end)
+                heads.insert(min(at, len(heads)), head)
             conversation.heads = heads
+            conversation.version += 1
             if not heads:
-                del self.conversations[name]
+                self.end_conversation(name)

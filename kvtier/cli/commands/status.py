@@ -1,0 +1,113 @@
+"""`kvtier status` and `kvtier models`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvtier.cli import exits, options
+
+if TYPE_CHECKING:
+    from kvtier.receipts import StatusReport
+
+
+@click.command()
+@options.node_options
+@options.json_option
+@click.pass_context
+def status(ctx: click.Context, /, as_json: bool, **where: Any) -> None:
+    """Show the node: tiers, workers, counters.
+
+    Exit code 0 when it is ready and every tier works, 1 when not.
+    """
+    from kvtier.cli import output
+
+    with options.open_client(**where) as kv:
+        report = kv.status()
+    if as_json:
+        output.print_json(report)
+    else:
+        _print_report(report)
+    ctx.exit(exits.OK if is_well(report) else exits.ANSWER_IS_NO)
+
+
+def is_well(report: StatusReport) -> bool:
+    """Whether the node serves with all the tiers that it was given."""
+    return report.ready and all(tier.state in ("ready", "absent") for tier in report.tiers)
+
+
+@click.command()
+@options.node_options
+@options.json_option
+def models(as_json: bool, **where: Any) -> None:
+    """List the models whose KV is here. --json writes one object for each line."""
+    from kvtier.cli import output
+
+    with options.open_client(**where) as kv:
+        found = list(kv.models())
+    if as_json:
+        for model in found:
+            output.print_json(model)
+        return
+    columns = ("MODEL", "FINGERPRINT", "WORKERS", "CONVERSATIONS", "OBJECTS", "HOST", "DISK")
+    output.print_table(
+        columns,
+        (
+            (
+                f"{model.model} (retired)" if model.retired else model.model,
+                model.fingerprint[:16],
+                str(model.workers),
+                str(model.conversations),
+                str(model.objects),
+                output.size(model.host_bytes),
+                output.size(model.disk_bytes),
+            )
+            for model in found
+        ),
+        numbers=columns[2:],
+    )
+
+
+def _print_report(report: StatusReport) -> None:
+    from kvtier.cli import output
+
+    output.print_facts(
+        (
+            ("node", f"{report.node}  (kvtier {report.version}, epoch {report.epoch})"),
+            ("state", "ready" if report.ready else "not ready"),
+            ("up for", output.duration(report.uptime_s)),
+            ("conversations", str(report.conversations)),
+            ("waiting parks", str(report.waiting_parks)),
+            *(("warning", warning) for warning in report.warnings),
+        )
+    )
+    tiers = ("TIER", "STATE", "USED", "CAPACITY", "LIMBO", "OBJECTS", "QUARANTINED", "DETAIL")
+    output.print_line(" ")
+    output.print_table(
+        tiers,
+        (
+            (
+                tier.name,
+                tier.state,
+                output.size(tier.used_bytes),
+                output.size(tier.capacity_bytes),
+                output.size(tier.limbo_bytes),
+                str(tier.objects),
+                str(tier.quarantined),
+                tier.detail,
+            )
+            for tier in report.tiers
+        ),
+        numbers=tiers[2:7],
+    )
+    if report.workers:
+        output.print_line(" ")
+        output.print_table(
+            ("WORKER", "MODEL", "SHARD", "MODE", "PID", "JOBS"),
+            ((w.worker, w.model, w.shard, w.mode, str(w.pid), str(w.running_jobs)) for w in report.workers),
+            numbers=("PID", "JOBS"),
+        )
+    if report.counters:
+        output.print_line(" ")
+        output.print_facts((name, f"{value:g}") for name, value in sorted(report.counters.items()))

@@ -1,0 +1,103 @@
+"""What settings must satisfy beyond their types: paths, folders, ports, and files of secrets."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+
+from kvtier import paths
+from kvtier.config_schema import RAY_TEMP_DIR_MAX_BYTES, SOCKET_PATH_MAX_BYTES, Config
+from kvtier.config_secrets import SECRET_MIN_BYTES, TOKEN_MIN_BYTES, read_secret
+from kvtier.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first setting that cannot work, alone or with the others."""
+    _check_folders(config)
+    _check_sizes(config)
+    _check_metrics(config)
+    _check_ray(config)
+    if config.access.token_file:
+        read_secret("access.token_file", config.access.token_file, TOKEN_MIN_BYTES)
+    if config.access.tenant_secret_file:
+        read_secret("access.tenant_secret_file", config.access.tenant_secret_file, SECRET_MIN_BYTES)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_folders(config: Config) -> None:
+    folders = {
+        "node.runtime_dir": config.node.runtime_dir,
+        "node.state_dir": config.node.state_dir,
+        "disk.directory": config.disk_directory,
+        "ray.temp_dir": config.ray_temp_dir,
+    }
+    if config.log.stimulus_log != "off":
+        folders["log.stimulus_log"] = config.log.stimulus_log
+    for field, value in folders.items():
+        if not value.startswith("/"):
+            raise ConfigError(
+                field, f"{value!r} is not an absolute path", fix="write a path that begins with /"
+            )
+        if "\0" in value:
+            raise ConfigError(field, f"{value!r} holds a zero byte", fix="take it out")
+    longest = max(
+        len(os.fsencode(make(config.node.runtime_dir))) for make in (paths.node_socket, paths.gpu_socket)
+    )
+    if longest > SOCKET_PATH_MAX_BYTES:
+        raise ConfigError(
+            "node.runtime_dir",
+            f"is {longest - SOCKET_PATH_MAX_BYTES} bytes too long for a socket's path",
+            fix="name a shorter path, such as /run/kvtier",
+        )
+    if len(os.fsencode(config.ray_temp_dir)) > RAY_TEMP_DIR_MAX_BYTES:
+        raise ConfigError(
+            "ray.temp_dir",
+            f"{config.ray_temp_dir!r} is longer than {RAY_TEMP_DIR_MAX_BYTES} bytes: "
+            "Ray's sockets below it would not fit",
+            fix="name a shorter path",
+        )
+
+
+def _check_sizes(config: Config) -> None:
+    if config.disk.segment_bytes > config.disk.capacity_bytes:
+        raise ConfigError(
+            "disk.segment_bytes",
+            f"{config.disk.segment_bytes} is more than disk.capacity_bytes ({config.disk.capacity_bytes})",
+            fix="make segments smaller or the capacity larger",
+        )
+
+
+def _check_metrics(config: Config) -> None:
+    metrics = config.metrics
+    if metrics.enabled and not metrics.allow_remote and not is_loopback(metrics.host):
+        raise ConfigError(
+            "metrics.host",
+            f"{metrics.host!r} is not a loopback address",
+            fix="use 127.0.0.1, or set metrics.allow_remote = true where the network is trusted",
+        )
+
+
+def _check_ray(config: Config) -> None:
+    ray = config.ray
+    if ray.port_first and ray.port_first + ray.port_count > 65536:
+        raise ConfigError(
+            "ray.port_count",
+            f"ports {ray.port_first} to {ray.port_first + ray.port_count - 1} go beyond 65535",
+            fix="begin lower or use fewer",
+        )
+    if ray.port_first and ray.port_first < 1024:
+        raise ConfigError("ray.port_first", f"{ray.port_first} is a privileged port", fix="use 1024 or more")
+    if ray.address and not re.fullmatch(r"\S+:\d{1,5}", ray.address):
+        raise ConfigError(
+            "ray.address", f"{ray.address!r} is not host:port", fix='write it like "10.0.0.1:6379"'
+        )

@@ -1,0 +1,260 @@
+"""Every setting of a node: its type, bounds, default and meaning. `config.py` fills it in.
+
+Durations end in _s (float seconds), sizes in _bytes (int); TOML and the command line may write "500ms"
+and "8GiB" for them. The descriptions are the documentation: `kvtier config show` and docs/operations.md
+repeat them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import tempfile
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from kvtier import paths
+
+# A socket's path has at most 107 bytes, and Ray adds up to 64 (session_<time>_<pid>/sockets/plasma_store).
+SOCKET_PATH_MAX_BYTES = 107
+RAY_TEMP_DIR_MAX_BYTES = SOCKET_PATH_MAX_BYTES - 64
+MiB = 1 << 20
+GiB = 1 << 30
+
+Origin: TypeAlias = Literal["default", "file", "argument"]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections."""
+
+
+class NodeConfig(Section, frozen=True):
+    """Name and folders of this node."""
+
+    name: Annotated[
+        str,
+        Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name in receipts, metrics and the directory."),
+    ] = msgspec.field(default_factory=socket.gethostname)
+    runtime_dir: Annotated[str, Meta(description="Folder of the sockets; made with mode 0700.")] = (
+        msgspec.field(default_factory=lambda: str(paths.default_runtime_dir()))
+    )
+    state_dir: Annotated[str, Meta(description="Folder of secrets and of the records that `down` needs.")] = (
+        msgspec.field(default_factory=lambda: str(paths.default_state_dir()))
+    )
+    grace_s: Annotated[
+        float,
+        Meta(
+            ge=0, le=3600, description="Time that `down` gives running copies and writes before it ends them."
+        ),
+    ] = 10.0
+
+
+class HostConfig(Section, frozen=True):
+    """The arena in host memory."""
+
+    capacity_bytes: Annotated[
+        Annotated[int, Meta(ge=1 * MiB)] | Literal["auto"],
+        Meta(description='Hard bound of the arena; "auto" is half of what memory limits leave.'),
+    ] = "auto"
+    headroom_bytes: Annotated[
+        int,
+        Meta(ge=0, description="Memory that the arena always leaves to the rest of the machine or cgroup."),
+    ] = 2 * GiB
+    prefault: Annotated[
+        bool,
+        Meta(description="Touch all pages at the start, in the background: a first touch costs ten copies."),
+    ] = True
+    numa: Annotated[
+        Literal["auto", "off"], Meta(description='One sub-arena for each NUMA node ("auto"), or one for all.')
+    ] = "auto"
+    verify: Annotated[
+        Literal["always", "arrival"],
+        Meta(description="Check payload checksums on every copy to the GPU, or only on arrival from disk."),
+    ] = "always"
+
+
+class DiskConfig(Section, frozen=True):
+    """The object store on NVMe."""
+
+    enabled: Annotated[bool, Meta(description="Whether this node keeps KV on disk at all.")] = True
+    directory: Annotated[
+        str, Meta(description="Folder of the store, on a local drive; empty: `disk` under node.state_dir.")
+    ] = ""
+    capacity_bytes: Annotated[
+        int, Meta(ge=16 * MiB, description="Hard bound of all that the store keeps on the drive.")
+    ] = 64 * GiB
+    segment_bytes: Annotated[
+        int, Meta(ge=1 * MiB, le=64 * GiB, description="Size of one preallocated file of the store.")
+    ] = 256 * MiB
+    direct_io: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description='O_DIRECT: "auto" uses it where the file system can; "on" refuses to start without.'
+        ),
+    ] = "auto"
+
+
+class GpuConfig(Section, frozen=True):
+    """Copies between a worker's pool and the arena."""
+
+    mode: Annotated[
+        Literal["worker", "shared"],
+        Meta(description="Who copies: the worker's process, or the GPU service on a pool that it maps."),
+    ] = "worker"
+    copy_threads: Annotated[int, Meta(ge=1, le=64, description="Threads of the CPU copy engine.")] = 2
+    batch_bytes: Annotated[
+        int,
+        Meta(
+            ge=64 << 10, le=1 * GiB, description="Bytes of one batch: what cannot be cancelled once it began."
+        ),
+    ] = 32 * MiB
+
+
+class BlocksConfig(Section, frozen=True):
+    """How a conversation is cut up."""
+
+    block_tokens: Annotated[
+        int,
+        Meta(
+            ge=16,
+            le=16384,
+            multiple_of=16,
+            description="Tokens of one block; a multiple of the engine's page. "
+            "A change makes all parked KV a miss.",
+        ),
+    ] = 256
+
+
+class PolicyConfig(Section, frozen=True):
+    """What is kept and how it is brought back."""
+
+    name: Annotated[Literal["lru"], Meta(description="Eviction: least recently used leaves first.")] = "lru"
+    restore: Annotated[Literal["load"], Meta(description="Restore plans: always load what is stored.")] = (
+        "load"
+    )
+
+
+class LeasesConfig(Section, frozen=True):
+    """How long rights to slots last."""
+
+    plan_s: Annotated[
+        float,
+        Meta(gt=0, le=3600, description="How long a plan holds its blocks when the caller names no time."),
+    ] = 30.0
+    copy_s: Annotated[
+        float, Meta(gt=0, le=600, description="A copy that takes longer loses its slots; they go to limbo.")
+    ] = 10.0
+
+
+class AccessConfig(Section, frozen=True):
+    """Who may talk to the node, and its secrets."""
+
+    allowed_uids: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...],
+        Meta(description="User ids that may connect without a token, besides the daemon's own."),
+    ] = ()
+    token_file: Annotated[
+        str,
+        Meta(description="File with the token (16 characters or more) for all other users; empty: none may."),
+    ] = ""
+    tenant_secret_file: Annotated[
+        str,
+        Meta(
+            description="File with the secret (32 bytes or more) in all block keys; empty: one is made in "
+            "node.state_dir. Another secret makes all parked KV a miss."
+        ),
+    ] = ""
+
+
+class MetricsConfig(Section, frozen=True):
+    """/metrics, /healthz and /readyz."""
+
+    enabled: Annotated[bool, Meta(description="Whether the endpoints are served.")] = True
+    host: Annotated[str, Meta(min_length=1, description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 takes any free one.")] = 0
+    allow_remote: Annotated[
+        bool, Meta(description="Allow an address beyond loopback: the endpoints ask for no credentials.")
+    ] = False
+
+
+class RayConfig(Section, frozen=True):
+    """The Ray cluster below the daemon."""
+
+    address: Annotated[
+        str, Meta(description="Cluster to join as a guest (host:port); empty: a private one for this node.")
+    ] = ""
+    temp_dir: Annotated[
+        str,
+        Meta(
+            description="Ray's folder of sockets and logs; 43 bytes at most; empty: under node.runtime_dir."
+        ),
+    ] = ""
+    object_store_bytes: Annotated[
+        int, Meta(ge=80 * MiB, description="Ray's own object store; KV never goes through it.")
+    ] = 128 * MiB
+    gcs_reconnect_s: Annotated[
+        int, Meta(ge=60, description="How long actors live on without Ray's head (Ray's own default: 60 s).")
+    ] = 3600
+    health_check_period_s: Annotated[
+        float, Meta(ge=0.1, le=60, description="How often Ray's head looks after each node.")
+    ] = 0.5
+    health_check_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=60, description="When a look counts as failed.")
+    ] = 1.0
+    health_check_failures: Annotated[
+        int, Meta(ge=1, le=100, description="Failed looks in a row after which a node is dead.")
+    ] = 3
+    port_first: Annotated[
+        int, Meta(ge=0, le=65535, description="First of the private cluster's ports; 0 takes free ones.")
+    ] = 0
+    port_count: Annotated[
+        int, Meta(ge=32, le=10000, description="How many ports from port_first on it may use.")
+    ] = 64
+
+
+class LogConfig(Section, frozen=True):
+    """What is written down."""
+
+    stimulus_log: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description='File that gets every stimulus of the node core, to replay it; or "off".',
+        ),
+    ] = "off"
+
+
+class Config(Section, frozen=True):
+    """All settings of a node. origins: dotted names that did not keep their default, and who set them."""
+
+    node: NodeConfig = msgspec.field(default_factory=NodeConfig)
+    host: HostConfig = HostConfig()
+    disk: DiskConfig = DiskConfig()
+    gpu: GpuConfig = GpuConfig()
+    blocks: BlocksConfig = BlocksConfig()
+    policy: PolicyConfig = PolicyConfig()
+    leases: LeasesConfig = LeasesConfig()
+    access: AccessConfig = AccessConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    ray: RayConfig = RayConfig()
+    log: LogConfig = LogConfig()
+    origins: dict[str, Origin] = {}
+
+    @property
+    def disk_directory(self) -> str:
+        """Folder of the disk store, whether or not it was named."""
+        return self.disk.directory or f"{self.node.state_dir}/disk"
+
+    @property
+    def ray_temp_dir(self) -> str:
+        """Ray's temporary folder; where node.runtime_dir is too long for it, one in the system's own."""
+        if self.ray.temp_dir:
+            return self.ray.temp_dir
+        beside = f"{self.node.runtime_dir}/ray"
+        if len(os.fsencode(beside)) <= RAY_TEMP_DIR_MAX_BYTES:
+            return beside
+        digest = hashlib.sha256(os.fsencode(self.node.runtime_dir)).hexdigest()
+        return f"{tempfile.gettempdir()}/kvtier-ray-{digest[:12]}"
