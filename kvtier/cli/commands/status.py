@@ -79,6 +79,7 @@ def _print_report(report: StatusReport) -> None:
             ("up for", output.duration(report.uptime_s)),
             ("conversations", str(report.conversations)),
             ("waiting parks", str(report.waiting_parks)),
+            *((("metrics", f"{report.metrics_url}/metrics"),) if report.metrics_url else ()),
             *(("warning", warning) for warning in report.warnings),
         )
     )

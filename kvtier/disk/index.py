@@ -1,0 +1,237 @@
+"""What the directory holds, in SQLite: objects and where they are, conversations, and small state.
+
+Every change is one transaction that is on the device when `apply` returns (WAL, synchronous=FULL).  The
+caller has flushed the segments before, so an object in the index is an object on disk.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvtier.objects import ObjectId, ObjectMeta, Root
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS segments (segment INTEGER PRIMARY KEY, nbytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS roots (
+    root INTEGER PRIMARY KEY, key BLOB NOT NULL, tenant TEXT NOT NULL, fingerprint BLOB NOT NULL,
+    fidelity TEXT NOT NULL, block_tokens INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS objects (
+    sequence INTEGER PRIMARY KEY, block_key BLOB NOT NULL, layer_group INTEGER NOT NULL,
+    shard TEXT NOT NULL, root INTEGER NOT NULL, parent_key BLOB NOT NULL, start INTEGER NOT NULL,
+    tokens INTEGER NOT NULL, first_valid INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    checksum INTEGER NOT NULL, codec TEXT NOT NULL, stored_bytes INTEGER NOT NULL,
+    segment INTEGER NOT NULL, at INTEGER NOT NULL, quarantined INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS conversations (
+    tenant TEXT NOT NULL, conversation TEXT NOT NULL, version INTEGER NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (tenant, conversation)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+"""
+_ADD_OBJECT = "INSERT INTO objects VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,0)"
+_PUT_RECORD = """INSERT INTO conversations VALUES (?,?,?,?) ON CONFLICT (tenant, conversation)
+    DO UPDATE SET version = excluded.version, data = excluded.data WHERE excluded.version >= version"""
+_DROP_RECORD = "DELETE FROM conversations WHERE tenant = ? AND conversation = ? AND version <= ?"
+_PUT_STATE = "INSERT INTO state VALUES (?,?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+_EPOCH = "store.epoch"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRow:
+    """An object and where it is: byte `at` of a segment, where its header starts."""
+
+    meta: ObjectMeta
+    sequence: int
+    segment: int
+    at: int
+    stored_bytes: int
+    codec: str
+    quarantined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationRecord:
+    """A conversation's bytes, opaque here. A higher version replaces a lower one; data b'' removes it.
+
+    A removed name is not remembered: who writes it again, at whatever version, creates it.
+    """
+
+    tenant: str
+    conversation: str
+    version: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Changes that become durable together. Objects to remove or quarantine are named by sequence."""
+
+    add: Sequence[ObjectRow] = ()
+    remove: Sequence[int] = ()
+    quarantine: Sequence[int] = ()
+    records: Sequence[ConversationRecord] = ()
+    state: Mapping[str, bytes] = field(default_factory=dict)
+    add_segments: Sequence[tuple[int, int]] = ()
+    remove_segments: Sequence[int] = ()
+
+
+class Index:
+    """The open index of one directory. Raises sqlite3.Error; safe from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            # One process owns the directory, so SQLite need not share its own index of the WAL.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+            self._roots = {root: number for number, root in self._read_roots()}
+        except sqlite3.Error:
+            self._db.close()
+            raise
+
+    def apply(self, batch: Batch) -> None:
+        """Make the changes, all or none, and return when they survive power loss."""
+        with self._lock:
+            known = dict(self._roots)
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._write(batch)
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._roots = known
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def next_epoch(self) -> int:
+        """A number that no earlier opening of this index got; durable before it is answered."""
+        said = self.state(_EPOCH)
+        epoch = int.from_bytes(said, "little") + 1 if said else 1
+        self.apply(Batch(state={_EPOCH: epoch.to_bytes(8, "little")}))
+        return epoch
+
+    def segments(self) -> dict[int, int]:
+        """Length in bytes of each segment."""
+        with self._lock:
+            return dict(self._db.execute("SELECT segment, nbytes FROM segments"))
+
+    def objects(self) -> Iterator[ObjectRow]:
+        """Every object in the order in which they were written. For recovery, before other threads run."""
+        roots = {number: root for root, number in self._roots.items()}
+        for row in self._db.execute("SELECT * FROM objects ORDER BY sequence"):
+            sequence, block_key, group, shard, root, parent_key, start, tokens = row[:8]
+            if root not in roots:
+                raise sqlite3.IntegrityError(f"object {sequence} names an unknown root")
+            first_valid, nbytes, checksum, codec, stored_bytes, segment, at, quarantined = row[8:]
+            meta = ObjectMeta(
+                object_id=ObjectId(block_key, group, sys.intern(shard)),
+                root=roots[root],
+                parent_key=parent_key,
+                start=start,
+                tokens=tokens,
+                first_valid=first_valid,
+                nbytes=nbytes,
+                checksum=_unsigned(checksum),
+            )
+            yield ObjectRow(meta, sequence, segment, at, stored_bytes, sys.intern(codec), bool(quarantined))
+
+    def record(self, tenant: str, conversation: str) -> ConversationRecord | None:
+        """One conversation's record."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT * FROM conversations WHERE tenant = ? AND conversation = ?", (tenant, conversation)
+            ).fetchone()
+        return None if row is None else ConversationRecord(*row)
+
+    def records(self, batch: int) -> Iterator[list[ConversationRecord]]:
+        """Every conversation's record, in batches; what changes meanwhile may be seen or not."""
+        tenant, conversation = "", ""
+        while True:
+            with self._lock:
+                rows = self._db.execute(
+                    "SELECT * FROM conversations WHERE (tenant, conversation) > (?, ?)"
+                    " ORDER BY tenant, conversation LIMIT ?",
+                    (tenant, conversation, batch),
+                ).fetchall()
+            if not rows:
+                return
+            yield [ConversationRecord(*row) for row in rows]
+            tenant, conversation = rows[-1][:2]
+
+    def state(self, name: str) -> bytes | None:
+        """The value stored under a name."""
+        with self._lock:
+            row = self._db.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def close(self) -> None:
+        """Fold the WAL into the file and close it."""
+        with self._lock:
+            self._db.close()
+
+    def _read_roots(self) -> Iterator[tuple[int, Root]]:
+        for number, key, tenant, fingerprint, fidelity, block_tokens in self._db.execute(
+            "SELECT * FROM roots"
+        ):
+            yield number, Root(key, tenant, fingerprint, fidelity, block_tokens)
+
+    def _write(self, batch: Batch) -> None:
+        run, many = self._db.execute, self._db.executemany
+        many("INSERT OR REPLACE INTO segments VALUES (?,?)", batch.add_segments)
+        many("DELETE FROM segments WHERE segment = ?", [(n,) for n in batch.remove_segments])
+        many("DELETE FROM objects WHERE sequence = ?", [(n,) for n in batch.remove])
+        many("UPDATE objects SET quarantined = 1 WHERE sequence = ?", [(n,) for n in batch.quarantine])
+        many(_ADD_OBJECT, [self._object_values(row) for row in batch.add])
+        for record in batch.records:
+            name = (record.tenant, record.conversation, record.version)
+            if record.data:
+                run(_PUT_RECORD, (*name, record.data))
+            else:
+                run(_DROP_RECORD, name)
+        many(_PUT_STATE, list(batch.state.items()))
+
+    def _object_values(self, row: ObjectRow) -> tuple[object, ...]:
+        meta = row.meta
+        if meta.checksum is None:
+            raise ValueError(f"{meta.object_id} has no checksum")
+        return (
+            row.sequence,
+            *meta.object_id,
+            self._root_number(meta.root),
+            meta.parent_key,
+            meta.start,
+            meta.tokens,
+            meta.first_valid,
+            meta.nbytes,
+            _signed(meta.checksum),
+            row.codec,
+            row.stored_bytes,
+            row.segment,
+            row.at,
+        )
+
+    def _root_number(self, root: Root) -> int:
+        number = self._roots.get(root)
+        if number is None:
+            number = len(self._roots) + 1
+            self._db.execute(
+                "INSERT INTO roots VALUES (?,?,?,?,?,?)",
+                (number, root.key, root.tenant, root.fingerprint, root.fidelity, root.block_tokens),
+            )
+            self._roots[root] = number
+        return number
+
+
+def _signed(value: int) -> int:
+    """SQLite's integers are signed, checksums are not."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _unsigned(value: int) -> int:
+    return value & ((1 << 64) - 1)

@@ -1,0 +1,127 @@
+"""One daemon per directory, and a directory of a known format."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from pathlib import Path
+
+from kvtier.errors import ConfigError, TierUnavailable
+
+FORMAT_VERSION = 1
+_LOCK = "LOCK"
+_FORMAT = "FORMAT"
+_NEW_FORMAT = "FORMAT.new"
+_NOT_OURS_BUT_FINE = frozenset({"lost+found", _LOCK, _NEW_FORMAT})
+
+
+class DirectoryLock:
+    """Holds a data directory for this process, and knows its store id.
+
+    Creates the directory and its format file when they are not there.  Raises ConfigError when the
+    directory holds something else, TierUnavailable when another process holds it, when a newer version
+    wrote it, or when it cannot be used.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(directory)
+            self._fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as problem:
+            raise TierUnavailable(
+                f"directory {directory} cannot be used: {problem.strerror}",
+                fix="check that it is mounted, writable, and owned by the daemon's user",
+            ) from problem
+        try:
+            self._take()
+            self.store_id = _format(directory)
+        except OSError as problem:
+            os.close(self._fd)
+            raise TierUnavailable(f"directory {directory} cannot be used: {problem}") from problem
+        except TierUnavailable:
+            os.close(self._fd)
+            raise
+
+    def still_held(self) -> bool:
+        """Whether the lock's file is still the one in the directory: false once that was deleted or moved."""
+        try:
+            now = os.stat(self.directory / _LOCK)
+        except OSError:
+            return False
+        then = os.fstat(self._fd)
+        return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        os.close(self._fd)
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise TierUnavailable(
+                f"directory {self.directory} is in use by process {holder}",
+                fix="stop that daemon, or give this one another directory",
+            ) from problem
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if (directory / _FORMAT).exists():
+        return
+    foreign = sorted(name for name in os.listdir(directory) if name not in _NOT_OURS_BUT_FINE)
+    if foreign:
+        raise ConfigError(
+            "disk.directory",
+            f"{directory} is not empty and not a kvtier directory: it holds {foreign[0]!r}",
+            fix="name an empty directory, or one that kvtier made",
+        )
+
+
+def _format(directory: Path) -> bytes:
+    """The store id in the directory's format file, which is made when it is not there."""
+    path = directory / _FORMAT
+    if not path.exists():
+        _create_format(directory)
+    try:
+        said = json.loads(path.read_bytes())
+        version = said["version"]
+        store_id = bytes.fromhex(said["store_id"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise TierUnavailable(
+            f"{path} cannot be understood: {problem}",
+            fix="restore the file, or start with an empty directory",
+        ) from problem
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise TierUnavailable(
+            f"directory {directory} has format version {version}; this kvtier knows up to {FORMAT_VERSION}",
+            fix="use the kvtier that wrote it, or a newer one, or another directory",
+        )
+    return store_id
+
+
+def _create_format(directory: Path) -> None:
+    text = json.dumps({"kvtier": "disk", "version": FORMAT_VERSION, "store_id": secrets.token_hex(16)})
+    new = directory / _NEW_FORMAT
+    with open(new, "w", encoding="ascii") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(new, directory / _FORMAT)
+    sync_directory(directory)
+    sync_directory(directory.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names made or removed in the directory survive power loss."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

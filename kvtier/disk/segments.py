@@ -1,0 +1,235 @@
+"""Segment files: preallocated, written and read around the page cache straight from the caller's memory."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from kvtier.disk.buffers import BOUNCE_BYTES, PAGE, Scratch, ScratchPool, is_page_aligned
+from kvtier.disk.fileops import Bytes, FileOps
+from kvtier.disk.header import HEADER_BYTES
+from kvtier.errors import CorruptObject
+
+_LOG = logging.getLogger(__name__)
+_SUFFIX = ".seg"
+
+
+class Segments:
+    """The open segment files of one directory.
+
+    Raises OSError as the system gives it: what an error means for an object is the tier's to say.
+    `write_block`, `read_block` and `flush` may run at once from any thread; `create`, `open` and
+    `remove` one at a time.
+    """
+
+    def __init__(self, directory: str, ops: FileOps, *, scratch: int, direct: bool = True) -> None:
+        self._directory = directory
+        self._ops = ops
+        self._pool = ScratchPool(scratch)
+        self._fds: dict[int, int] = {}
+        self._direct = direct
+        self._count_lock = threading.Lock()
+        self._device_bytes = 0
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether the page cache is bypassed; False once the file system refused."""
+        return self._direct
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes written to segments since this object was made, headers and padding included."""
+        return self._device_bytes
+
+    def numbers_on_disk(self) -> list[int]:
+        """Numbers of the segment files that the directory holds."""
+        names = self._ops.names(self._directory)
+        return sorted(
+            int(name.removesuffix(_SUFFIX))
+            for name in names
+            if name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX).isdigit()
+        )
+
+    def create(self, segment: int, nbytes: int) -> None:
+        """Make a segment file of `nbytes` that survives power loss; when that fails, none is left."""
+        path = self._path(segment)
+        fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            try:
+                self._ops.posix_fallocate(fd, 0, nbytes)
+                self._ops.fsync(fd)
+            finally:
+                self._ops.close(fd)
+            self._ops.fsync_directory(self._directory)
+            self._fds[segment] = self._open_file(path)
+        except OSError:
+            self._ops.unlink(path)
+            raise
+
+    def open(self, segment: int, nbytes: int) -> int:
+        """Open a segment and make it `nbytes` long again if it is not; answers the length found.
+
+        A file that is missing counts as one of length 0: its objects are lost, its room is not.
+        """
+        path = self._path(segment)
+        try:
+            fd = self._open_file(path)
+        except FileNotFoundError:
+            self.create(segment, nbytes)
+            return 0
+        self._fds[segment] = fd
+        found = self._ops.size(fd)
+        if found < nbytes:
+            self._ops.posix_fallocate(fd, 0, nbytes)
+            self._ops.fsync(fd)
+        return found
+
+    def file_bytes(self, segment: int) -> int:
+        """Length of the segment's file on disk, before it was opened."""
+        fd = self._ops.open(self._path(segment), os.O_RDONLY)
+        try:
+            return self._ops.size(fd)
+        finally:
+            self._ops.close(fd)
+
+    def remove(self, segment: int) -> None:
+        """Close and delete a segment. The caller has made sure that nothing refers to it."""
+        self._ops.close(self._fds.pop(segment))
+        self.delete(segment)
+
+    def delete(self, segment: int) -> None:
+        """Delete the file of a segment that is not open."""
+        self._ops.unlink(self._path(segment))
+        self._ops.fsync_directory(self._directory)
+
+    def write_block(self, segment: int, offset: int, header: bytes, payload: Bytes) -> None:
+        """Write a header page and its payload, padded with zeros to whole pages."""
+        fd = self._fds[segment]
+        with self._pool.take() as scratch:
+            scratch.header[:] = np.frombuffer(header, dtype=np.uint8)
+            if self._direct and not is_page_aligned(payload):
+                self._write_bounced(fd, offset, scratch, payload)
+            else:
+                whole = payload.nbytes - payload.nbytes % PAGE
+                buffers = [scratch.header, payload[:whole], *_fill_tail(scratch, payload[whole:])]
+                self._write_all(fd, buffers, offset)
+
+    def read_block(self, segment: int, offset: int, into: Bytes) -> bytes:
+        """Read the payload into `into` and answer its header page.
+
+        Raises CorruptObject when the file ends before the block does.
+        """
+        fd = self._fds[segment]
+        with self._pool.take() as scratch:
+            if self._direct and not is_page_aligned(into):
+                self._read_bounced(fd, offset, scratch, into)
+            else:
+                whole = into.nbytes - into.nbytes % PAGE
+                buffers = [scratch.header, into[:whole]]
+                if whole < into.nbytes:
+                    buffers.append(scratch.tail)
+                self._read_all(fd, buffers, offset)
+                into[whole:] = scratch.tail[: into.nbytes - whole]
+            return scratch.header.tobytes()
+
+    def flush(self, segments: Iterable[int]) -> None:
+        """Make everything written to these segments survive power loss."""
+        for segment in segments:
+            fd = self._fds[segment]
+            if not self._ops.linked(fd):
+                raise FileNotFoundError(errno.ENOENT, "the segment file was deleted", self._path(segment))
+            self._ops.fdatasync(fd)
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._fds:
+            self._ops.close(self._fds.popitem()[1])
+
+    def _path(self, segment: int) -> str:
+        return os.path.join(self._directory, f"{segment:08d}{_SUFFIX}")
+
+    def _open_file(self, path: str) -> int:
+        if self._direct:
+            try:
+                return self._open_direct(path)
+            except OSError as refusal:
+                if refusal.errno != errno.EINVAL:
+                    raise
+                self._direct = False
+                _LOG.warning("%s does not allow O_DIRECT: segments go through the page cache", path)
+        return self._ops.open(path, os.O_RDWR)
+
+    def _open_direct(self, path: str) -> int:
+        """Open with O_DIRECT and read a page, since some file systems refuse only then."""
+        fd = self._ops.open(path, os.O_RDWR | os.O_DIRECT)
+        try:
+            with self._pool.take() as scratch:
+                self._ops.preadv(fd, [scratch.header], 0)
+        except OSError:
+            self._ops.close(fd)
+            raise
+        return fd
+
+    def _write_bounced(self, fd: int, offset: int, scratch: Scratch, payload: Bytes) -> None:
+        self._write_all(fd, [scratch.header], offset)
+        for at in range(0, payload.nbytes, BOUNCE_BYTES):
+            part = payload[at : at + BOUNCE_BYTES]
+            whole = part.nbytes - part.nbytes % PAGE
+            np.copyto(scratch.bounce[:whole], part[:whole])
+            buffers = [scratch.bounce[:whole], *_fill_tail(scratch, part[whole:])]
+            self._write_all(fd, buffers, offset + HEADER_BYTES + at)
+
+    def _read_bounced(self, fd: int, offset: int, scratch: Scratch, into: Bytes) -> None:
+        self._read_all(fd, [scratch.header], offset)
+        for at in range(0, into.nbytes, BOUNCE_BYTES):
+            part = into[at : at + BOUNCE_BYTES]
+            room = -(-part.nbytes // PAGE) * PAGE
+            self._read_all(fd, [scratch.bounce[:room]], offset + HEADER_BYTES + at)
+            np.copyto(part, scratch.bounce[: part.nbytes])
+
+    def _write_all(self, fd: int, buffers: Sequence[Bytes], offset: int) -> None:
+        rest = [b for b in buffers if b.nbytes]
+        while rest:
+            done = self._whole(self._ops.pwritev(fd, rest, offset))
+            if done == 0:
+                raise OSError(errno.EIO, "a write made no progress")
+            with self._count_lock:
+                self._device_bytes += done
+            offset += done
+            rest = _after(rest, done)
+
+    def _read_all(self, fd: int, buffers: Sequence[Bytes], offset: int) -> None:
+        rest = [b for b in buffers if b.nbytes]
+        while rest:
+            done = self._whole(self._ops.preadv(fd, rest, offset))
+            if done == 0:
+                raise CorruptObject(f"the segment ends at {offset}, in the middle of a block")
+            offset += done
+            rest = _after(rest, done)
+
+    def _whole(self, done: int) -> int:
+        """What of a short transfer counts: with O_DIRECT the next one must start on a page again."""
+        return done - done % PAGE if self._direct else done
+
+
+def _fill_tail(scratch: Scratch, rest: Bytes) -> list[Bytes]:
+    if rest.nbytes == 0:
+        return []
+    scratch.tail[: rest.nbytes] = rest
+    scratch.tail[rest.nbytes :] = 0
+    return [scratch.tail]
+
+
+def _after(buffers: Sequence[Bytes], done: int) -> list[Bytes]:
+    """The buffers that are left when their first `done` bytes are through."""
+    left = []
+    for buffer in buffers:
+        if done < buffer.nbytes:
+            left.append(buffer[done:])
+        done = max(0, done - buffer.nbytes)
+    return left

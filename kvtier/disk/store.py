@@ -1,0 +1,253 @@
+"""What is under the tier's calls: the directory, its segments, its index and the books, kept in step.
+
+Locks: `lock` guards the books and counters and is held for moments only; `_index_lock` makes index
+transactions and new segments one at a time and may be held across I/O.  The second is taken first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kvtier.disk.buffers import PAGE
+from kvtier.disk.faults import Faults
+from kvtier.disk.fileops import FileOps
+from kvtier.disk.header import RAW, BlockHeader
+from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
+from kvtier.disk.ledger import Entry, Ledger
+from kvtier.disk.lock import DirectoryLock, sync_directory
+from kvtier.disk.recovery import fill_ledger, sift
+from kvtier.disk.segments import Segments
+from kvtier.errors import TierError, TierUnavailable
+from kvtier.objects import ObjectMeta
+
+_LOG = logging.getLogger(__name__)
+_INDEX = "index.sqlite"
+_SEGMENTS = "segments"
+_EPOCH_SHIFT = 40
+
+
+class Store:
+    """One open directory. Raises TierUnavailable, TierFull, ConfigError.
+
+    lock: for the ledger and `closed`.  flushes: of segments.  lost_at_open: objects that the index listed
+    and that cannot be there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        capacity_bytes: int,
+        segment_bytes: int,
+        ops: FileOps,
+        *,
+        scratch: int,
+        direct: bool,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.faults = Faults()
+        self.flushes = 0
+        self.closed = False
+        self._segment_bytes = segment_bytes
+        self._index_lock = threading.Lock()
+        self._held = DirectoryLock(directory)
+        self.segments = Segments(str(directory / _SEGMENTS), ops, scratch=scratch, direct=direct)
+        try:
+            self._recover(directory, capacity_bytes - capacity_bytes % PAGE)
+        except BaseException:
+            self.segments.close()
+            self._held.release()
+            raise
+
+    def header(self, meta: ObjectMeta, sequence: int) -> BlockHeader:
+        """The header of an object in this directory."""
+        return BlockHeader(meta, sequence, self._held.store_id, meta.nbytes)
+
+    def check_open(self) -> None:
+        """Raise TierUnavailable after `close`. Call it with `lock` held."""
+        if self.closed:
+            raise TierUnavailable("the disk tier is closed")
+
+    # -- opening and closing
+
+    def _recover(self, directory: Path, capacity_bytes: int) -> None:
+        path = directory / _INDEX
+        try:
+            (directory / _SEGMENTS).mkdir(exist_ok=True)
+            on_disk = self.segments.numbers_on_disk()
+            if on_disk and not path.exists():
+                raise TierUnavailable(
+                    f"{path} is missing while segments are there",
+                    fix="restore it, or move the directory away to start empty",
+                )
+            with self.faults.of_index():
+                self.index = Index(path)
+                try:
+                    sync_directory(directory)
+                    self._adopt(capacity_bytes, *self._open_segments(on_disk))
+                except BaseException:
+                    self.index.close()
+                    raise
+        except OSError as problem:
+            raise TierUnavailable(f"{directory} cannot be opened: {problem}") from problem
+
+    def _open_segments(self, on_disk: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+        """Open what the index lists; answers the segments' lengths, due and found.
+
+        A file that the index does not list was being made at a crash: it is taken over as free room.
+        """
+        due = self.index.segments()
+        orphans = []
+        for segment in on_disk:
+            if segment in due:
+                continue
+            nbytes = self.segments.file_bytes(segment) // PAGE * PAGE
+            if nbytes:
+                due[segment] = nbytes
+                orphans.append((segment, nbytes))
+            else:
+                self.segments.delete(segment)
+        found = {segment: self.segments.open(segment, nbytes) for segment, nbytes in due.items()}
+        self.index.apply(Batch(add_segments=orphans))
+        return due, found
+
+    def _adopt(self, capacity_bytes: int, due: dict[int, int], found: dict[int, int]) -> None:
+        epoch = self.index.next_epoch()
+        self.ledger = Ledger(capacity_bytes, epoch << _EPOCH_SHIFT)
+        recovered = sift(self.index.objects(), found)
+        fill_ledger(self.ledger, recovered.rows, due)
+        self.lost_at_open = len(recovered.lost)
+        if recovered.lost:
+            _LOG.warning("%d objects of the index are not in its segments", self.lost_at_open)
+            self.index.apply(Batch(remove=recovered.lost))
+        self._delete_empty_segments()
+
+    def close(self) -> None:
+        """Make removals durable, and let go of files and the directory. No other call is running."""
+        try:
+            if self._held.still_held():
+                self.list_in_index([], (), {})
+        except TierError as problem:
+            _LOG.warning("removals since the last commit may come back: %s", problem)
+        finally:
+            with self.lock:
+                self.closed = True
+            self.index.close()
+            self.segments.close()
+            self._held.release()
+
+    # -- durability
+
+    def flush(self, entries: Sequence[Entry]) -> None:
+        """Make the payloads of these entries survive power loss."""
+        if not self._held.still_held():
+            raise self.faults.unavailable("the disk tier's directory was deleted, moved or unmounted")
+        touched = {entry.segment for entry in entries}
+        try:
+            self.segments.flush(sorted(touched))
+        except OSError as problem:
+            # A failed flush may have dropped any write of the segment, and the next would not say so.
+            with self.lock:
+                self.ledger.fail_writers(touched)
+            raise self.faults.of_device("flushing", problem, 0) from problem
+        with self.lock:
+            self.flushes += len(touched)
+
+    def list_in_index(
+        self, entries: Sequence[Entry], records: Sequence[ConversationRecord], state: Mapping[str, bytes]
+    ) -> None:
+        """One transaction: these entries, records and state, and every change the index does not know.
+
+        The entries are visible when it returns, and flushed before it is called.
+        """
+        with self._index_lock:
+            with self.lock:
+                for entry in entries:
+                    bad = self.ledger.quarantined(entry.meta.object_id)
+                    if bad is not None:
+                        self.ledger.discard(bad)
+                changes = self.ledger.take_changes()
+            batch = Batch(
+                add=[_row(entry) for entry in entries],
+                remove=[entry.generation for entry in changes.drop],
+                quarantine=[entry.generation for entry in changes.quarantine],
+                records=records,
+                state=state,
+            )
+            done = False
+            try:
+                with self.faults.of_index():
+                    self.index.apply(batch)
+                done = True
+            finally:
+                with self.lock:
+                    if done:
+                        self.ledger.changes_done(changes)
+                        self.ledger.publish(entries)
+                    else:
+                        self.ledger.changes_failed(changes)
+            if changes.drop:
+                self._delete_empty_segments()
+
+    # -- room
+
+    def is_over(self) -> bool:
+        """Whether the segments exceed the limit, which was lowered since. Call it with `lock` held."""
+        return self.ledger.extents.total_bytes > self.ledger.capacity_bytes
+
+    def make_room(self, room: int) -> bool:
+        """Try to get a free extent of `room` bytes; answers whether reserving may work now."""
+        with self._index_lock:
+            with self.lock:
+                if not self.is_over() and self.ledger.extents.largest >= room:
+                    return True
+                waits = self.ledger.has_drops
+            if not waits:
+                return self._add_segment(room)
+        self.list_in_index([], (), {})
+        return True
+
+    def _add_segment(self, room: int) -> bool:
+        extents = self.ledger.extents
+        nbytes = min(self._segment_bytes, self.ledger.capacity_bytes - extents.total_bytes)
+        if nbytes < room:
+            return False
+        number = max(extents.segments, default=-1) + 1
+        try:
+            self.segments.create(number, nbytes)
+        except OSError as problem:
+            raise self.faults.of_device("making a segment", problem, nbytes) from problem
+        listed = False
+        try:
+            with self.faults.of_index():
+                self.index.apply(Batch(add_segments=[(number, nbytes)]))
+            listed = True
+        finally:
+            if not listed:
+                self.segments.remove(number)
+        with self.lock:
+            extents.add_segment(number, nbytes)
+        return True
+
+    def _delete_empty_segments(self) -> None:
+        """Give empty segments back to the file system while there are more than the limit allows."""
+        extents = self.ledger.extents
+        for segment in sorted(extents.segments, reverse=True):
+            with self.lock:
+                if not self.is_over():
+                    return
+                if not extents.is_empty(segment):
+                    continue
+                extents.remove_segment(segment)
+            with self.faults.of_index():
+                self.index.apply(Batch(remove_segments=[segment]))
+            try:
+                self.segments.remove(segment)
+            except OSError as problem:
+                raise self.faults.of_device("deleting a segment", problem, 0) from problem
+
+
+def _row(entry: Entry) -> ObjectRow:
+    return ObjectRow(entry.meta, entry.generation, entry.segment, entry.at, entry.meta.nbytes, RAW)

@@ -1,0 +1,381 @@
+"""DiskTier: objects in segment files, found through an SQLite index, checked on every read.
+
+Order of a commit: payloads written, segments flushed (fdatasync), then one index transaction with the
+objects, the conversation records and the state given with them.  Whatever a commit returned for survives
+power loss; what was being written at a crash is not in the index, so its room is free again.
+
+Limits.  The sum of the segment files' lengths never exceeds `capacity_bytes` rounded down to whole pages
+of 4096; an object takes a page more than its length rounded up to pages.  The index comes on top (some
+hundred bytes an object, and a WAL of some MiB).  Free room is not moved together: an object needs one
+free extent.  Opened with a smaller limit than before, nothing new is reserved until enough segments are
+empty and have been deleted; until then used_bytes may exceed capacity_bytes.
+
+Wrong bytes.  A read checks the header (store, object, model, sequence, lengths) and the payload's
+checksum, so neither a wrong index nor a lost write is served.  What fails the check is quarantined: not
+found any more, its room kept out of use until the object is removed or written again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvtier.checksum import Buffer, checksum
+from kvtier.disk.buffers import byte_array
+from kvtier.disk.faults import is_unreadable
+from kvtier.disk.fileops import Bytes, FileOps, OsFileOps
+from kvtier.disk.header import decode, encode
+from kvtier.disk.index import ConversationRecord
+from kvtier.disk.ledger import Entry, batches, room_for
+from kvtier.disk.recovery import check_sizes
+from kvtier.disk.store import Store
+from kvtier.errors import CorruptObject, StaleSlot, TierError, TierFull
+from kvtier.objects import ObjectId, ObjectMeta
+from kvtier.states import State
+from kvtier.tier import Slot, Tier, TierUsage
+
+_LOG = logging.getLogger(__name__)
+_SPARE_SCRATCH = 4
+_ANNOUNCED_AT_ONCE = 1024
+
+OnEach = Callable[[Slot, TierError | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStats:
+    """What the disk tier did since it was opened, and how it stands.
+
+    direct_io: False when the file system refused O_DIRECT.  device_bytes: bytes written to segments,
+    headers and padding included, of which user_bytes were payload.  flushes: of segments.
+    lost_at_open: objects that the index listed and that cannot be there.  quarantined_total: failed
+    checks.  last_error: '' when there was none.
+    """
+
+    direct_io: bool
+    segments: int
+    segment_bytes: int
+    user_bytes: int
+    device_bytes: int
+    flushes: int
+    lost_at_open: int
+    quarantined_total: int
+    last_error: str
+
+
+class DiskTier(Tier):
+    """Objects in a directory. See the module's text.
+
+    directory: made when it is not there; belongs to this object until `close`.  capacity_bytes: limit of
+    the segment files together.  segment_bytes: length of one, a multiple of 4096; no object is longer.
+    writers, readers: threads of write_many and read_many.  direct: whether to try O_DIRECT.  ops: the
+    system calls.  check: False switches every check of read() off, for tests and benchmarks only.
+
+    Raises TierUnavailable when the directory is in use, unusable or of a newer version, ConfigError for
+    sizes that cannot work and for a directory that holds something else.
+    """
+
+    name = "disk"
+    durable = True
+
+    def __init__(
+        self,
+        directory: Path,
+        capacity_bytes: int,
+        *,
+        segment_bytes: int = 1 << 30,
+        writers: int = 4,
+        readers: int = 8,
+        direct: bool = True,
+        ops: FileOps | None = None,
+        check: bool = True,
+    ) -> None:
+        check_sizes(capacity_bytes, segment_bytes)
+        self.directory = directory
+        scratch = writers + readers + _SPARE_SCRATCH
+        self._store = Store(
+            directory, capacity_bytes, segment_bytes, ops or OsFileOps(), scratch=scratch, direct=direct
+        )
+        self._lock = self._store.lock
+        self._ledger = self._store.ledger
+        self._longest = min(segment_bytes, self._ledger.capacity_bytes)
+        self._check = check
+        self._user_bytes = self._quarantines = 0
+        self._write_pool = ThreadPoolExecutor(writers, thread_name_prefix="kvtier-disk-write")
+        self._read_pool = ThreadPoolExecutor(readers, thread_name_prefix="kvtier-disk-read")
+
+    # -- filling
+
+    def reserve(self, meta: ObjectMeta, *, holder: str) -> Slot:
+        """See Tier.reserve. Raises ValueError when the object's names do not fit into a header."""
+        encode(self._store.header(replace(meta, checksum=0), 0))
+        room = room_for(meta.nbytes)
+        if room > self._longest:
+            raise TierFull(
+                f"{meta.object_id} needs {room} bytes, more than a segment's {self._longest}",
+                needed_bytes=room,
+                fix="raise disk.segment_bytes or disk.capacity_bytes",
+            )
+        while True:
+            with self._lock:
+                self._store.check_open()
+                entry = None if self._store.is_over() else self._ledger.reserve(meta, holder)
+                if entry is not None:
+                    return entry.slot
+            if not self._store.make_room(room):
+                raise TierFull(f"no free extent of {room} bytes on disk", needed_bytes=room)
+
+    def write(self, slot: Slot, data: Buffer) -> None:
+        """See Tier.write. On an I/O error the slot is given back: TierFull or TierUnavailable."""
+        payload = byte_array(data)
+        if payload.nbytes != slot.nbytes:
+            raise ValueError(f"{payload.nbytes} bytes for a slot of {slot.nbytes}")
+        with self._lock:
+            self._store.check_open()
+            entry = self._ledger.writing(slot)
+            self._ledger.pin(entry)
+        try:
+            self._write_entry(entry, payload)
+        except OSError as problem:
+            with self._lock:
+                if entry.state is State.WRITING:
+                    self._ledger.give_up(entry, quiet=True)
+            raise self._store.faults.of_device("writing", problem, entry.room) from problem
+        finally:
+            with self._lock:
+                self._ledger.unpin(entry)
+
+    def commit(self, slots: Sequence[tuple[Slot, int]]) -> None:
+        """See Tier.commit, and `commit_with_records`."""
+        self.commit_with_records(slots)
+
+    def commit_with_records(
+        self,
+        slots: Sequence[tuple[Slot, int]],
+        records: Sequence[ConversationRecord] = (),
+        state: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Make written slots, conversation records and state durable together, all or none: one flush.
+
+        Removals since the last commit become durable with it, also when nothing is given.  Raises
+        StaleSlot, or ValueError for a slot that was not written, before anything changed; TierFull or
+        TierUnavailable when the device fails, and then all the slots are given back.
+        """
+        with self._lock:
+            self._store.check_open()
+            entries = [self._ready(slot) for slot, _ in slots]
+            if len(set(entries)) != len(entries):
+                raise ValueError("a slot is named twice in one commit")
+            for entry, (_, said) in zip(entries, slots, strict=True):
+                entry.committing = True
+                entry.meta = replace(entry.meta, checksum=said)
+        try:
+            self._make_durable(entries, records, state or {})
+        except BaseException:
+            with self._lock:
+                for entry in entries:
+                    if entry.state is State.WRITING:
+                        self._ledger.give_up(entry, quiet=True)
+            raise
+
+    def abort(self, slot: Slot, *, quiet: bool) -> None:
+        """See Tier.abort. Raises StaleSlot."""
+        with self._lock:
+            self._ledger.give_up(self._ledger.writing(slot), quiet=quiet)
+
+    # -- looking and holding
+
+    def find(self, object_id: ObjectId) -> Slot | None:
+        """See Tier.find."""
+        with self._lock:
+            entry = self._ledger.find(object_id)
+            return None if entry is None else entry.slot
+
+    def meta(self, object_id: ObjectId) -> ObjectMeta | None:
+        """See Tier.meta."""
+        with self._lock:
+            entry = self._ledger.find(object_id)
+            return None if entry is None else entry.meta
+
+    def lease(self, slot: Slot, holder: str, until_s: float) -> None:
+        """See Tier.lease."""
+        with self._lock:
+            self._ledger.lease(slot, holder, until_s)
+
+    def release(self, slot: Slot, holder: str) -> None:
+        """See Tier.release."""
+        with self._lock:
+            self._ledger.release(slot, holder)
+
+    def expire(self, now_s: float) -> list[tuple[Slot, str]]:
+        """See Tier.expire."""
+        with self._lock:
+            return self._ledger.expire(now_s)
+
+    def holder_ended(self, holder: str) -> None:
+        """See Tier.holder_ended."""
+        with self._lock:
+            self._ledger.holder_ended(holder)
+
+    def read(self, slot: Slot, into: Buffer) -> None:
+        """See Tier.read. What cannot be read for a bad sector is corrupt, too."""
+        target = byte_array(into)
+        if target.nbytes != slot.nbytes or not target.flags.writeable:
+            raise ValueError(f"a writable buffer of {slot.nbytes} bytes is needed")
+        with self._lock:
+            self._store.check_open()
+            entry = self._ledger.readable(slot)
+            self._ledger.pin(entry)
+        try:
+            self._read_entry(entry, target)
+        except CorruptObject as problem:
+            with self._lock:
+                self._ledger.quarantine(entry)
+                self._quarantines += 1
+            _LOG.warning("quarantined: %s", problem)
+            raise
+        finally:
+            with self._lock:
+                self._ledger.unpin(entry)
+
+    def remove(self, object_id: ObjectId) -> int:
+        """See Tier.remove. Survives power loss from the next commit on."""
+        with self._lock:
+            return self._ledger.remove(object_id)
+
+    def objects(self) -> Iterator[ObjectMeta]:
+        """See Tier.objects."""
+        for batch in self.object_batches(_ANNOUNCED_AT_ONCE):
+            yield from batch
+
+    def usage(self) -> TierUsage:
+        """See Tier.usage."""
+        with self._lock:
+            return self._ledger.usage()
+
+    def close(self) -> None:
+        """Make removals durable, and let go of threads, files and the directory."""
+        with self._lock:
+            if self._store.closed:
+                return
+        self._write_pool.shutdown()
+        self._read_pool.shutdown()
+        self._store.close()
+
+    # -- several at once
+
+    def write_many(
+        self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
+    ) -> list[Future[None]]:
+        """Write several slots, `writers` at a time; the futures raise what `write` does.
+
+        on_each is called in the writing thread with (slot, None or the TierError) as each ends.  The
+        buffers must stay as they are until then.
+        """
+        return [self._write_pool.submit(_each, self.write, slot, data, on_each) for slot, data in items]
+
+    def read_many(
+        self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
+    ) -> list[Future[None]]:
+        """Read several slots into writable buffers, `readers` at a time; see `write_many`."""
+        return [self._read_pool.submit(_each, self.read, slot, into, on_each) for slot, into in items]
+
+    # -- beyond the contract
+
+    def object_batches(self, size: int) -> Iterator[list[ObjectMeta]]:
+        """Every committed object, `size` at a time, without holding others up in between."""
+        with self._lock:
+            ids = self._ledger.names()
+        for part in batches(ids, size):
+            with self._lock:
+                entries = [self._ledger.find(object_id) for object_id in part]
+            yield [entry.meta for entry in entries if entry is not None]
+
+    def record_batches(self, size: int) -> Iterator[list[ConversationRecord]]:
+        """Every conversation's record, `size` at a time."""
+        with self._store.faults.of_index():
+            yield from self._store.index.records(size)
+
+    def record(self, tenant: str, conversation: str) -> ConversationRecord | None:
+        """One conversation's record."""
+        with self._store.faults.of_index():
+            return self._store.index.record(tenant, conversation)
+
+    def state(self, name: str) -> bytes | None:
+        """A value given to `commit_with_records`."""
+        with self._store.faults.of_index():
+            return self._store.index.state(name)
+
+    def stats(self) -> DiskStats:
+        """Counters and health."""
+        with self._lock:
+            extents = self._ledger.extents
+            return DiskStats(
+                direct_io=self._store.segments.direct_io,
+                segments=len(extents.segments),
+                segment_bytes=extents.total_bytes,
+                user_bytes=self._user_bytes,
+                device_bytes=self._store.segments.device_bytes,
+                flushes=self._store.flushes,
+                lost_at_open=self._store.lost_at_open,
+                quarantined_total=self._quarantines,
+                last_error=self._store.faults.last_error,
+            )
+
+    # -- inside
+
+    def _write_entry(self, entry: Entry, payload: Bytes) -> None:
+        meta = entry.meta
+        if meta.checksum is None:
+            meta = replace(meta, checksum=checksum(payload))
+        header = encode(self._store.header(meta, entry.generation))
+        self._store.segments.write_block(entry.segment, entry.at, header, payload)
+        with self._lock:
+            entry.written = True
+            self._user_bytes += payload.nbytes
+
+    def _ready(self, slot: Slot) -> Entry:
+        entry = self._ledger.writing(slot)
+        if entry.failed:
+            raise StaleSlot(f"{slot} was lost when its segment could not be flushed")
+        if not entry.written or entry.pins:
+            raise ValueError(f"{slot} was reserved, but its write has not ended")
+        return entry
+
+    def _make_durable(
+        self, entries: Sequence[Entry], records: Sequence[ConversationRecord], state: Mapping[str, bytes]
+    ) -> None:
+        """The order that everything rests on: the payloads survive before the index lists them."""
+        self._store.flush(entries)
+        self._store.list_in_index(entries, records, state)
+
+    def _read_entry(self, entry: Entry, target: Bytes) -> None:
+        try:
+            page = self._store.segments.read_block(entry.segment, entry.at, target)
+        except OSError as problem:
+            if is_unreadable(problem):
+                raise CorruptObject(f"{entry.meta.object_id} cannot be read: {problem}") from problem
+            raise self._store.faults.unavailable(f"reading failed: {problem}") from problem
+        if not self._check:
+            return
+        header = decode(page)
+        if header != self._store.header(entry.meta, entry.generation):
+            raise CorruptObject(
+                f"{header.meta.object_id}, write {header.sequence}, is where {entry.meta.object_id},"
+                f" write {entry.generation}, should be"
+            )
+        if checksum(target) != entry.meta.checksum:
+            raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
+
+
+def _each(call: Callable[[Slot, Buffer], None], slot: Slot, data: Buffer, on_each: OnEach | None) -> None:
+    try:
+        call(slot, data)
+    except TierError as problem:
+        if on_each is not None:
+            on_each(slot, problem)
+        raise
+    if on_each is not None:
+        on_each(slot, None)
