@@ -1,0 +1,250 @@
+"""The copy engine for pools in host memory: threads that share each batch's units among them."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+
+from kvtier.checksum import combine
+from kvtier.errors import KvtierError, TierUnavailable
+from kvtier.gpu.cpu_copy import BlockCopy
+from kvtier.gpu.engine import (
+    CANCELLED,
+    CORRUPT,
+    ERROR,
+    STALE,
+    CopyBatch,
+    CopyEngine,
+    CopyItem,
+    CopyResult,
+    Done,
+    SlotMemory,
+    check_batch,
+)
+from kvtier.gpu.plan import Cut, Unit
+
+MAX_THREADS = 4
+# Hashed steps are copied and hashed before they leave a core's cache of 1 to 2 MiB; without hashing, longer
+# steps cost less Python and fewer hand-overs of the GIL.
+HASHED = Cut(chunk_bytes=512 << 10, merge_bytes=1 << 20, unit_bytes=4 << 20)
+PLAIN = Cut(chunk_bytes=4 << 20, merge_bytes=4 << 20, unit_bytes=4 << 20)
+_COPY_ERRORS = (KvtierError, OSError, ValueError, IndexError, BufferError, MemoryError)
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """One item of a running batch."""
+
+    index: int
+    item: CopyItem
+    block: BlockCopy | None
+    units_left: int
+    sums: list[int] = field(default_factory=list)
+    waiting: dict[int, int] = field(default_factory=dict)
+    failure: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A batch from submit to its answer."""
+
+    batch: CopyBatch
+    on_done: Done
+    copies: list[_Copy]
+    tasks: list[tuple[_Copy, Unit]]
+    next_task: int = 0
+    running: int = 0
+    cancelled: bool = False
+    began_s: float = 0.0
+
+    @property
+    def all_taken(self) -> bool:
+        return self.cancelled or self.next_task == len(self.tasks)
+
+
+class CpuCopyEngine(CopyEngine):
+    """slots: where the slots are. threads: how many copy at once, min(4, cores) when 0."""
+
+    def __init__(self, slots: SlotMemory, *, threads: int = 0) -> None:
+        self._slots = slots
+        self._wake = threading.Condition()
+        self._queue: list[tuple[bool, int, int, _Run]] = []
+        self._open: dict[_Run, None] = {}
+        self._submitted = 0
+        self._closed = False
+        count = threads or min(MAX_THREADS, os.cpu_count() or 1)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"kvtier-copy-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, batch: CopyBatch, on_done: Done) -> None:
+        """See CopyEngine."""
+        check_batch(batch)
+        run = self._prepare(batch, on_done)
+        with self._wake:
+            if self._closed:
+                raise TierUnavailable("the copy engine is closed")
+            self._open[run] = None
+            self._submitted += 1
+            if run.tasks:
+                place = (batch.direction == "gather", batch.priority, self._submitted, run)
+                heapq.heappush(self._queue, place)
+                self._wake.notify(len(run.tasks))
+                return
+        self._answer(run)
+
+    def cancel(self, job: str) -> None:
+        """See CopyEngine."""
+        with self._wake:
+            unstarted = self._withdraw([run for run in self._open if run.batch.job == job])
+        for run in unstarted:
+            self._answer(run)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """See CopyEngine."""
+        with self._wake:
+            return self._wake.wait_for(lambda: not self._open, timeout_s)
+
+    def busy_jobs(self) -> frozenset[str]:
+        """See CopyEngine."""
+        with self._wake:
+            return frozenset(run.batch.job for run in self._open)
+
+    def close(self) -> None:
+        """See CopyEngine."""
+        with self._wake:
+            self._closed = True
+            unstarted = self._withdraw(list(self._open))
+            self._wake.notify_all()
+        for run in unstarted:
+            self._answer(run)
+        for thread in self._threads:
+            thread.join()
+
+    def _withdraw(self, runs: list[_Run]) -> list[_Run]:
+        """Take no more units from these; answers those that nobody works on. Holds the lock."""
+        unstarted = [run for run in runs if not run.all_taken and not run.running]
+        for run in runs:
+            run.cancelled = True
+        self._queue = [entry for entry in self._queue if not entry[3].cancelled]
+        heapq.heapify(self._queue)
+        return unstarted
+
+    def _prepare(self, batch: CopyBatch, on_done: Done) -> _Run:
+        copies = [self._copy(batch, index, item) for index, item in enumerate(batch.items)]
+        tasks = [(copy, unit) for copy in copies if copy.block for unit in copy.block.plan.units]
+        return _Run(batch, on_done, copies, tasks)
+
+    def _copy(self, batch: CopyBatch, index: int, item: CopyItem) -> _Copy:
+        try:
+            slot = self._slots.view(item.address, item.nbytes)
+        except _COPY_ERRORS as error:
+            return _Copy(index, item, None, 0, failure=f"{ERROR}{error}")
+        if slot.ndim != 1 or slot.nbytes != item.nbytes:
+            return _Copy(index, item, None, 0, failure=f"{ERROR}the slot's memory is {slot.nbytes} bytes")
+        block = BlockCopy(
+            batch.binding,
+            item.group,
+            (item.start, item.tokens, item.first_valid),
+            slot,
+            HASHED if batch.verify else PLAIN,
+        )
+        return _Copy(index, item, block, len(block.plan.units), waiting=dict(block.plan.sharers))
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                run = self._queue[0][3]
+                copy, unit = run.tasks[run.next_task]
+                run.next_task += 1
+                run.running += 1
+                if run.next_task == 1:
+                    run.began_s = time.perf_counter()
+                if run.all_taken:
+                    heapq.heappop(self._queue)
+            failure, total = self._do(run, copy, unit)
+            pieces = self._finish_unit(copy, unit, failure, total, run)
+            self._finish_pieces(copy, pieces)
+            with self._wake:
+                run.running -= 1
+                over = run.all_taken and not run.running
+            if over:
+                self._answer(run)
+
+    def _do(self, run: _Run, copy: _Copy, unit: Unit) -> tuple[str, int]:
+        """Copy one unit; answers (reason of failure or '', sum of its hashes). Holds no lock."""
+        block, item = copy.block, copy.item
+        if copy.failure or block is None:
+            return copy.failure, 0
+        try:
+            if self._slots.generation(item.slot_id) != item.generation:
+                return STALE, 0
+            move = block.gather if run.batch.direction == "gather" else block.scatter
+            return "", move(unit, run.batch.verify)
+        except _COPY_ERRORS as error:
+            return f"{ERROR}{error}", 0
+
+    def _finish_unit(self, copy: _Copy, unit: Unit, failure: str, total: int, run: _Run) -> list[int]:
+        """Book a unit; answers the pieces that are complete now and were shared with other units."""
+        with self._wake:
+            copy.units_left -= 1
+            copy.failure = copy.failure or failure
+            copy.sums.append(total)
+            if not run.batch.verify or run.batch.direction == "scatter" or copy.failure:
+                return []
+            for piece in unit.shared:
+                copy.waiting[piece] -= 1
+            return [piece for piece in unit.shared if not copy.waiting[piece]]
+
+    def _finish_pieces(self, copy: _Copy, pieces: list[int]) -> None:
+        if pieces and copy.block is not None:
+            copy.sums += [copy.block.hash_piece(piece) for piece in pieces]
+
+    def _answer(self, run: _Run) -> None:
+        ended_s = time.perf_counter()
+        checksums = [self._conclude(run, copy) for copy in run.copies]
+        failed = tuple((copy.index, copy.failure) for copy in run.copies if copy.failure)
+        result = CopyResult(
+            run.batch.job,
+            run.batch.batch,
+            not failed,
+            tuple(checksums),
+            failed,
+            sum(copy.item.nbytes for copy in run.copies if not copy.failure),
+            ended_s - run.began_s if run.next_task else 0.0,
+        )
+        try:
+            run.on_done(result)
+        finally:
+            with self._wake:
+                del self._open[run]
+                self._wake.notify_all()
+
+    def _conclude(self, run: _Run, copy: _Copy) -> int | None:
+        """Settle how an item ended; answers its checksum where one was asked for and is right."""
+        item = copy.item
+        if not copy.failure and copy.units_left:
+            copy.failure = CANCELLED
+        if not copy.failure:
+            copy.failure = self._changed(item)
+        if copy.failure or not run.batch.verify:
+            return None
+        found = combine(copy.sums, item.nbytes)
+        if run.batch.direction == "scatter" and found != item.checksum:
+            copy.failure = CORRUPT
+            return None
+        return found if run.batch.direction == "gather" else None
+
+    def _changed(self, item: CopyItem) -> str:
+        try:
+            return "" if self._slots.generation(item.slot_id) == item.generation else STALE
+        except _COPY_ERRORS as error:
+            return f"{ERROR}{error}"

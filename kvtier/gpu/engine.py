@@ -1,0 +1,142 @@
+"""The interface of copy engines: what moves bytes between an engine's pool and slots, asynchronously.
+
+The caller names rows of a bound conversation and slots; the engine decides how.  The CPU engine is one; CUDA
+is another behind the same calls.  What holds for each:
+
+- Everything is checked before anything is copied: submit() raises GeometryError, and then nothing happened.
+- on_done is called once for each batch, from a thread of the engine's or from cancel()'s caller, and must not
+  raise or wait.  After it no copy of that batch runs.
+- A slot's generation is checked before and after its copy.  An item that failed is reported by itself.
+- On scatter with verify each part of the slot is hashed while it is in cache from its copy, so bytes of a
+  corrupt object do reach the pool pages before the item is known to be bad.  That is safe: the pages are
+  the caller's, nobody else may read them, and a failed item is reported as not restored, so its rows are
+  computed and overwritten.  Checking first would read the slot from memory twice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from kvtier.errors import GeometryError
+from kvtier.gpu.pool import Binding
+from kvtier.gpu.tensors import Bytes
+
+Direction: TypeAlias = Literal["gather", "scatter"]
+
+STALE = "stale"
+CORRUPT = "corrupt"
+CANCELLED = "cancelled"
+ERROR = "error: "
+
+
+class SlotMemory(Protocol):
+    """Where slots are. Both calls from any thread; they may raise KvtierError, OSError or ValueError."""
+
+    def view(self, address: tuple[int, int], nbytes: int) -> Bytes:
+        """The slot's memory: uint8, one dimension, writable, shared."""
+
+    def generation(self, slot_id: int) -> int:
+        """The slot's generation now."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyItem:
+    """One object: rows [first_valid, tokens) of the block at position `start`, and its slot.
+
+    address: (sub-arena, byte offset).  checksum: what the slot's bytes should have; None where not known.
+    """
+
+    group: int
+    start: int
+    tokens: int
+    first_valid: int
+    slot_id: int
+    generation: int
+    address: tuple[int, int]
+    nbytes: int
+    checksum: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBatch:
+    """Objects that are copied, answered and cancelled together.
+
+    direction: 'gather' from pool to slots, 'scatter' from slots to pool.  verify: on gather compute
+    checksums, on scatter check them; every item then needs one.  priority: lower goes first among batches
+    of one direction; scatter goes before gather.
+    """
+
+    job: str
+    batch: int
+    direction: Direction
+    binding: Binding
+    items: tuple[CopyItem, ...]
+    verify: bool = True
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """How a batch ended.
+
+    checksums: one for each item, None where none was computed.  failed: (index of the item, reason), with
+    'stale', 'corrupt', 'cancelled' or 'error: ...'.  bytes: of the items that succeeded.  seconds: from the
+    first copy to the last.
+    """
+
+    job: str
+    batch: int
+    ok: bool
+    checksums: tuple[int | None, ...]
+    failed: tuple[tuple[int, str], ...]
+    bytes: int
+    seconds: float
+
+
+Done: TypeAlias = Callable[[CopyResult], None]
+
+
+class CopyEngine(ABC):
+    """Copies batches in the background. All calls from any thread."""
+
+    @abstractmethod
+    def submit(self, batch: CopyBatch, on_done: Done) -> None:
+        """Queue a batch. Raises GeometryError, or TierUnavailable once closed; then on_done is not called."""
+
+    @abstractmethod
+    def cancel(self, job: str) -> None:
+        """Batches of the job that have not begun never will, and are answered before this returns.
+
+        One that runs ends early, in its own time: items not copied by then fail as 'cancelled'.
+        """
+
+    @abstractmethod
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether every batch submitted so far was answered within the time."""
+
+    @abstractmethod
+    def busy_jobs(self) -> frozenset[str]:
+        """Jobs with a batch that is not answered yet."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what is queued, wait for what runs, end the threads. A closed engine takes no batches."""
+
+
+def check_batch(batch: CopyBatch) -> None:
+    """What every engine demands of a batch. Raises GeometryError."""
+    layout = batch.binding.layout
+    if batch.direction not in ("gather", "scatter"):
+        raise GeometryError(f"no such direction: {batch.direction}")
+    for item in batch.items:
+        batch.binding.check(item.group, item.start, item.tokens, item.first_valid)
+        wanted = (item.tokens - item.first_valid) * layout.token_bytes(item.group)
+        if item.nbytes != wanted:
+            raise GeometryError(
+                f"an object of {item.tokens} tokens is {wanted} bytes, its slot {item.nbytes}"
+            )
+        if batch.verify and batch.direction == "scatter" and item.checksum is None:
+            raise GeometryError("an object without a checksum cannot be verified")
