@@ -1,0 +1,172 @@
+"""The tier services as Ray actors: thin shells that start, watch and end one service each.
+
+A shell lives and dies with its service: `serve()` answers when the service has ended, and the process goes
+a moment later.  That answer, or Ray's notice that the actor died, is how the controller hears of it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+
+from kvtier.cluster.reconciler import TierRole
+from kvtier.cluster.services import load_service
+from kvtier.config_schema import Config
+
+# One copy engine's threads are set by its own settings; libraries that open a pool of threads per core
+# would take the cores from the serving engine.
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_WATCH_S = 60.0
+# Long enough for the answer of serve() to leave the process, short against the second of a restart.
+_LINGER_S = 0.1
+# serve() holds a thread for good; a controller that was restarted calls it again; the rest is for the others.
+CONCURRENCY = 6
+
+
+class Service(Protocol):
+    """What a tier service offers; its constructor takes the Config."""
+
+    def start(self) -> None:
+        """Return once it runs on threads of its own. Raises KvtierError."""
+
+    def stop(self, grace_s: float) -> None:
+        """End it within this time; again is no error."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, at the latest after this time."""
+
+    def health(self) -> dict[str, Any]:
+        """Small and msgpackable; after an end that nobody asked for, `failure` says why."""
+
+
+class TierActor:
+    """One service. All methods may run at once on different threads; the constructor on the main thread."""
+
+    role: ClassVar[TierRole]
+
+    def __init__(self, service: str, config_text: bytes, epoch: int, grace_s: float) -> None:
+        """service: 'module:Class'.  config_text: the Config as JSON.  grace_s: for a SIGTERM."""
+        for name in _ONE_THREAD:
+            os.environ[name] = "1"
+        self._path = service
+        self._config_text = config_text
+        self._epoch = epoch
+        self._grace_s = grace_s
+        self._service: Service | None = None
+        self._changed = threading.Condition()
+        self._turn = 0
+        self._state = "starting"
+        self._failure = ""
+        self._on_sigterm()
+
+    def serve(self) -> str:
+        """Run the service; answers 'ended' and why after its end, 'superseded' once it is called again.
+
+        The service starts with the first call. Raises what its start raises.
+        """
+        with self._changed:
+            self._turn += 1
+            turn = self._turn
+            self._changed.notify_all()
+        if turn == 1:
+            self._start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._state == "ended" or self._turn != turn)
+            return f"ended {self._failure}".rstrip() if self._state == "ended" else "superseded"
+
+    def health(self) -> dict[str, Any]:
+        """Answers while serve() blocks. state: 'starting', 'ready' or 'ended'."""
+        service = self._service
+        ready = self._state == "ready" and service is not None
+        return {
+            "role": self.role,
+            "epoch": self._epoch,
+            "pid": os.getpid(),
+            "state": self._state,
+            "service": service.health() if ready and service is not None else {},
+        }
+
+    def stop(self, grace_s: float) -> None:
+        """End the service, and with it this actor."""
+        service = self._service
+        if service is None:
+            self._end()
+        else:
+            service.stop(grace_s)
+
+    def _start(self) -> None:
+        try:
+            service = load_service(self._path)(msgspec.json.decode(self._config_text, type=Config))
+            service.start()
+        except BaseException:
+            self._end()
+            raise
+        self._service = service
+        with self._changed:
+            if self._state == "starting":
+                self._state = "ready"
+                self._changed.notify_all()
+        threading.Thread(target=self._watch, args=(service,), name="kvtier-watch", daemon=True).start()
+
+    def _watch(self, service: Service) -> None:
+        while not service.wait(_WATCH_S):
+            pass
+        self._failure = str(service.health().get("failure", ""))
+        self._end()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._state = "ended"
+            self._changed.notify_all()
+        # Nobody but the controller would end the process, and it may be away.
+        self._leave(_LINGER_S, 0)
+
+    def _leave(self, after_s: float, status: int) -> None:
+        timer = threading.Timer(after_s, os._exit, (status,))
+        timer.daemon = True
+        timer.start()
+
+    def _on_sigterm(self) -> None:
+        """Ray's own handler waits for serve(), which does not end by itself, so ours takes its place.
+
+        The main thread is inside Ray and may never run a Python handler; the wakeup descriptor is written
+        by the signal itself, whatever thread gets it.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(
+            target=self._wait_sigterm, args=(reader,), name="kvtier-signals", daemon=True
+        ).start()
+
+    def _wait_sigterm(self, reader: int) -> None:
+        while signal.SIGTERM not in os.read(reader, 64):
+            pass
+        self._leave(self._grace_s + 1.0, 1)
+        self.stop(self._grace_s)
+
+
+class HostActor(TierActor):
+    """Holds the arena and the node's socket."""
+
+    role = "host"
+
+
+class DiskActor(TierActor):
+    """Holds the store on disk."""
+
+    role = "disk"
+
+
+class GpuActor(TierActor):
+    """Holds the schedule of copies."""
+
+    role = "gpu"
+
+
+ACTORS: dict[TierRole, type[TierActor]] = {"host": HostActor, "disk": DiskActor, "gpu": GpuActor}
