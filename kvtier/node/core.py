@@ -18,7 +18,7 @@ from kvtier import messages as m
 from kvtier import tier_messages as t
 from kvtier.errors import KvtierError, ProtocolError
 from kvtier.node.admin import Admin
-from kvtier.node.blocks import ConversationId
+from kvtier.node.adoption import Adoption
 from kvtier.node.copies import Copies
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.events import (
@@ -40,13 +40,25 @@ from kvtier.node.reports import status_report
 from kvtier.node.restores import RestoreJob, Restores
 from kvtier.node.room import Room
 from kvtier.node.settings import NodeSettings
-from kvtier.node.state import NodeState, count
+from kvtier.node.state import NodeState
 from kvtier.policy.interfaces import Policies
 from kvtier.receipts import StatusReport
 from kvtier.tier import Slot
 
 # After these nothing can have ended, so nobody who waits needs another look.
 _QUESTIONS = (m.Ping, m.Status, m.ListConversations, m.Show, m.ListModels, m.Locate, m.Hint)
+
+
+# Who may send what: the beginning of the peer's name.
+_SERVICES_SAY: dict[type[m.Message], tuple[str, ...]] = {
+    t.TierHello: ("disk", "gpu"),
+    t.Copied: ("gpu",),
+    t.Announce: ("disk",),
+    t.DiskWritten: ("disk",),
+    t.DiskReadDone: ("disk",),
+    t.DiskRemoved: ("disk",),
+    t.DiskUsage: ("disk",),
+}
 
 
 class NodeCore:
@@ -66,6 +78,7 @@ class NodeCore:
     ) -> None:
         self.state = state = NodeState(settings, host, policies, secret, rng)
         state.epoch = epoch
+        state.arena_bytes = arena_bytes
         self._arena = (arena_bytes, generation_slots)
         self._grown_bytes = [0] * len(arena_bytes)
         self._copies = Copies(state)
@@ -74,8 +87,11 @@ class NodeCore:
         self._parks = Parks(state, self._copies, self._disk, room)
         self._plans = Plans(state, self._parks)
         self._restores = Restores(state, self._copies, self._disk, room, self._plans)
-        self._peers = Peers(state, self._copies, self._disk, self._parks, self._plans, self._restores)
-        self._admin = Admin(state, self._disk, self._parks, self._cancel_parks)
+        self._adoption = Adoption(state, self._disk)
+        self._peers = Peers(
+            state, self._copies, self._disk, self._adoption, self._parks, self._plans, self._restores
+        )
+        self._admin = Admin(state, self._disk, self._parks)
         self._handlers = self._make_handlers()
 
     def handle(self, now_s: float, stimulus: Stimulus) -> list[Send]:
@@ -99,6 +115,7 @@ class NodeCore:
             self._parks.advance_all()
             self._restores.advance_all()
             self._plans.advance_all()
+            self._disk.remove_records()
         return state.out
 
     def busy(self) -> bool:
@@ -113,16 +130,16 @@ class NodeCore:
 
     def _received(self, stimulus: Received) -> None:
         """A caller's mistake is answered by Failed, and has changed nothing."""
-        handler = self._handlers.get(type(stimulus.message))
+        kind = type(stimulus.message)
+        handler = self._handlers.get(kind)
         try:
-            if handler is None:
+            if handler is None or (
+                kind in _SERVICES_SAY and not stimulus.peer.startswith(_SERVICES_SAY[kind])
+            ):
                 raise ProtocolError(f"a node does not take {type(stimulus.message).__name__} messages")
             handler(stimulus.peer, stimulus.message)
         except KvtierError as error:
-            count(self.state.counters.errors, type(error).__name__)
-            name = type(error).__name__
-            answer = m.Failed(id=stimulus.message.id, error=name, message=error.message, fix=error.fix)
-            self.state.send(stimulus.peer, answer)
+            self.state.refuse(stimulus.peer, stimulus.message, error)
 
     def _make_handlers(self) -> dict[type[m.Message], Callable[[str, Any], None]]:
         peers, admin, disk, plans = self._peers, self._admin, self._disk, self._plans
@@ -144,11 +161,11 @@ class NodeCore:
             m.Forget: admin.forget,
             t.TierHello: self._service_joined,
             t.Copied: self._copied,
-            t.Announce: lambda peer, msg: disk.on_announce(msg),
-            t.DiskWritten: lambda peer, msg: disk.on_written(msg),
-            t.DiskReadDone: lambda peer, msg: disk.on_read(msg),
+            t.Announce: self._adoption.on_announce,
+            t.DiskWritten: disk.on_written,
+            t.DiskReadDone: disk.on_read,
             t.DiskRemoved: lambda peer, msg: disk.on_removed(msg),
-            t.DiskUsage: lambda peer, msg: disk.on_usage(msg),
+            t.DiskUsage: disk.on_usage,
         }
 
     def _detach(self, peer: str, message: m.Detach) -> None:
@@ -177,16 +194,12 @@ class NodeCore:
         elif isinstance(job, RestoreJob):
             self._restores.copied(job, pairs, message)
 
-    def _cancel_parks(self, name: ConversationId) -> None:
-        for job in self._parks.of(name):
-            self._parks.abandon(job, "forgotten", "the conversation was forgotten")
-
     # --- time and memory --------------------------------------------------------------------------------
 
     def _arena_grew(self, stimulus: ArenaGrew) -> None:
         self.state.host.grow(stimulus.sub_arena, stimulus.ready_bytes)
         self._grown_bytes[stimulus.sub_arena] = stimulus.ready_bytes
-        self.state.host_ready = self._grown_bytes == self._arena[0]
+        self.state.faulted_in_bytes = sum(self._grown_bytes)
 
     def _tick(self) -> None:
         for slot, holder in self.state.host.expire(self.state.now_s):
@@ -197,6 +210,9 @@ class NodeCore:
 
     def _expired(self, slot: Slot, holder: str) -> None:
         """A right ended. Whoever cannot be touching the slot is taken out at once; the rest is in limbo."""
+        if holder.startswith("r"):
+            self._disk.expired(holder)
+            return
         job = self._copies.get(holder)
         filling = job is not None and any(slot == s for pairs in job.running.values() for _, s in pairs)
         if isinstance(job, RestoreJob):

@@ -16,7 +16,7 @@ def conversation_info(state: NodeState, conversation: Conversation) -> Conversat
         parts = list(block.parts.values())
         nbytes += sum(s.meta.nbytes for s in parts)
         host += block.tokens if parts and all(state.in_host(s.meta.object_id) for s in parts) else 0
-        disk += block.tokens if parts and all(s.durable for s in parts) else 0
+        disk += block.tokens if parts and all(s.on_disk is not None for s in parts) else 0
     return ConversationInfo(
         conversation=conversation.name,
         tenant=conversation.tenant,
@@ -45,8 +45,8 @@ def model_infos(state: NodeState) -> list[ModelInfo]:
             objects[fingerprint] = objects.get(fingerprint, 0) + 1
             if state.in_host(stored.meta.object_id):
                 host[fingerprint] = host.get(fingerprint, 0) + stored.meta.nbytes
-            if stored.durable:
-                disk[fingerprint] = disk.get(fingerprint, 0) + stored.meta.nbytes
+            if stored.on_disk is not None:
+                disk[fingerprint] = disk.get(fingerprint, 0) + stored.on_disk.nbytes
     infos = [
         ModelInfo(
             fingerprint=fingerprint.hex(),
@@ -75,8 +75,14 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         node=state.settings.node,
         epoch=state.epoch,
         version=state.settings.software,
-        ready=bool(state.gpu_peer) and (state.disk.ready or not state.settings.disk_expected),
-        uptime_s=state.now_s - (state.started_s or state.now_s),
+        ready=all(
+            (
+                state.gpu_peer,
+                state.faulted_in_bytes,
+                state.disk.ready or not state.settings.disk_expected,
+            )
+        ),
+        uptime_s=0.0 if state.started_s is None else state.now_s - state.started_s,
         tiers=tuple(_tiers(state)),
         workers=tuple(
             WorkerInfo(w.name, w.model, w.shard, w.mode, state.pids.get(w.peer, 0), len(w.jobs))
@@ -108,14 +114,17 @@ def _tiers(state: NodeState) -> list[TierInfo]:
         detail=f"{len(workers)} pools of serving engines",
     )
     usage = state.host.usage()
+    share = state.faulted_in_bytes / usage.capacity_bytes
     host = TierInfo(
         name="host",
-        state="ready" if state.host_ready else "starting",
+        # It serves from the first part on.
+        state="ready" if state.faulted_in_bytes else "starting",
         capacity_bytes=usage.capacity_bytes,
         used_bytes=usage.used_bytes,
         limbo_bytes=usage.limbo_bytes,
         objects=usage.objects,
         quarantined=usage.quarantined,
+        detail="" if share == 1.0 else f"{share:.0%} faulted in",
     )
     disk = state.disk
     return [

@@ -120,7 +120,7 @@ class NodeState:
         self.started_s: float | None = None
         self.epoch = 0
         self.pids: dict[str, int] = {}
-        self.host_ready = False
+        self.faulted_in_bytes = 0
         self.metrics_url = ""
         self.out: list[Send] = []
         self.tree = BlockTree()
@@ -258,7 +258,7 @@ class NodeState:
     def end_conversation(self, name: ConversationId) -> None:
         """Nothing of it is left, or it is forgotten; its record on disk has to go."""
         known = self.conversations.pop(name, None)
-        if known is not None:
+        if known is not None and known.recorded:
             self.ended[name] = max(known.version, self.ended.get(name, 0))
 
     def _shorten_conversations(self, block: Block) -> None:

@@ -27,10 +27,18 @@ class ServiceProcesses:
     """Started by `with`; ended, and all its processes with it, at the end of the block.
 
     folder: for sockets, secrets and the store; kept.  settings: by dotted name, as for `kvtier.config.load`.
+    gates: folder of the gates at which the services stop (see gates.py); None for none.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        gates: Path | None = None,
+    ) -> None:
         self._folder = Path(folder)
+        self._gates = gates
         overrides = {
             "node.name": "test",
             "node.runtime_dir": str(self._folder / "run"),
@@ -78,6 +86,7 @@ class ServiceProcesses:
     def start(self, name: str) -> None:
         """Start one service and wait until it runs."""
         command = [sys.executable, "-m", "kvtier.testing.run_service", name, str(self._settings)]
+        command += [str(self._gates)] if self._gates else []
         log = (self._folder / f"{name}.log").open("a")
         with log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -126,7 +135,7 @@ class ServiceProcesses:
         """Until all of host memory is faulted in."""
 
         def all_there() -> bool:
-            return all(tier.state == "ready" for tier in client.status().tiers if tier.name == "host")
+            return all(not tier.detail for tier in client.status().tiers if tier.name == "host")
 
         if not wait_until(all_there, _FAULTED_S):
             raise DaemonNotFound("host memory was not faulted in within two minutes")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,156 +11,11 @@ from hypothesis import strategies as st
 
 from kvtier.checksum import checksum
 from kvtier.gpu.cpu_engine import CpuCopyEngine
-from kvtier.gpu.describe import contiguous, cross_layer, paged
+from kvtier.gpu.describe import contiguous, paged
 from kvtier.gpu.engine import CopyBatch, CopyItem, CopyResult
 from kvtier.gpu.layout import LayerGroup, PoolLayout
 from kvtier.gpu.pool import Binding, Pool, bind_sequence
-
-P, PAGES, BLOCK = 4, 40, 16
-Cell = Any  # called with (page, strip, token), answers the bytes of a row
-
-
-class Slots:
-    """Plain memory as slots; every generation is 1."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.bytes = np.full(nbytes, 0xEE, np.uint8)
-
-    def view(self, address: tuple[int, int], nbytes: int) -> np.ndarray:
-        return self.bytes[address[1] : address[1] + nbytes]
-
-    def generation(self, slot_id: int) -> int:
-        return 1
-
-
-@dataclass
-class Case:
-    """A pool and how to read it slowly: for each group its planes as (strips, cell(page, strip, token))."""
-
-    layout: PoolLayout
-    tensors: list[Any]
-    planes: list[list[tuple[int, Cell]]]
-
-    def pool(self) -> Pool:
-        return Pool(self.layout, self.tensors)
-
-    def fill(self, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        for tensor in self.tensors:
-            raw = tensor.reshape(-1).view(np.uint8)
-            raw[:] = rng.integers(0, 256, raw.size, dtype=np.uint8)
-
-    def expected(self, group: int, table: Sequence[int], start: int, tokens: int, first_valid: int) -> bytes:
-        out = []
-        for strips, cell in self.planes[group]:
-            for page in range(start // P, -(-(start + tokens) // P)):
-                for strip in range(strips):
-                    for token in range(P):
-                        if start + first_valid <= page * P + token < start + tokens:
-                            out.append(cell(table[page], strip, token))
-        return b"".join(out)
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return np.zeros(shape, dtype)
-
-
-def separate_k_v(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    ts = [_zeros((PAGES, P, heads, dim), dtype) for _ in range(2 * layers)]
-    layout = paged(list(zip(ts[::2], ts[1::2], strict=True)), "page token head dim", block_tokens=BLOCK)
-    return Case(layout, ts, [[(1, lambda p, s, t, a=a: a[p, t].tobytes()) for a in ts]])
-
-
-def kv_outside(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    ts = [_zeros((2, PAGES, P, heads, dim), dtype) for _ in range(layers)]
-    layout = paged([(t,) for t in ts], "kv page token head dim", block_tokens=BLOCK)
-    planes = [(1, lambda p, s, t, a=a, c=c: a[c, p, t].tobytes()) for a in ts for c in range(2)]
-    return Case(layout, ts, [planes])
-
-
-def kv_in_page(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    ts = [_zeros((PAGES, 2, P, heads, dim), dtype) for _ in range(layers)]
-    layout = paged([(t,) for t in ts], "page kv token head dim", block_tokens=BLOCK)
-    return Case(layout, ts, [[(2, lambda p, s, t, a=a: a[p, s, t].tobytes()) for a in ts]])
-
-
-def heads_outside(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    ts = [_zeros((PAGES, heads, P, 2 * dim), dtype) for _ in range(layers)]
-    layout = paged([(t,) for t in ts], "page head token dim", block_tokens=BLOCK)
-    return Case(layout, ts, [[(heads, lambda p, s, t, a=a: a[p, s, t].tobytes()) for a in ts]])
-
-
-def latent(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    ts = [_zeros((PAGES, P, 9 * dim), dtype) for _ in range(layers)]
-    layout = paged([(t,) for t in ts], "page token dim", block_tokens=BLOCK)
-    return Case(layout, ts, [[(1, lambda p, s, t, a=a: a[p, t].tobytes()) for a in ts]])
-
-
-def across(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    a = _zeros((PAGES, layers, 2, P, heads, dim), dtype)
-    layout = cross_layer(a, "page layer kv token head dim", block_tokens=BLOCK)
-    return Case(layout, [a], [[(2 * layers, lambda p, s, t: a[p, s // 2, s % 2, t].tobytes())]])
-
-
-def across_token_outside(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    a = _zeros((PAGES, P, layers, 2, heads, dim), dtype)
-    layout = cross_layer(a, "page token layer kv head dim", block_tokens=BLOCK)
-    return Case(layout, [a], [[(1, lambda p, s, t: a[p, t].tobytes())]])
-
-
-def across_views(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    """One view a layer into one storage, page outermost, heads outside of tokens."""
-    a = _zeros((PAGES, layers, heads, P, 2 * dim), dtype)
-    views = [a[:, layer] for layer in range(layers)]
-    layout = cross_layer(views, "page head token dim", block_tokens=BLOCK)
-    return Case(layout, [a], [[(layers * heads, lambda p, s, t: a[p, s // heads, s % heads, t].tobytes())]])
-
-
-def across_layer_outermost(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    a = _zeros((layers, PAGES, heads, P, 2 * dim), dtype)
-    layout = cross_layer(list(a), "page head token dim", block_tokens=BLOCK)
-    planes = [(heads, lambda p, s, t, n=n: a[n, p, s, t].tobytes()) for n in range(layers)]
-    return Case(layout, [a], [planes])
-
-
-def views_as_paged(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    """The layers of a page-outermost storage, taken one by one: tokens of a page have gaps between them."""
-    a = _zeros((PAGES, P, layers, 2, heads, dim), dtype)
-    views = [(a[:, :, layer],) for layer in range(layers)]
-    layout = paged(views, "page token kv head dim", block_tokens=BLOCK)
-    case = Case(layout, [v for (v,) in views], [])
-    case.planes = [[(1, lambda p, s, t, n=n: a[p, t, n].tobytes()) for n in range(layers)]]
-    case.fill = lambda seed: Case(layout, [a], []).fill(seed)  # type: ignore[method-assign]
-    return case
-
-
-def two_groups(dtype: str, layers: int, heads: int, dim: int) -> Case:
-    """Every other layer slides; both kinds in one page."""
-    a = _zeros((PAGES, layers, 2, P, heads, dim), dtype)
-    full, sliding = tuple(range(0, layers, 2)), tuple(range(1, layers, 2))
-    groups = (LayerGroup("full", full), LayerGroup("sliding", sliding, window_tokens=8))
-    layout = cross_layer(a, "page layer kv token head dim", block_tokens=BLOCK, groups=groups)
-    planes = [
-        [(2, lambda p, s, t, n=n: a[p, n, s, t].tobytes()) for n in members] for members in (full, sliding)
-    ]
-    return Case(layout, [a], planes)
-
-
-BUILDERS = [
-    separate_k_v,
-    kv_outside,
-    kv_in_page,
-    heads_outside,
-    latent,
-    across,
-    across_token_outside,
-    across_views,
-    across_layer_outermost,
-    views_as_paged,
-    two_groups,
-]
-# (dtype, layers, heads, dim): GQA, MHA with long rows, MQA, one byte a value
-GEOMETRIES = [("uint16", 4, 2, 8), ("float32", 2, 8, 16), ("float16", 2, 1, 8), ("uint8", 3, 2, 16)]
+from kvtier.testing.pool_cases import BLOCK, BUILDERS, GEOMETRIES, PAGES, Case, P, Slots, sequence
 
 
 @pytest.fixture(scope="module", params=[(b, g) for b in BUILDERS for g in GEOMETRIES], ids=str)
@@ -415,21 +268,11 @@ def test_planes_that_are_not_alike_move_one_by_one() -> None:
 # -- contiguous caches
 
 
-def _sequence(layout_lengths: Sequence[int], seed: int, *, transposed: bool = False) -> list[tuple[Any, ...]]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for length in layout_lengths:
-        shape = (1, length, 3, 8) if transposed else (1, 3, length, 8)
-        pair = [rng.integers(0, 65536, shape, dtype=np.uint16) for _ in range(2)]
-        made.append(tuple(t.transpose(0, 2, 1, 3) if transposed else t for t in pair))
-    return made
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 def test_contiguous_with_a_sliding_group(engine: CpuCopyEngine, slots: Slots, transposed: bool) -> None:
     """40 tokens, layer 1 kept its last 10 rows: stored as [plane][head][row], and back into new tensors."""
     groups = (LayerGroup("full", (0,)), LayerGroup("sliding", (1,), window_tokens=11))
-    source = _sequence((40, 10), 13, transposed=transposed)
+    source = sequence((40, 10), 13, transposed=transposed)
     layout = contiguous(source, block_tokens=16, groups=groups)
     binding = bind_sequence(layout, source, bases=(0, 30))
     for group, start, tokens, first_valid in ((0, 16, 16, 0), (0, 32, 8, 0), (1, 16, 16, 14), (1, 32, 8, 0)):
@@ -440,10 +283,10 @@ def test_contiguous_with_a_sliding_group(engine: CpuCopyEngine, slots: Slots, tr
         wanted = b"".join(t[0, head, lo:hi].tobytes() for t in source[group] for head in range(3))
         assert slots.view((0, 0), item.nbytes).tobytes() == wanted
         assert result.checksums == (checksum(wanted),)
-        target = _sequence((40, 10), 14)
+        target = sequence((40, 10), 14)
         back = item_of(layout, group, start, tokens, first_valid, check=checksum(wanted))
         assert move(engine, "scatter", bind_sequence(layout, target, bases=(0, 30)), [back]).ok
-        untouched = _sequence((40, 10), 14)[group]
+        untouched = sequence((40, 10), 14)[group]
         for t, s, u in zip(target[group], source[group], untouched, strict=True):
             u[0, :, lo:hi] = s[0, :, lo:hi]
             assert (t == u).all()
@@ -466,47 +309,3 @@ def test_torch_tensors_without_copies(engine: CpuCopyEngine, slots: Slots) -> No
 
 
 # -- names of stored orders
-
-
-def test_interchangeable_layouts_have_one_id() -> None:
-    geometry = ("uint16", 4, 2, 8)
-    assert separate_k_v(*geometry).layout.layout_id == kv_outside(*geometry).layout.layout_id
-    assert heads_outside(*geometry).layout.layout_id == across_layer_outermost(*geometry).layout.layout_id
-    other_pages = np.zeros((10, 8, 2, 8), np.uint16)
-    same = paged([(other_pages, other_pages)] * 4, "page token head dim", block_tokens=BLOCK)
-    assert same.layout_id == separate_k_v(*geometry).layout.layout_id
-    block_pages = np.zeros((10, 3, BLOCK, 8), np.uint16)
-    by_block = paged([(block_pages, block_pages)] * 2, "page head token dim", block_tokens=BLOCK)
-    assert by_block.layout_id == contiguous(_sequence((5, 5), 0), block_tokens=BLOCK).layout_id
-
-
-def test_layouts_that_differ_have_other_ids() -> None:
-    kinds = [
-        separate_k_v,
-        kv_in_page,
-        heads_outside,
-        latent,
-        across,
-        across_token_outside,
-        across_views,
-        two_groups,
-    ]
-    ids = [build("uint16", 4, 2, 8).layout.layout_id for build in kinds]
-    ids.append(separate_k_v("float32", 4, 2, 8).layout.layout_id)
-    ids.append(separate_k_v("uint16", 4, 4, 8).layout.layout_id)
-    page8 = np.zeros((10, 2, 8, 2, 8), np.uint16)
-    ids.append(paged([(page8,)] * 4, "page kv token head dim", block_tokens=BLOCK).layout_id)
-    ids.append(contiguous(_sequence((5, 5), 0), block_tokens=BLOCK).layout_id)
-    assert len(set(ids)) == len(ids)
-
-
-def test_geometry_of_known_models() -> None:
-    bf16 = np.zeros((2, 16, 8, 128), np.uint16)
-    llama = paged([(bf16, bf16)] * 32, "page token head dim", block_tokens=256)
-    assert llama.geometry.token_bytes == 131_072
-    assert (llama.geometry.block_tokens, llama.geometry.page_tokens) == (256, 16)
-    mla = np.zeros((2, 16, 576), np.uint16)
-    deepseek = paged([(mla,)] * 61, "page token dim", block_tokens=256)
-    assert deepseek.geometry.token_bytes == 70_272
-    with_groups = two_groups("uint16", 4, 2, 8).layout.geometry
-    assert [(g.kind, g.window_tokens) for g in with_groups.groups] == [("full", 0), ("sliding", 8)]

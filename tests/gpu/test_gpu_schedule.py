@@ -379,8 +379,8 @@ def test_controls_the_machine_sees_a_broken_schedule(
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
     quick = settings(
-        max_examples=60,
-        stateful_step_count=30,
+        max_examples=300,
+        stateful_step_count=40,
         deadline=None,
         database=None,
         derandomize=True,

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "integrations": frozenset({"gpu"}),
     "sim": frozenset({"policy", "node"}),
     "cli": frozenset({"cluster", "daemon", "gpu", "integrations"}),
-    "testing": frozenset({"daemon"}),
+    "testing": TIERS | {"policy", "node", "daemon"},
 }
 # What the root's client may load when it is called, and not before: a worker's copy engine, its view of the
 # arena, and the services of connect("embedded:").
@@ -221,7 +221,7 @@ def test_every_folder_is_a_room_that_the_table_knows():
         ("cli.demo.run", "import ray"),
         ("sim.replay", "import kvtier.daemon.node_service"),
         ("daemon.node_service", "import kvtier.testing.tier_kit"),
-        ("testing.tier_kit", "import kvtier.host.arena"),
+        ("testing.tier_kit", "import kvtier.cluster.up"),
     ],
 )
 def test_a_crossing_is_seen(module, source):
