@@ -25,7 +25,7 @@ from kvtier.errors import ConfigError, KvtierError
 
 WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
 # A member of the session whose parent is gone, as Ray's processes are after the starter's end.
-FORK = "import os, sys\nprint('up', os.fork(), flush=True)\nsys.stdin.read()\n"
+FORK = "import os, sys\npid = os.fork()\nif pid:\n    print('up', pid, flush=True)\nsys.stdin.read()\n"
 
 
 @pytest.fixture
