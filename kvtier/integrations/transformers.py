@@ -1,0 +1,172 @@
+"""Park and restore the KV cache of Hugging Face transformers models between chat turns.
+
+    kv = attach(kvtier.connect(), model)
+    handle = kv.park("chat-42", token_ids, cache, level="disk")
+    cache, tokens, receipt = kv.restore("chat-42", token_ids)       # also in another process
+    model(input_ids=token_ids[tokens:], past_key_values=cache)
+
+What is promised, and against which run it has to be measured.  Computing KV again is not bit-identical: a
+matrix product over 900 rows rounds otherwise than one over 100 rows, so bits depend on the chunks in which
+tokens were fed.  A promise about bits is therefore one about runs that feed the same chunks:
+
+- share="conversation": the continuation has the bits of the uninterrupted run, in which the process lived on
+  and kept its cache.  After a turn the cache holds all tokens but the last one, which was chosen and not
+  fed.  All of these are parked, the tail included, so the next turn feeds the same chunk (that last token and
+  the new message) after the same KV, whether the cache was kept or restored.
+- share="prefix": the continuation has the bits of a warm prefix hit, as an engine with its own prefix cache
+  gives it: blocks that another conversation stored before have that one's bits, which it may have computed in
+  other chunks.  The reference is a run which keeps, for each block, the tensors of whoever stored it first,
+  begins each turn with as many tokens from there as the restore gave, and computes the rest in one chunk.
+
+A restored cache never covers the whole sequence: the model needs at least one token to answer with logits, so
+`restore` asks for all tokens but the last.  Fronts end where a block or a recorded tail ends, since only
+there the keys match, and where the window of every sliding layer is stored.  A restored cache is therefore
+never cut inside a block, but for the rows of a sliding layer from before its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers import DynamicCache
+
+from kvtier.arguments import DEFAULT_TENANT
+from kvtier.errors import FingerprintError, TokensError
+from kvtier.fingerprint import Fingerprint
+from kvtier.handles import ParkHandle
+from kvtier.integrations.chat_session import ChatSession, ParkLevel, Reply, Share
+from kvtier.integrations.dynamic_cache import CacheShape, cache_shape
+from kvtier.objects import Shard
+from kvtier.receipts import RestoreReceipt
+
+if TYPE_CHECKING:
+    from kvtier.client import Client
+    from kvtier.worker import Worker
+
+__all__ = ["ChatSession", "Reply", "Restored", "TransformersKV", "attach"]
+
+DEFAULT_BLOCK_TOKENS = 256
+
+
+class Restored(NamedTuple):
+    """cache: holds exactly the first `tokens` of the ids that were asked for; 0 is an empty one."""
+
+    cache: DynamicCache
+    tokens: int
+    receipt: RestoreReceipt
+
+
+class TransformersKV:
+    """Parks and restores the caches of one model. From `attach`. Calls are safe from any thread."""
+
+    def __init__(self, worker: Worker, shape: CacheShape) -> None:
+        self.worker = worker
+        self.shape = shape
+
+    def park(
+        self,
+        conversation: str,
+        token_ids: Sequence[int],
+        cache: DynamicCache,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        level: ParkLevel = "host",
+        share: Share = "prefix",
+        returns_in_s: float | None = None,
+        keep_for_s: float | None = None,
+    ) -> ParkHandle:
+        """Begin to park what the cache holds; its tensors are read until the handle says released.
+
+        token_ids: the sequence from the first token on.  It may be longer than the cache, as it is by one
+        after `generate`; what the cache does not hold is not parked.  The model may go on with the cache at
+        once: it puts new tensors in the place of these and writes into none of them.  Raises GeometryError
+        for caches that are not plain (static, quantized, offloaded, batched), TokensError.
+        """
+        tokens, binding = self.shape.export(cache, len(token_ids))
+        return self.worker.park(
+            conversation,
+            token_ids[:tokens],
+            binding,
+            tenant=tenant,
+            level=level,
+            share=share,
+            returns_in_s=returns_in_s,
+            keep_for_s=keep_for_s,
+        )
+
+    def restore(
+        self,
+        conversation: str,
+        token_ids: Sequence[int],
+        *,
+        tenant: str = DEFAULT_TENANT,
+        deadline_s: float = 30.0,
+    ) -> Restored:
+        """A cache with as long a front of token_ids as is stored, but never all of them.
+
+        token_ids: the whole sequence to go on from, new message included.  Compute token_ids[tokens:] next.
+        A miss is an empty cache and the reason in the receipt.  Raises TokensError for an empty list.
+        """
+        if len(token_ids) == 0:
+            raise TokensError("there are no tokens to restore", fix="give the whole sequence")
+        wanted = token_ids[:-1]
+        if len(wanted) == 0:
+            return self._miss(RestoreReceipt(conversation, tenant, 0, 0, reason="no_match"))
+        plan = self.worker.plan(conversation, wanted, tenant=tenant)
+        if plan.load_tokens == 0:
+            return self._miss(
+                RestoreReceipt(conversation, tenant, 0, 0, reason=plan.reason, detail=plan.detail)
+            )
+        staged = self.shape.stage(plan.load_tokens)
+        receipt = self.worker.restore(plan, staged.binding, deadline_s=deadline_s)
+        if not self.shape.restorable(staged, receipt.tokens):
+            return self._miss(receipt)
+        return Restored(self.shape.assemble(staged, receipt.tokens), receipt.tokens, receipt)
+
+    def close(self) -> None:
+        """Detach from the daemon; parks on their way get a few seconds to let go of their tensors."""
+        self.worker.close()
+
+    def __enter__(self) -> TransformersKV:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _miss(self, receipt: RestoreReceipt) -> Restored:
+        return Restored(DynamicCache(config=self.shape.config), 0, receipt)
+
+
+def attach(
+    client: Client,
+    model: Any,
+    *,
+    fingerprint: Fingerprint | None = None,
+    shard: Shard | None = None,
+    block_tokens: int = DEFAULT_BLOCK_TOKENS,
+) -> TransformersKV:
+    """Show a transformers model's cache to the node.
+
+    fingerprint: of its weights; by default that of the local folder that it was loaded from.  shard: the
+    slice that this process holds, by default all of it.  block_tokens: what is keyed and moved as one; other
+    workers of this model share blocks only of the same size.  Raises FingerprintError for a model that came
+    from elsewhere, GeometryError for one whose cache is not full or sliding attention, ModelSpecError.
+    """
+    shape = cache_shape(model, block_tokens)
+    identity = fingerprint or model_fingerprint(model, shape)
+    whole = shape.spec.whole_shard()
+    return TransformersKV(client.attach(identity, shape.layout, shard=shard or whole), shape)
+
+
+def model_fingerprint(model: Any, shape: CacheShape) -> Fingerprint:
+    """The fingerprint of a model that was loaded from a local folder. Raises FingerprintError."""
+    folder = Path(model.name_or_path) if model.name_or_path else None
+    if folder is None or not folder.is_dir():
+        raise FingerprintError(
+            f"the model was not loaded from a folder, but from {model.name_or_path!r}",
+            fix="pass fingerprint=Fingerprint.of_revision('org/model@<commit>', config, ...)",
+        )
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return Fingerprint.of_directory(folder, kv_dtype=dtype, layout=shape.layout.layout_id)
