@@ -6,6 +6,7 @@ KvtierError
 ├── FingerprintError            attach without a weights identity, or with a malformed one
 ├── GeometryError               pages, pool, tokens or shard do not fit together
 ├── TokensError                 the token list itself is unusable
+├── TraceError                  a recorded trace is malformed; names the line
 ├── DaemonNotFound              nothing answers where the daemon should be
 ├── AuthError                   the daemon refuses these credentials
 ├── ProtocolError               the two ends do not understand each other
@@ -59,6 +60,14 @@ class GeometryError(KvtierError):
 
 class TokensError(KvtierError):
     """A token list is empty, negative, too long, or shorter than what it should extend."""
+
+
+class TraceError(KvtierError):
+    """A recorded trace is malformed. `line` counts from 1; 0 where no line can be named."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        self.line = line
+        super().__init__(f"trace, line {line}: {problem}" if line else f"the trace {problem}")
 
 
 class DaemonNotFound(KvtierError):

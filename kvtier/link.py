@@ -113,9 +113,7 @@ class Link:
         request_id = next(self._ids)
         return Prepared(request_id, protocol.encode(msgspec.structs.replace(request, id=request_id)))
 
-    def exchange(
-        self, prepared: Prepared, timeout_s: float | None = None, era: int | None = None
-    ) -> Message:
+    def exchange(self, prepared: Prepared, timeout_s: float | None = None, era: int | None = None) -> Message:
         """Send and wait for the answer, which may be a Failed. era: of the only connection to send it over.
 
         Everything raised is a fault of the daemon or the connection: DaemonNotFound, ProtocolError.

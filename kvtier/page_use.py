@@ -247,6 +247,4 @@ class RestoreUse(PageUse[RestoreReceipt]):
 
 def missed(plan: Plan, reason: Reason, detail: str) -> RestoreReceipt:
     """The receipt of a restore that put nothing in place."""
-    return RestoreReceipt(
-        plan.conversation, plan.tenant, 0, plan.load_tokens, reason=reason, detail=detail
-    )
+    return RestoreReceipt(plan.conversation, plan.tenant, 0, plan.load_tokens, reason=reason, detail=detail)

@@ -22,7 +22,9 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "show": ("conversations", "Show one parked conversation."),
     "models": ("status", "List the models whose KV is here."),
     "forget": ("conversations", "Erase a conversation, every branch of it."),
+    "fsck": ("fsck", "Check a directory of the disk tier while no daemon uses it."),
     "size": ("size", "Tell how large a model's KV cache is."),
+    "hitratio": ("hitratio", "Replay a recorded trace against cache policies."),
     "config": ("config", "Check or show the configuration."),
     "demo": ("demo", "Park and restore real conversations on this machine, and compare."),
 }

@@ -34,6 +34,7 @@ _BY_ERROR: Final[tuple[tuple[type[errors.KvtierError], int], ...]] = (
     (errors.FingerprintError, USAGE),
     (errors.GeometryError, USAGE),
     (errors.TokensError, USAGE),
+    (errors.TraceError, USAGE),
 )
 
 

@@ -14,6 +14,8 @@ EXTRAS: Final[dict[str, str]] = {
     "rich": "cli",
     "prometheus_client": "daemon",
     "ray": "daemon",
+    "numba": "sim",
+    "zstandard": "sim",
     "tokenizers": "transformers",
     "torch": "transformers",
     "transformers": "transformers",

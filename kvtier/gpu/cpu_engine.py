@@ -157,27 +157,33 @@ class CpuCopyEngine(CopyEngine):
         return _Copy(index, item, block, len(block.plan.units), waiting=dict(block.plan.sharers))
 
     def _work(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._closed)
-                if not self._queue:
-                    return
-                run = self._queue[0][3]
-                copy, unit = run.tasks[run.next_task]
-                run.next_task += 1
-                run.running += 1
-                if run.next_task == 1:
-                    run.began_s = time.perf_counter()
-                if run.all_taken:
-                    heapq.heappop(self._queue)
-            failure, total = self._do(run, copy, unit)
-            pieces = self._finish_unit(copy, unit, failure, total, run)
-            self._finish_pieces(copy, pieces)
-            with self._wake:
-                run.running -= 1
-                over = run.all_taken and not run.running
-            if over:
-                self._answer(run)
+        # A thread that waits must not keep the last batch's memory mapped, so a unit is a call by itself.
+        while self._do_next():
+            pass
+
+    def _do_next(self) -> bool:
+        """Wait for a unit and copy it; False once closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._closed)
+            if not self._queue:
+                return False
+            run = self._queue[0][3]
+            copy, unit = run.tasks[run.next_task]
+            run.next_task += 1
+            run.running += 1
+            if run.next_task == 1:
+                run.began_s = time.perf_counter()
+            if run.all_taken:
+                heapq.heappop(self._queue)
+        failure, total = self._do(run, copy, unit)
+        pieces = self._finish_unit(copy, unit, failure, total, run)
+        self._finish_pieces(copy, pieces)
+        with self._wake:
+            run.running -= 1
+            over = run.all_taken and not run.running
+        if over:
+            self._answer(run)
+        return True
 
     def _do(self, run: _Run, copy: _Copy, unit: Unit) -> tuple[str, int]:
         """Copy one unit; answers (reason of failure or '', sum of its hashes). Holds no lock."""

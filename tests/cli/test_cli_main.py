@@ -83,7 +83,7 @@ def test_a_missing_module_of_kvtier_itself_is_no_missing_extra(monkeypatch):
 
 
 def test_extras_are_those_of_the_project():
-    assert set(EXTRAS.values()) == {"cli", "daemon", "transformers"}
+    assert set(EXTRAS.values()) == {"cli", "daemon", "sim", "transformers"}
 
 
 def in_a_new_process(code):

@@ -47,9 +47,7 @@ class Session:
     async def __aenter__(self):
         kit = self.kit
         self.kv = await aio.connect_async(kit.node.path)
-        self.worker = await self.kv.attach(
-            kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine
-        )
+        self.worker = await self.kv.attach(kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine)
         await soon(kit.node.peer, "client")
         self.control, self.events, self.copy = [
             await soon(kit.node.peer, role) for role in ("client", "events", "copy")

@@ -103,4 +103,3 @@ def test_a_shared_pool_is_not_released_by_the_loss_of_its_node(shared):
     assert handle.result(10).reason == "daemon_unavailable"
     assert not handle.released.is_set() and not handle.result(0).released
     assert restore.result(10).busy == (5, 6)
-

@@ -35,9 +35,7 @@ def parked(level="disk"):
 
 def test_a_hung_node_costs_a_worker_one_time_out(kit):
     kv = kit.connect(timeout_s=0.5)
-    worker = kv.attach(
-        kit.model, kit.pool, shard=kit.shard, call_timeout_s=0.05, make_engine=kit.make_engine
-    )
+    worker = kv.attach(kit.model, kit.pool, shard=kit.shard, call_timeout_s=0.05, make_engine=kit.make_engine)
     with kv, worker:
         kit.node.peer("client")
         wires = kit.wires(worker)
@@ -101,9 +99,10 @@ def test_garbage_by_events_is_the_loss_of_the_node(wired):
 
 def test_a_worker_starts_without_the_daemon(kit):
     kit.node.stop()
-    with kit.connect(required=False) as kv, kv.attach(
-        kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine
-    ) as worker:
+    with (
+        kit.connect(required=False) as kv,
+        kv.attach(kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine) as worker,
+    ):
         assert not worker.attached
         handle = worker.park("c", TOKENS, PAGES)
         assert handle.released.is_set() and handle.result(0).reason == "daemon_unavailable"
@@ -172,9 +171,10 @@ def test_attach_before_the_gpu_service_is_there(node, kit):
     node.stop()
     node.with_gpu = False
     node.start()
-    with kit.connect() as kv, kv.attach(
-        kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine
-    ) as worker:
+    with (
+        kit.connect() as kv,
+        kv.attach(kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine) as worker,
+    ):
         assert worker.attached
         node.stop()
         node.with_gpu = True

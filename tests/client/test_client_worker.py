@@ -264,9 +264,10 @@ def test_a_contiguous_cache(kit):
     tensors = [np.zeros((1, 2, 40, 8), np.float16) for _ in range(2)]
     layout = describe.contiguous([tensors], block_tokens=32)
     binding = bind_sequence(layout, [tensors])
-    with kit.connect() as kv, kv.attach(
-        kit.model, layout, shard=kit.shard, make_engine=kit.make_engine
-    ) as worker:
+    with (
+        kit.connect() as kv,
+        kv.attach(kit.model, layout, shard=kit.shard, make_engine=kit.make_engine) as worker,
+    ):
         with pytest.raises(errors.GeometryError, match="bind_sequence"):
             worker.park("c", TOKENS, PAGES)
         with pytest.raises(errors.GeometryError, match="too few"):

@@ -94,7 +94,9 @@ def imported():
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     extras = PROJECT["project"]["optional-dependencies"]
     needed = names(PROJECT["project"]["dependencies"])
-    needed = needed.union(*(names(extras[extra]) for extra in ("cli", "daemon", "transformers"))) - {"kvtier"}
+    needed = needed.union(*(names(extras[extra]) for extra in ("cli", "daemon", "sim", "transformers"))) - {
+        "kvtier"
+    }
     # cupy's package has its CUDA version in its name; kvtier.testing is for those who have pytest.
     optional = {"cupy", "pytest", "hypothesis"}
     assert needed <= imported() <= needed | optional

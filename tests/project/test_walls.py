@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "cluster": TIERS | {"policy", "node", "daemon"},
     "integrations": frozenset({"gpu"}),
     "sim": frozenset({"policy", "node"}),
-    "cli": frozenset({"cluster", "daemon", "gpu", "integrations"}),
+    "cli": frozenset({"cluster", "daemon", "gpu", "integrations", "sim"}),
     "testing": TIERS | {"policy", "node", "daemon"},
 }
 # What the root's client may load when it is called, and not before: a worker's copy engine, its view of the
@@ -53,6 +53,8 @@ OWNERS = {
     "click": {"cli", "demo"},
     "rich": {"cli", "demo"},
     "prometheus_client": {"daemon"},
+    "numba": {"sim"},
+    "zstandard": {"sim"},
     "pytest": {"testing"},
     "hypothesis": {"testing"},
 }
@@ -196,6 +198,7 @@ def test_every_folder_is_a_room_that_the_table_knows():
         ("policy.lru", "import time"),
         ("policy.lru", "from os import path"),
         ("policy.lru", "import torch"),
+        ("policy.baselines.lru", "import numba"),
         ("policy.lru", "import kvtier.node.core"),
         ("policy.lru", "def f():\n    return open('x')"),
         ("node.core", "import time"),
