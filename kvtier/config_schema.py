@@ -95,6 +95,10 @@ class DiskConfig(Section, frozen=True):
             description='O_DIRECT: "auto" uses it where the file system can; "on" refuses to start without.'
         ),
     ] = "auto"
+    scrub_bytes_per_s: Annotated[
+        int,
+        Meta(ge=0, description="Pace at which all that is stored is read again and checked; 0 never does."),
+    ] = 16 * MiB
 
 
 class GpuConfig(Section, frozen=True):

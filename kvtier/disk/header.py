@@ -40,7 +40,7 @@ HEADER_BYTES = 4096
 VERSION = 1
 RAW = "raw"
 
-_MAGIC = b"KVTBLK\r\n"
+MAGIC = b"KVTBLK\r\n"
 _FIXED = struct.Struct("<8sHHI16sQQQQ32s")
 _SUM = struct.Struct("<Q")
 _SUM_AT = HEADER_BYTES - _SUM.size
@@ -88,7 +88,7 @@ def encode(header: BlockHeader) -> bytes:
     if len(body) > _BODY_ROOM:
         raise ValueError(f"tenant, shard and codec names of {meta.object_id} do not fit into a header page")
     fixed = _FIXED.pack(
-        _MAGIC,
+        MAGIC,
         VERSION,
         len(body),
         0,
@@ -109,7 +109,7 @@ def decode(page: Buffer, *, check: bool = True) -> BlockHeader:
     check: whether the header's own checksum is compared; off in tests that show what it is for.
     """
     raw = bytes(page)
-    if len(raw) != HEADER_BYTES or not raw.startswith(_MAGIC):
+    if len(raw) != HEADER_BYTES or not raw.startswith(MAGIC):
         raise NotAHeader("no block header here")
     _, version, body_bytes, features, store_id, sequence, nbytes, stored, payload_sum, reserved = (
         _FIXED.unpack_from(raw)

@@ -109,12 +109,26 @@ class Index:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def next_epoch(self) -> int:
-        """A number that no earlier opening of this index got; durable before it is answered."""
-        said = self.state(_EPOCH)
-        epoch = int.from_bytes(said, "little") + 1 if said else 1
+    def epoch(self) -> int:
+        """The number of the latest opening; 0 before the first."""
+        return int.from_bytes(self.state(_EPOCH) or b"", "little")
+
+    def next_epoch(self, above: int) -> int:
+        """A number that no earlier opening got, and greater than `above`; durable before it is answered."""
+        epoch = max(self.epoch(), above) + 1
         self.apply(Batch(state={_EPOCH: epoch.to_bytes(8, "little")}))
         return epoch
+
+    def drop_records(self) -> int:
+        """Remove every conversation's record, durably; answers how many there were."""
+        with self._lock:
+            return self._db.execute("DELETE FROM conversations").rowcount
+
+    def problems(self) -> list[str]:
+        """What SQLite finds wrong with the file; empty when it is sound."""
+        with self._lock:
+            said = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check(10)")]
+        return [] if said == ["ok"] else said
 
     def segments(self) -> dict[int, int]:
         """Length in bytes of each segment."""
@@ -124,15 +138,17 @@ class Index:
     def objects(self) -> Iterator[ObjectRow]:
         """Every object in the order in which they were written. For recovery, before other threads run."""
         roots = {number: root for root, number in self._roots.items()}
+        # A block's key is its children's parent key, and in every group and shard the same: kept once.
+        keys: dict[bytes, bytes] = {}
         for row in self._db.execute("SELECT * FROM objects ORDER BY sequence"):
             sequence, block_key, group, shard, root, parent_key, start, tokens = row[:8]
             if root not in roots:
                 raise sqlite3.IntegrityError(f"object {sequence} names an unknown root")
             first_valid, nbytes, checksum, codec, stored_bytes, segment, at, quarantined = row[8:]
             meta = ObjectMeta(
-                object_id=ObjectId(block_key, group, sys.intern(shard)),
+                object_id=ObjectId(keys.setdefault(block_key, block_key), group, sys.intern(shard)),
                 root=roots[root],
-                parent_key=parent_key,
+                parent_key=keys.setdefault(parent_key, parent_key),
                 start=start,
                 tokens=tokens,
                 first_valid=first_valid,

@@ -61,10 +61,11 @@ class Entry:
 
 @dataclass(slots=True)
 class Changes:
-    """What the index does not know yet."""
+    """What the index does not know yet, and generations whose writes were given up before it knew them."""
 
     drop: list[Entry] = field(default_factory=list)
     quarantine: list[Entry] = field(default_factory=list)
+    given_up: list[int] = field(default_factory=list)
 
 
 class Ledger:
@@ -78,7 +79,8 @@ class Ledger:
         self.extents = ExtentAllocator()
         self._generation = first_generation
         self._leases = LeaseBook()
-        self._slots: dict[int, Entry] = {}
+        # By slot id; None where the id is free.
+        self._slots: list[Entry | None] = []
         self._free_ids: list[int] = []
         self._names: dict[ObjectId, Entry] = {}
         self._quarantined: dict[ObjectId, Entry] = {}
@@ -184,7 +186,7 @@ class Ledger:
 
     def release(self, slot: Slot, holder: str) -> None:
         """See Tier.release; a writer that lets go of what it has not committed gives it up."""
-        entry = self._slots.get(slot.slot_id)
+        entry = self._at(slot.slot_id)
         if entry is None or entry.generation != slot.generation or entry.committing:
             return
         self._leases.release(slot.slot_id, holder)
@@ -194,7 +196,7 @@ class Ledger:
         """See Tier.expire."""
         ended = []
         for slot_id, holder in self._leases.expire(now_s):
-            entry = self._slots[slot_id]
+            entry = self._held(slot_id)
             ended.append((entry.slot, holder))
             if entry.state is State.WRITING and entry.writer == holder and not entry.committing:
                 self._unwrite(entry)
@@ -203,7 +205,7 @@ class Ledger:
     def holder_ended(self, holder: str) -> None:
         """See Tier.holder_ended."""
         for slot_id in self._leases.holder_ended(holder):
-            self._after_release(self._slots[slot_id], holder)
+            self._after_release(self._held(slot_id), holder)
 
     # -- ending
 
@@ -258,6 +260,7 @@ class Ledger:
         """The index does not know them: tell it next time."""
         self._changes.drop[:0] = changes.drop
         self._changes.quarantine[:0] = changes.quarantine
+        self._changes.given_up[:0] = changes.given_up
 
     @property
     def has_drops(self) -> bool:
@@ -265,6 +268,15 @@ class Ledger:
         return bool(self._changes.drop)
 
     # -- recovery
+
+    def entries(self) -> list[Entry]:
+        """Every slot in use, as of now."""
+        return [entry for entry in self._slots if entry is not None]
+
+    @property
+    def next_generation(self) -> int:
+        """What the next reservation gets."""
+        return self._generation
 
     def adopt(self, meta: ObjectMeta, generation: int, segment: int, at: int, *, quarantined: bool) -> None:
         """Enter an object that the index lists. Its room must be kept out of the extents by the owner."""
@@ -280,15 +292,28 @@ class Ledger:
     # -- inside
 
     def _enter(self, meta: ObjectMeta, generation: int, segment: int, at: int, state: State) -> Entry:
-        slot_id = heapq.heappop(self._free_ids) if self._free_ids else len(self._slots)
+        if not self._free_ids:
+            self._free_ids.append(len(self._slots))
+            self._slots.append(None)
+        slot_id = heapq.heappop(self._free_ids)
         room = room_for(meta.nbytes)
         entry = Entry(slot_id, generation, meta, segment, at, room, state)
         self._slots[slot_id] = entry
         self._used += room
         return entry
 
+    def _at(self, slot_id: int) -> Entry | None:
+        return self._slots[slot_id] if 0 <= slot_id < len(self._slots) else None
+
+    def _held(self, slot_id: int) -> Entry:
+        """The entry of a slot that somebody holds, and that is therefore in use."""
+        entry = self._slots[slot_id]
+        if entry is None:
+            raise StaleSlot(f"slot {slot_id} is held and not in use")
+        return entry
+
     def _current(self, slot: Slot) -> Entry:
-        entry = self._slots.get(slot.slot_id)
+        entry = self._at(slot.slot_id)
         if entry is None or entry.generation != slot.generation:
             raise StaleSlot(f"{slot} belongs to nobody by now")
         return entry
@@ -301,6 +326,7 @@ class Ledger:
         entry.committing = False
         del self._names[entry.meta.object_id]
         self._filling -= entry.room
+        self._changes.given_up.append(entry.generation)
         self._settle(entry)
 
     def _after_release(self, entry: Entry, holder: str) -> None:
@@ -319,7 +345,7 @@ class Ledger:
             return 0
         entry.settled = True
         self._used -= entry.room
-        del self._slots[entry.slot_id]
+        self._slots[entry.slot_id] = None
         heapq.heappush(self._free_ids, entry.slot_id)
         if not entry.in_index:
             self.extents.free(entry.segment, entry.at, entry.room)

@@ -12,7 +12,7 @@ from kvtier.errors import ConfigError, TierUnavailable
 
 FORMAT_VERSION = 1
 _LOCK = "LOCK"
-_FORMAT = "FORMAT"
+FORMAT = "FORMAT"
 _NEW_FORMAT = "FORMAT.new"
 _NOT_OURS_BUT_FINE = frozenset({"lost+found", _LOCK, _NEW_FORMAT})
 
@@ -73,7 +73,7 @@ class DirectoryLock:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    if (directory / _FORMAT).exists():
+    if (directory / FORMAT).exists():
         return
     foreign = sorted(name for name in os.listdir(directory) if name not in _NOT_OURS_BUT_FINE)
     if foreign:
@@ -86,7 +86,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 def _format(directory: Path) -> bytes:
     """The store id in the directory's format file, which is made when it is not there."""
-    path = directory / _FORMAT
+    path = directory / FORMAT
     if not path.exists():
         _create_format(directory)
     try:
@@ -113,7 +113,7 @@ def _create_format(directory: Path) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.rename(new, directory / _FORMAT)
+    os.rename(new, directory / FORMAT)
     sync_directory(directory)
     sync_directory(directory.parent)
 

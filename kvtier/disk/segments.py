@@ -48,12 +48,7 @@ class Segments:
 
     def numbers_on_disk(self) -> list[int]:
         """Numbers of the segment files that the directory holds."""
-        names = self._ops.names(self._directory)
-        return sorted(
-            int(name.removesuffix(_SUFFIX))
-            for name in names
-            if name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX).isdigit()
-        )
+        return segment_numbers(self._ops.names(self._directory))
 
     def create(self, segment: int, nbytes: int) -> None:
         """Make a segment file of `nbytes` that survives power loss; when that fails, none is left."""
@@ -137,6 +132,13 @@ class Segments:
                 into[whole:] = scratch.tail[: into.nbytes - whole]
             return scratch.header.tobytes()
 
+    def read_pages(self, segment: int, offset: int, into: Bytes) -> None:
+        """Read whole pages into page-aligned memory.
+
+        Raises CorruptObject when the file ends before.
+        """
+        self._read_all(self._fds[segment], [into], offset)
+
     def flush(self, segments: Iterable[int]) -> None:
         """Make everything written to these segments survive power loss."""
         for segment in segments:
@@ -151,7 +153,7 @@ class Segments:
             self._ops.close(self._fds.popitem()[1])
 
     def _path(self, segment: int) -> str:
-        return os.path.join(self._directory, f"{segment:08d}{_SUFFIX}")
+        return path_of(self._directory, segment)
 
     def _open_file(self, path: str) -> int:
         if self._direct:
@@ -215,6 +217,17 @@ class Segments:
     def _whole(self, done: int) -> int:
         """What of a short transfer counts: with O_DIRECT the next one must start on a page again."""
         return done - done % PAGE if self._direct else done
+
+
+def segment_numbers(names: Iterable[str]) -> list[int]:
+    """Numbers of the segment files among the names of a directory."""
+    stems = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
+    return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def path_of(directory: str, segment: int) -> str:
+    """Where a segment's file is."""
+    return os.path.join(directory, f"{segment:08d}{_SUFFIX}")
 
 
 def _fill_tail(scratch: Scratch, rest: Bytes) -> list[Bytes]:

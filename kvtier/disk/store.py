@@ -9,24 +9,38 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtier.disk.buffers import PAGE
 from kvtier.disk.faults import Faults
 from kvtier.disk.fileops import FileOps
-from kvtier.disk.header import RAW, BlockHeader
+from kvtier.disk.graves import Graves, Known
+from kvtier.disk.graves import read as read_graves
+from kvtier.disk.header import RAW, BlockHeader, decode
 from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
-from kvtier.disk.ledger import Entry, Ledger
+from kvtier.disk.ledger import Changes, Entry, Ledger
 from kvtier.disk.lock import DirectoryLock, sync_directory
-from kvtier.disk.recovery import fill_ledger, sift
+from kvtier.disk.recovery import fill_ledger, sift, split_dead, without_collector
 from kvtier.disk.segments import Segments
-from kvtier.errors import TierError, TierUnavailable
+from kvtier.errors import CorruptObject, TierError, TierUnavailable
 from kvtier.objects import ObjectMeta
+from kvtier.states import State
 
 _LOG = logging.getLogger(__name__)
-_INDEX = "index.sqlite"
-_SEGMENTS = "segments"
-_EPOCH_SHIFT = 40
+INDEX = "index.sqlite"
+SEGMENTS = "segments"
+EPOCH_SHIFT = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one caller wants durable together. forget: what was removed stays so, also without the index."""
+
+    entries: Sequence[Entry] = ()
+    records: Sequence[ConversationRecord] = ()
+    state: Mapping[str, bytes] = field(default_factory=dict)
+    forget: bool = False
 
 
 class Store:
@@ -51,19 +65,31 @@ class Store:
         self.flushes = 0
         self.closed = False
         self._segment_bytes = segment_bytes
+        self._ops = ops
         self._index_lock = threading.Lock()
         self._held = DirectoryLock(directory)
-        self.segments = Segments(str(directory / _SEGMENTS), ops, scratch=scratch, direct=direct)
+        self.segments = Segments(str(directory / SEGMENTS), ops, scratch=scratch, direct=direct)
+        self._graves = Graves(str(directory), ops, self._held.store_id)
         try:
             self._recover(directory, capacity_bytes - capacity_bytes % PAGE)
         except BaseException:
             self.segments.close()
+            self._graves.close()
             self._held.release()
             raise
 
     def header(self, meta: ObjectMeta, sequence: int) -> BlockHeader:
         """The header of an object in this directory."""
         return BlockHeader(meta, sequence, self._held.store_id, meta.nbytes)
+
+    def check_header(self, entry: Entry, page: bytes) -> None:
+        """Raise CorruptObject unless the page is the header of just this write of this object."""
+        header = decode(page)
+        if header != self.header(entry.meta, entry.generation):
+            raise CorruptObject(
+                f"{header.meta.object_id}, write {header.sequence}, is where {entry.meta.object_id},"
+                f" write {entry.generation}, should be"
+            )
 
     def check_open(self) -> None:
         """Raise TierUnavailable after `close`. Call it with `lock` held."""
@@ -73,20 +99,23 @@ class Store:
     # -- opening and closing
 
     def _recover(self, directory: Path, capacity_bytes: int) -> None:
-        path = directory / _INDEX
+        path = directory / INDEX
         try:
-            (directory / _SEGMENTS).mkdir(exist_ok=True)
+            (directory / SEGMENTS).mkdir(exist_ok=True)
             on_disk = self.segments.numbers_on_disk()
             if on_disk and not path.exists():
                 raise TierUnavailable(
                     f"{path} is missing while segments are there",
-                    fix="restore it, or move the directory away to start empty",
+                    fix=f"run kvtier fsck {directory} --repair, or move the directory away to start empty",
                 )
+            known = read_graves(str(directory), self._ops, self._held.store_id)
             with self.faults.of_index():
                 self.index = Index(path)
                 try:
                     sync_directory(directory)
-                    self._adopt(capacity_bytes, *self._open_segments(on_disk))
+                    due, found = self._open_segments(on_disk)
+                    with without_collector():
+                        self._adopt(capacity_bytes, due, found, known)
                 except BaseException:
                     self.index.close()
                     raise
@@ -113,22 +142,32 @@ class Store:
         self.index.apply(Batch(add_segments=orphans))
         return due, found
 
-    def _adopt(self, capacity_bytes: int, due: dict[int, int], found: dict[int, int]) -> None:
-        epoch = self.index.next_epoch()
-        self.ledger = Ledger(capacity_bytes, epoch << _EPOCH_SHIFT)
-        recovered = sift(self.index.objects(), found)
+    def _adopt(
+        self, capacity_bytes: int, due: dict[int, int], found: dict[int, int], known: Known | None
+    ) -> None:
+        latest = known.next_sequence >> EPOCH_SHIFT if known else 0
+        if self.index.epoch() < latest:
+            # Which of its conversations were forgotten since, nobody can say.
+            dropped = self.index.drop_records()
+            _LOG.error("the index is older than the store: %d conversations dropped", dropped)
+        epoch = self.index.next_epoch(latest)
+        self.ledger = Ledger(capacity_bytes, epoch << EPOCH_SHIFT)
+        rows, dead = split_dead(list(self.index.objects()), known)
+        recovered = sift(rows, found)
         fill_ledger(self.ledger, recovered.rows, due)
         self.lost_at_open = len(recovered.lost)
         if recovered.lost:
             _LOG.warning("%d objects of the index are not in its segments", self.lost_at_open)
-            self.index.apply(Batch(remove=recovered.lost))
+        if recovered.lost or dead:
+            self.index.apply(Batch(remove=[*recovered.lost, *dead]))
+        self._graves.start((row.sequence for row in recovered.rows), self.ledger.next_generation)
         self._delete_empty_segments()
 
-    def close(self) -> None:
-        """Make removals durable, and let go of files and the directory. No other call is running."""
+    def close(self, state: Mapping[str, bytes]) -> None:
+        """Make removals and state durable, let go of files and the directory. No other call is running."""
         try:
             if self._held.still_held():
-                self.list_in_index([], (), {})
+                self.list_in_index(Commit(state=state))
         except TierError as problem:
             _LOG.warning("removals since the last commit may come back: %s", problem)
         finally:
@@ -136,6 +175,7 @@ class Store:
                 self.closed = True
             self.index.close()
             self.segments.close()
+            self._graves.close()
             self._held.release()
 
     # -- durability
@@ -155,13 +195,31 @@ class Store:
         with self.lock:
             self.flushes += len(touched)
 
-    def list_in_index(
-        self, entries: Sequence[Entry], records: Sequence[ConversationRecord], state: Mapping[str, bytes]
-    ) -> None:
-        """One transaction: these entries, records and state, and every change the index does not know.
+    def list_all(self, commits: Sequence[Commit]) -> list[TierError | None]:
+        """List several commits in one transaction; answers for each what went wrong with it.
+
+        When the one transaction fails, each has its own, so that one that cannot be listed takes no other
+        with it.
+        """
+        try:
+            self.list_in_index(_together(commits))
+        except TierError as problem:
+            return [problem] if len(commits) == 1 else [self._list_alone(commit) for commit in commits]
+        return [None] * len(commits)
+
+    def _list_alone(self, commit: Commit) -> TierError | None:
+        try:
+            self.list_in_index(commit)
+        except TierError as problem:
+            return problem
+        return None
+
+    def list_in_index(self, commit: Commit) -> None:
+        """One transaction: the commit, and every change the index does not know.
 
         The entries are visible when it returns, and flushed before it is called.
         """
+        entries = commit.entries
         with self._index_lock:
             with self.lock:
                 for entry in entries:
@@ -173,11 +231,12 @@ class Store:
                 add=[_row(entry) for entry in entries],
                 remove=[entry.generation for entry in changes.drop],
                 quarantine=[entry.generation for entry in changes.quarantine],
-                records=records,
-                state=state,
+                records=commit.records,
+                state=commit.state,
             )
             done = False
             try:
+                self._bury(changes, forget=commit.forget)
                 with self.faults.of_index():
                     self.index.apply(batch)
                 done = True
@@ -190,6 +249,19 @@ class Store:
                         self.ledger.changes_failed(changes)
             if changes.drop:
                 self._delete_empty_segments()
+
+    def _bury(self, changes: Changes, *, forget: bool) -> None:
+        """Note which writes ended. Before the index is told: what it drops is then known to be dead."""
+        try:
+            self._graves.append([*(entry.generation for entry in changes.drop), *changes.given_up])
+            if forget:
+                self._graves.sync()
+            if self._graves.is_long:
+                with self.lock:
+                    entries, upto = self.ledger.entries(), self.ledger.next_generation
+                self._graves.start((e.generation for e in entries if e.state is not State.ABSENT), upto)
+        except OSError as problem:
+            raise self.faults.of_device("noting what was removed", problem, 0) from problem
 
     # -- room
 
@@ -206,7 +278,7 @@ class Store:
                 waits = self.ledger.has_drops
             if not waits:
                 return self._add_segment(room)
-        self.list_in_index([], (), {})
+        self.list_in_index(Commit())
         return True
 
     def _add_segment(self, room: int) -> bool:
@@ -247,6 +319,18 @@ class Store:
                 self.segments.remove(segment)
             except OSError as problem:
                 raise self.faults.of_device("deleting a segment", problem, 0) from problem
+
+
+def _together(commits: Sequence[Commit]) -> Commit:
+    state: dict[str, bytes] = {}
+    for commit in commits:
+        state.update(commit.state)
+    return Commit(
+        entries=[entry for commit in commits for entry in commit.entries],
+        records=[record for commit in commits for record in commit.records],
+        state=state,
+        forget=any(commit.forget for commit in commits),
+    )
 
 
 def _row(entry: Entry) -> ObjectRow:

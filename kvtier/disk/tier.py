@@ -27,11 +27,13 @@ from kvtier.checksum import Buffer, checksum
 from kvtier.disk.buffers import byte_array
 from kvtier.disk.faults import is_unreadable
 from kvtier.disk.fileops import Bytes, FileOps, OsFileOps
-from kvtier.disk.header import decode, encode
+from kvtier.disk.grouping import Group
+from kvtier.disk.header import encode
 from kvtier.disk.index import ConversationRecord
 from kvtier.disk.ledger import Entry, batches, room_for
 from kvtier.disk.recovery import check_sizes
-from kvtier.disk.store import Store
+from kvtier.disk.scrub import Scrubber, ScrubStats, ScrubThread
+from kvtier.disk.store import Commit, Store
 from kvtier.errors import CorruptObject, StaleSlot, TierError, TierFull
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State
@@ -49,7 +51,8 @@ class DiskStats:
     """What the disk tier did since it was opened, and how it stands.
 
     direct_io: False when the file system refused O_DIRECT.  device_bytes: bytes written to segments,
-    headers and padding included, of which user_bytes were payload.  flushes: of segments.
+    headers and padding included, of which user_bytes were payload.  flushes: of segments.  scrub_*: what
+    the background check read, found bad, and how often it came to the end.
     lost_at_open: objects that the index listed and that cannot be there.  quarantined_total: failed
     checks.  last_error: '' when there was none.
     """
@@ -62,6 +65,9 @@ class DiskStats:
     flushes: int
     lost_at_open: int
     quarantined_total: int
+    scrub_bytes: int
+    scrub_bad: int
+    scrub_passes: int
     last_error: str
 
 
@@ -102,7 +108,10 @@ class DiskTier(Tier):
         self._ledger = self._store.ledger
         self._longest = min(segment_bytes, self._ledger.capacity_bytes)
         self._check = check
-        self._user_bytes = self._quarantines = 0
+        self._user_bytes = self._quarantines = self._reads_wanted = 0
+        self._commits = Group(self._make_durable)
+        self._scrub: ScrubThread | None = None
+        self._scrubbed = ScrubStats()
         self._write_pool = ThreadPoolExecutor(writers, thread_name_prefix="kvtier-disk-write")
         self._read_pool = ThreadPoolExecutor(readers, thread_name_prefix="kvtier-disk-read")
 
@@ -156,11 +165,16 @@ class DiskTier(Tier):
         slots: Sequence[tuple[Slot, int]],
         records: Sequence[ConversationRecord] = (),
         state: Mapping[str, bytes] | None = None,
+        *,
+        forget: bool = False,
     ) -> None:
-        """Make written slots, conversation records and state durable together, all or none: one flush.
+        """Make written slots, conversation records and state durable together, all or none.
 
-        Removals since the last commit become durable with it, also when nothing is given.  Raises
-        StaleSlot, or ValueError for a slot that was not written, before anything changed; TierFull or
+        Those who call while another commit is under way share one flush and one transaction.  Removals
+        since the last commit become durable with it, also when nothing is given; with `forget` they outlive
+        even the loss of the index, and nothing removed comes back by a rebuild.
+
+        Raises StaleSlot, or ValueError for a slot that was not written, before anything changed; TierFull or
         TierUnavailable when the device fails, and then all the slots are given back.
         """
         with self._lock:
@@ -172,7 +186,12 @@ class DiskTier(Tier):
                 entry.committing = True
                 entry.meta = replace(entry.meta, checksum=said)
         try:
-            self._make_durable(entries, records, state or {})
+            commit = Commit(entries, records, state or {}, forget)
+            if entries:
+                self._commits.submit(commit)
+            else:
+                # With nothing to flush, there is no reason to wait for the flush of others.
+                self._store.list_in_index(commit)
         except BaseException:
             with self._lock:
                 for entry in entries:
@@ -228,17 +247,16 @@ class DiskTier(Tier):
             self._store.check_open()
             entry = self._ledger.readable(slot)
             self._ledger.pin(entry)
+            self._reads_wanted += 1
         try:
             self._read_entry(entry, target)
         except CorruptObject as problem:
-            with self._lock:
-                self._ledger.quarantine(entry)
-                self._quarantines += 1
-            _LOG.warning("quarantined: %s", problem)
+            self._quarantine(entry, problem)
             raise
         finally:
             with self._lock:
                 self._ledger.unpin(entry)
+                self._reads_wanted -= 1
 
     def remove(self, object_id: ObjectId) -> int:
         """See Tier.remove. Survives power loss from the next commit on."""
@@ -262,7 +280,7 @@ class DiskTier(Tier):
                 return
         self._write_pool.shutdown()
         self._read_pool.shutdown()
-        self._store.close()
+        self._store.close({} if self._scrub is None else self._scrub.stop())
 
     # -- several at once
 
@@ -283,6 +301,12 @@ class DiskTier(Tier):
         return [self._read_pool.submit(_each, self.read, slot, into, on_each) for slot, into in items]
 
     # -- beyond the contract
+
+    def start_scrub(self, bytes_per_s: int) -> None:
+        """Read everything again in the background, again and again, until `close`; see `scrub`."""
+        scrubber = Scrubber(self._store, bytes_per_s, lambda: self._reads_wanted > 0, self._quarantine)
+        self._scrubbed = scrubber.stats
+        self._scrub = ScrubThread(scrubber)
 
     def object_batches(self, size: int) -> Iterator[list[ObjectMeta]]:
         """Every committed object, `size` at a time, without holding others up in between."""
@@ -321,10 +345,19 @@ class DiskTier(Tier):
                 flushes=self._store.flushes,
                 lost_at_open=self._store.lost_at_open,
                 quarantined_total=self._quarantines,
+                scrub_bytes=self._scrubbed.read_bytes,
+                scrub_bad=self._scrubbed.found_bad,
+                scrub_passes=self._scrubbed.passes,
                 last_error=self._store.faults.last_error,
             )
 
     # -- inside
+
+    def _quarantine(self, entry: Entry, problem: CorruptObject) -> None:
+        with self._lock:
+            self._ledger.quarantine(entry)
+            self._quarantines += 1
+        _LOG.warning("quarantined: %s", problem)
 
     def _write_entry(self, entry: Entry, payload: Bytes) -> None:
         meta = entry.meta
@@ -344,12 +377,10 @@ class DiskTier(Tier):
             raise ValueError(f"{slot} was reserved, but its write has not ended")
         return entry
 
-    def _make_durable(
-        self, entries: Sequence[Entry], records: Sequence[ConversationRecord], state: Mapping[str, bytes]
-    ) -> None:
+    def _make_durable(self, commits: Sequence[Commit]) -> Sequence[TierError | None]:
         """The order that everything rests on: the payloads survive before the index lists them."""
-        self._store.flush(entries)
-        self._store.list_in_index(entries, records, state)
+        self._store.flush([entry for commit in commits for entry in commit.entries])
+        return self._store.list_all(commits)
 
     def _read_entry(self, entry: Entry, target: Bytes) -> None:
         try:
@@ -360,12 +391,7 @@ class DiskTier(Tier):
             raise self._store.faults.unavailable(f"reading failed: {problem}") from problem
         if not self._check:
             return
-        header = decode(page)
-        if header != self._store.header(entry.meta, entry.generation):
-            raise CorruptObject(
-                f"{header.meta.object_id}, write {header.sequence}, is where {entry.meta.object_id},"
-                f" write {entry.generation}, should be"
-            )
+        self._store.check_header(entry, page)
         if checksum(target) != entry.meta.checksum:
             raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
 

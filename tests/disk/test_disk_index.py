@@ -100,9 +100,12 @@ def test_epochs_grow_over_restarts(path: Path) -> None:
     seen = []
     for _ in range(3):
         index = Index(path)
-        seen.append(index.next_epoch())
+        seen.append(index.next_epoch(0))
         index.close()
     assert seen == [1, 2, 3]
+    index = Index(path)
+    assert (index.epoch(), index.next_epoch(7), index.epoch()) == (3, 8, 8)
+    index.close()
 
 
 # -- the directory

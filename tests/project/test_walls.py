@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "cluster": TIERS | {"policy", "node", "daemon"},
     "integrations": frozenset({"gpu"}),
     "sim": frozenset({"policy", "node"}),
-    "cli": frozenset({"cluster", "daemon", "gpu", "integrations", "sim"}),
+    "cli": frozenset({"cluster", "daemon", "disk", "gpu", "integrations", "sim"}),
     "testing": TIERS | {"policy", "node", "daemon"},
 }
 # What the root's client may load when it is called, and not before: a worker's copy engine, its view of the
