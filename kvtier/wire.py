@@ -24,6 +24,7 @@ from kvtier.errors import (
     MalformedMessage,
     ProtocolError,
     TierFull,
+    TraceError,
     VersionMismatch,
 )
 from kvtier.messages import Failed, Hello, Message, Role, Welcome
@@ -275,12 +276,16 @@ def error_of(failed: Failed) -> KvtierError:
     kind = getattr(errors, failed.error, None)
     if not (isinstance(kind, type) and issubclass(kind, KvtierError)):
         return KvtierError(f"{failed.error}: {failed.message}", fix=failed.fix)
-    if issubclass(kind, ConfigError):
-        field, _, problem = failed.message.partition(": ")
-        return kind(field, problem, fix=failed.fix)
-    if issubclass(kind, TierFull):
-        return kind(failed.message, needed_bytes=0, fix=failed.fix)
-    return kind(failed.message, fix=failed.fix)
+    # Some take other arguments than what travels: message and fix are whole already.
+    error: KvtierError = kind.__new__(kind)
+    KvtierError.__init__(error, failed.message, fix=failed.fix)
+    if isinstance(error, ConfigError):
+        error.field = failed.message.partition(": ")[0]
+    elif isinstance(error, TierFull):
+        error.needed_bytes = 0
+    elif isinstance(error, TraceError):
+        error.line = 0
+    return error
 
 
 def _connect(path: str, deadline_s: float) -> socket.socket:
