@@ -1,0 +1,1 @@
+"""Well-known cache policies over blocks, to be measured against: none of them knows what a chat is."""

@@ -1,0 +1,1 @@
+"""What if: recorded load replayed against policies. Needs the extra `sim`."""
