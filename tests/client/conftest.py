@@ -218,11 +218,12 @@ class FakeNode:
             return
         else:
             answer = self._usual(peer, message)
-        if answer is not None:
-            peer.send(answer)
         if isinstance(message, Hello) and isinstance(answer, Welcome):
+            # Before the answer: the worker's next connection only begins after it, so the order is certain.
             peer.role, peer.worker = message.role, message.worker
             self.joined.put(peer)
+        if answer is not None:
+            peer.send(answer)
 
     def _usual(self, peer: Peer, message: Message) -> Message | None:
         self.jobs += 1
