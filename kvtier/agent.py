@@ -188,9 +188,17 @@ class Agent:
             if isinstance(message, Released):
                 use.said_released()
             elif isinstance(message, ParkDone):
+                self._over(use, cut_off=message.receipt.level == "none")
                 use.said_done(message.receipt)
         elif isinstance(use, RestoreUse) and isinstance(message, RestoreDone):
+            self._over(use, cut_off=bool(message.receipt.reason))
             use.said_done(message.receipt)
+
+    def _over(self, use: Use, *, cut_off: bool) -> None:
+        """Batches that the node cut off may run here, or never come: it frees their slots when told so."""
+        if cut_off and self._ports.engine is not None:
+            use.stop_copies(self._copies_ended)
+            self._cancel(use)
 
     def _use(self, request: int) -> Use | None:
         with self._lock:

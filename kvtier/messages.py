@@ -74,7 +74,10 @@ class Done(Message, frozen=True, tag="done"):
 
 
 class Attach(Message, frozen=True, tag="attach"):
-    """A worker shows its pool. In 'shared' mode the pool's descriptors come with it."""
+    """A worker shows its pool. In 'shared' mode the pool's descriptors come with it.
+
+    replaces: what this worker was called before it lost the node; none of the copies of then runs any more.
+    """
 
     fingerprint: bytes
     model: str
@@ -84,6 +87,7 @@ class Attach(Message, frozen=True, tag="attach"):
     pool_pages: int = 0
     mode: Mode = "worker"
     pool: dict[str, Any] = {}
+    replaces: str = ""
 
 
 class Attached(Message, frozen=True, tag="attached"):

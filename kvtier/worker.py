@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import msgspec
+
 from kvtier.arguments import DEFAULT_TENANT, Duration, name, one_of, optional_seconds, seconds
 from kvtier.attachment import Attachment, MakeEngine, attach
 from kvtier.errors import DaemonNotFound, KvtierError, MalformedMessage, ProtocolError
@@ -83,6 +85,7 @@ class Worker:
         self._requests = itertools.count(1)
         self._attachment: Attachment | None = None
         self._lost: list[Attachment] = []
+        self._former = ""
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._closed = False
@@ -306,8 +309,9 @@ class Worker:
             raise DaemonNotFound("copies of the lost connection still run")
         if self._closed:
             raise DaemonNotFound("the worker is closed")
-        request = (self._request, self._pool.fds)
+        request = (msgspec.structs.replace(self._request, replaces=self._former), self._pool.fds)
         self._attachment = attach(self._link, channel, era, request, self._make_engine)
+        self._former = ""
 
     def _retire(self) -> None:
         """Give back what earlier attachments hold, as far as no copy uses it."""
@@ -320,6 +324,7 @@ class Worker:
                 if attachment.quiet(QUIET_S):
                     attachment.close()
                     self._lost.remove(attachment)
+                    self._former = attachment.worker
 
     def _on_lost(self, error: KvtierError) -> None:
         attachment = self._attachment

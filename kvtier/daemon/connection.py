@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
+import logging
 import os
 import socket
 import struct
@@ -19,6 +21,8 @@ from kvtier.daemon.loop import Loop
 from kvtier.errors import KvtierError, MalformedMessage, ProtocolError
 from kvtier.messages import Failed, Hello, Message, Welcome
 from kvtier.wire import MAX_DESCRIPTORS, READ_BYTES, FrameBuffer, close_all
+
+log = logging.getLogger(__name__)
 
 # linux/socket.h; Python has no name for it yet. A descriptor of the peer's process that cannot be forged.
 _SO_PEERPIDFD = 77
@@ -40,13 +44,15 @@ class Peer:
 class Connection:
     """One accepted connection. Its callbacks run in the loop's thread.
 
-    on_message: a message and its descriptors, which are the receiver's.  on_close: once, however it ends.
+    on_message: a message and its descriptors, which are the receiver's.  on_close: once, however it ends;
+    also in the middle of `send`, when the other end is gone.  forget: the same, for who keeps count.
     """
 
-    def __init__(self, loop: Loop, connected: socket.socket) -> None:
+    def __init__(self, loop: Loop, connected: socket.socket, forget: Callable[[Connection], None]) -> None:
         connected.setblocking(False)
         self._loop = loop
         self._socket = connected
+        self._forget = forget
         self._frames = FrameBuffer()
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._awaiting_room = False
@@ -69,6 +75,7 @@ class Connection:
         self._loop.unwatch(self._socket.fileno())
         self._frames.clear()
         self._socket.close()
+        self._forget(self)
         self.on_close()
 
     def peer(self) -> Peer:
@@ -77,7 +84,10 @@ class Connection:
         pid, uid, _ = _UCRED.unpack(raw)
         try:
             pidfd = self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-        except OSError:
+        except OSError as error:
+            # Only where the kernel lacks the option: else the process is gone, and its id may be another's.
+            if error.errno != errno.ENOPROTOOPT:
+                raise
             pidfd = os.pidfd_open(pid)
         return Peer(uid, pid, pidfd)
 
@@ -175,11 +185,12 @@ class Listener:
     def _accept(self) -> None:
         try:
             accepted, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except OSError as error:
+            # Nobody came after all, or there is no descriptor left for them: those that are here go on.
+            log.warning("a connection was not taken: %s", error)
             return
-        connection = Connection(self._loop, accepted)
+        connection = Connection(self._loop, accepted, self._connections.discard)
         self._connections.add(connection)
-        connection.on_close = lambda: self._connections.discard(connection)
         connection.on_message = lambda message, fds: self._greet(connection, message, fds)
 
     def _greet(self, connection: Connection, message: Message, fds: list[int]) -> None:
@@ -197,18 +208,12 @@ class Listener:
             connection.send(failed(error, message.id))
             connection.close()
             return
-        except ProcessLookupError:
+        except OSError as error:
+            log.warning("a peer's process cannot be watched: %s", error)
             connection.close()
             return
         connection.on_message = _drop
         self._on_join(connection, peer, message)
-        after = connection.on_close
-
-        def closed() -> None:
-            self._connections.discard(connection)
-            after()
-
-        connection.on_close = closed
 
 
 def access_of(config: Config) -> Access:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvtier.gpu.engine import CopyItem
+from kvtier.errors import GeometryError
+from kvtier.gpu.engine import ERROR, CopyItem
 from kvtier.gpu.schedule import (
     Batch,
     Bounds,
@@ -23,6 +24,8 @@ from kvtier.gpu.schedule import (
     SendBatch,
 )
 from kvtier.tier_messages import CancelCopies, Copied, Copy, WireItem
+
+_PAGE_ID = np.dtype("<u4")
 
 
 class CopyDesk:
@@ -44,7 +47,10 @@ class CopyDesk:
         self._answer = answer
         self._schedule = CopySchedule(bounds)
         self._asked: dict[tuple[str, int], Copy] = {}
+        self._sent: dict[tuple[str, int], Copy] = {}
         self._begun: set[str] = set()
+        self._last: set[str] = set()
+        self._cancelled: set[str] = set()
         self._early: dict[str, list[Copy]] = {}
         self._here: set[str] = set()
 
@@ -69,27 +75,45 @@ class CopyDesk:
         if copy.worker not in self._here:
             self._early.setdefault(copy.worker, []).append(copy)
             return
+        if copy.job in self._cancelled:
+            self._answer(_not_copied(copy, "cancelled"))
+            return
         self._asked[copy.job, copy.batch] = copy
         if copy.job not in self._begun:
-            job = Job(copy.job, copy.worker, copy.direction, _pages(copy))
-            refused = self._schedule.begin(job)
-            if refused:
+            why_not = self._begin(copy)
+            if why_not:
                 del self._asked[copy.job, copy.batch]
-                self._answer(_not_copied(copy, _why(refused[0])))
+                self._answer(_not_copied(copy, why_not))
                 return
-            self._begun.add(copy.job)
         items = tuple(copy_item(item) for item in copy.items)
         self._schedule.add(copy.job, Batch(copy.batch, items))
         if copy.last:
-            self._follow(self._schedule.seal(copy.job), now_s)
+            self._last.add(copy.job)
         self._follow(self._schedule.start(now_s), now_s)
 
-    def copied(self, message: Copied, now_s: float) -> bool:
-        """A batch ended; answers whether it was waited for."""
-        if self._asked.pop((message.job, message.batch), None) is None:
+    def _begin(self, copy: Copy) -> str:
+        """Put the batch's job on the schedule, or say why that cannot be."""
+        try:
+            pages = _pages(copy)
+        except GeometryError as error:
+            return f"{ERROR}{error}"
+        refused = self._schedule.begin(Job(copy.job, copy.worker, copy.direction, pages))
+        if refused:
+            return _why(refused[0])
+        self._begun.add(copy.job)
+        return ""
+
+    def copied(self, message: Copied, now_s: float, worker: str = "") -> bool:
+        """A batch ended; answers whether it was waited for. worker: who says so; '' for this service."""
+        sent = self._sent.get((message.job, message.batch))
+        if sent is None or worker not in ("", sent.worker):
             return False
+        del self._sent[message.job, message.batch]
         self._answer(message)
         self._follow(self._schedule.done(message.job, message.batch), now_s)
+        # Not before its batches ended: one that failed may be followed by another attempt from the disk.
+        if message.job in self._last and not self._open(message.job):
+            self._follow(self._schedule.seal(message.job), now_s)
         self._follow(self._schedule.start(now_s), now_s)
         return True
 
@@ -100,24 +124,33 @@ class CopyDesk:
             for copy in early:
                 if copy.job == job:
                     self._answer(_not_copied(copy, "cancelled"))
+        if job in self._begun:
+            self._cancelled.add(job)
         self._follow(self._schedule.cancel(job), now_s)
         self._follow(self._schedule.start(now_s), now_s)
 
     def _follow(self, instructions: list[Instruction], now_s: float) -> None:
         for instruction in instructions:
             if isinstance(instruction, SendBatch):
-                self._carry_out(self._asked[instruction.job, instruction.batch.number])
+                name = (instruction.job, instruction.batch.number)
+                self._sent[name] = self._asked.pop(name)
+                self._carry_out(self._sent[name])
             elif isinstance(instruction, CancelOnWorker):
                 self._cancel(instruction.worker, CancelCopies(job=instruction.job))
             elif isinstance(instruction, JobEnded):
                 self._ended(instruction)
 
     def _ended(self, ended: JobEnded) -> None:
-        self._begun.discard(ended.job)
+        for jobs in (self._begun, self._last, self._cancelled):
+            jobs.discard(ended.job)
         for number in ended.unsent:
             self._answer(_not_copied(self._asked.pop((ended.job, number)), "cancelled"))
         for number in ended.unanswered:
-            self._asked.pop((ended.job, number), None)
+            self._sent.pop((ended.job, number), None)
+
+    def _open(self, job: str) -> bool:
+        """Whether a batch of the job is queued or under way."""
+        return any(name[0] == job for books in (self._asked, self._sent) for name in books)
 
 
 def copy_item(item: WireItem) -> CopyItem:
@@ -136,8 +169,10 @@ def copy_item(item: WireItem) -> CopyItem:
 
 
 def page_tables(copy: Copy) -> list[list[int]]:
-    """The page ids of a Copy in 'shared' mode, one list for each layer group."""
-    return [np.frombuffer(packed, "<u4").tolist() for packed in copy.pages]
+    """The page ids of a Copy in 'shared' mode, one list for each layer group. Raises GeometryError."""
+    if any(len(packed) % _PAGE_ID.itemsize for packed in copy.pages):
+        raise GeometryError("the page ids are cut off in the middle of one")
+    return [np.frombuffer(packed, _PAGE_ID).tolist() if packed else [] for packed in copy.pages]
 
 
 def _pages(copy: Copy) -> frozenset[tuple[int, int]]:
@@ -146,7 +181,7 @@ def _pages(copy: Copy) -> frozenset[tuple[int, int]]:
 
 def _why(refused: Instruction) -> str:
     taken = refused.pages if isinstance(refused, Refused) else frozenset()
-    return f"error: pages {sorted(page for _, page in taken)[:8]} are in use by another copy"
+    return f"{ERROR}pages {sorted(page for _, page in taken)[:8]} are in use by another copy"
 
 
 def _not_copied(copy: Copy, reason: str) -> Copied:

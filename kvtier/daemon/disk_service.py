@@ -19,6 +19,7 @@ import msgpack
 from kvtier import paths
 from kvtier.breaker import Backoff
 from kvtier.config import Config
+from kvtier.disk.fileops import FileOps
 from kvtier.disk.index import ConversationRecord
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import (
@@ -56,8 +57,9 @@ _ANNOUNCE_OBJECTS = 2000
 _CALL_S = 10.0
 # The wait for the node's next message is bounded so that `stop` is noticed, and a sick drive tried again.
 _LISTEN_MS = 500
-# Jobs of one kind under way at once; each has several requests in flight of its own.
-_WRITE_JOBS, _READ_JOBS = 2, 4
+# Jobs of one kind under way at once; the tier bounds the requests in flight.  Writes that come together
+# share a flush, so it takes many of them to make small parks cheap.
+_WRITE_JOBS, _READ_JOBS = 16, 4
 # The node is on the same machine, and is back in about a second.
 RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
 _MODELS_KEY = "models"
@@ -80,8 +82,10 @@ class _Session:
 class DiskService:
     """Owns the store at disk.directory and serves the node of the same runtime_dir."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ops: FileOps | None = None) -> None:
+        """ops: the system calls of the store; the real ones by default."""
         self._config = config
+        self._ops = ops
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvtier-disk", daemon=True)
         self._failure = ""
@@ -101,8 +105,11 @@ class DiskService:
             settings.capacity_bytes,
             segment_bytes=settings.segment_bytes,
             direct=settings.direct_io != "off",
+            ops=self._ops,
         )
         self._models = dict(msgpack.unpackb(self._tier.state(_MODELS_KEY) or _NO_MODELS))
+        if settings.scrub_bytes_per_s:
+            self._tier.start_scrub(settings.scrub_bytes_per_s)
         self._thread.start()
 
     def stop(self, grace_s: float) -> None:
@@ -312,7 +319,7 @@ class DiskService:
                 self._tier.remove(ObjectId(*key))
             records = [ConversationRecord(*_fields(r)) for r in message.records]
             if records or message.durable:
-                self._tier.commit_with_records([], records)
+                self._tier.commit_with_records([], records, forget=message.durable)
         except (TierError, OSError) as error:
             detail = str(error)
         session.send(DiskRemoved(job=message.job, ok=not detail, detail=detail))
@@ -329,7 +336,14 @@ def _submit(
     def run() -> None:
         try:
             work(session, message)
-        except ChannelLost:
-            log.info("the node went away before it could be answered")
+        except ChannelLost as error:
+            # Part of an answer may have gone: nothing more can be said over this connection.
+            log.info("the node could not be answered: %s", error)
+            session.channel.shutdown()
+        except BaseException:
+            # The node would wait for an answer for ever; without the connection it knows.
+            log.exception("%s was not carried out", type(message).__name__)
+            session.channel.shutdown()
+            raise
 
     pool.submit(run)

@@ -34,7 +34,11 @@ class Embedded:
             "metrics.enabled": False,
             **overrides,
         }
-        self.config = load(None, settings)
+        try:
+            self.config = load(None, settings)
+        except BaseException:
+            self._folder.cleanup()
+            raise
         self.socket_path = str(paths.node_socket(self.config.node.runtime_dir))
         self.node = NodeService(self.config)
         self.gpu = GpuService(self.config)

@@ -10,19 +10,20 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvtier import __version__, paths
 from kvtier.breaker import Backoff
 from kvtier.config import Config
-from kvtier.daemon.connection import Connection, Listener, Peer, access_of, welcome
+from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.copy_desk import CopyDesk, copy_item, page_tables
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
 from kvtier.gpu.cpu_engine import CpuCopyEngine
-from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyResult
+from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyResult, SlotMemory
 from kvtier.gpu.schedule import Bounds
 from kvtier.gpu.shared_pool import SharedPool
 from kvtier.host.arena import ArenaView
@@ -40,6 +41,9 @@ _RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
 _BATCHES = 4
 
 
+MakeEngine: TypeAlias = Callable[[SlotMemory], CopyEngine]
+
+
 @dataclass(slots=True)
 class _Node:
     """One connection to the node, and its host memory."""
@@ -52,12 +56,16 @@ class _Node:
 class GpuService:
     """Serves the node of the same runtime_dir, and workers at `<runtime_dir>/gpu.sock`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, make_engine: MakeEngine | None = None) -> None:
+        """make_engine: makes the engine that copies in mode 'shared'; by default the CPU's."""
         self._config = config
+        self._make_engine = make_engine or self._cpu_engine
         self._node: _Node | None = None
         self._modes: dict[str, str] = {}
         self._workers: dict[str, Connection] = {}
         self._pools: dict[str, SharedPool] = {}
+        self._copying: dict[str, int] = {}
+        self._leaving: set[str] = set()
         self._due_s = 0.0
         self._attempts = 0
         self._failure = ""
@@ -70,7 +78,11 @@ class GpuService:
         self._loop = Loop(_TICK_S, self._tick)
         self._path = paths.gpu_socket(self._config.node.runtime_dir)
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._listener = Listener(self._loop, self._path, access_of(self._config), self._join)
+        try:
+            self._listener = Listener(self._loop, self._path, access_of(self._config), self._join)
+        except BaseException:
+            self._loop.close()
+            raise
         self._thread = LoopThread(self._loop, "kvtier-gpu", self._close)
         self._thread.start()
 
@@ -120,8 +132,7 @@ class GpuService:
         except BaseException:
             channel.close()
             raise
-        engine = CpuCopyEngine(arena, threads=self._config.gpu.copy_threads)
-        self._node = _Node(channel, arena, engine)
+        self._node = _Node(channel, arena, self._make_engine(arena))
         self._failure, self._attempts = "", 0
         self._loop.watch(channel.fileno(), self._hear)
         self._hear()
@@ -142,7 +153,9 @@ class GpuService:
             self._pool_joined(message, fds)
             return
         close_all(fds)
-        if isinstance(message, Copy):
+        if isinstance(message, Copy) and self._modes.get(message.worker) == "unmapped":
+            self._tell_node(_failed(message, "the worker's pool could not be mapped"))
+        elif isinstance(message, Copy):
             self._desk.asked(message, now_s)
         elif isinstance(message, CancelCopies):
             self._desk.cancelled(message.job, now_s)
@@ -168,6 +181,8 @@ class GpuService:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+        self._copying.clear()
+        self._leaving.clear()
         node.channel.close()
         node.arena.close()
 
@@ -184,17 +199,18 @@ class GpuService:
     def _join(self, connection: Connection, peer: Peer, greeting: Hello) -> None:
         os.close(peer.pidfd)
         if greeting.role != "copy" or not greeting.worker:
+            error = ProtocolError("only workers connect here, to copy", fix=f"connect to {paths.NODE_SOCKET}")
+            connection.send(failed(error, greeting.id))
             connection.close()
             return
-        node_name = self._config.node.name
-        connection.send(welcome(greeting, node_name, 0, __version__))
         worker = greeting.worker
-        before = self._workers.pop(worker, None)
+        connection.on_message = partial(self._worker_said, worker)
+        # Later, since a send may close a connection in the middle of the desk's work.
+        connection.on_close = lambda: self._loop.call(partial(self._worker_closed, worker, connection))
+        connection.send(welcome(greeting, self._config.node.name, 0, __version__))
+        before, self._workers[worker] = self._workers.get(worker), connection
         if before is not None:
             before.close()
-        self._workers[worker] = connection
-        connection.on_message = partial(self._worker_said, worker)
-        connection.on_close = partial(self._worker_closed, worker, connection)
         self._meet(worker)
 
     def _meet(self, worker: str) -> None:
@@ -205,7 +221,7 @@ class GpuService:
     def _worker_said(self, worker: str, message: Message, fds: list[int]) -> None:
         close_all(fds)
         if isinstance(message, Copied) and self._modes.get(worker) == "worker":
-            self._desk.copied(message, time.monotonic())
+            self._desk.copied(message, time.monotonic(), worker)
 
     def _worker_closed(self, worker: str, connection: Connection) -> None:
         if self._workers.get(worker) is connection:
@@ -219,6 +235,7 @@ class GpuService:
                 self._pools[message.worker] = SharedPool.attach(message.pool, fds)
             except (GeometryError, OSError) as error:
                 log.warning("the pool of %s cannot be mapped: %s", message.worker, error)
+                self._modes[message.worker] = "unmapped"
                 return
             self._modes[message.worker] = "shared"
             self._desk.joined(message.worker, time.monotonic())
@@ -237,16 +254,14 @@ class GpuService:
                 connection.close()
             return
         self._desk.gone(worker, time.monotonic())
-        self._loop.call(partial(self._unmap_when_quiet, worker))
+        self._leaving.add(worker)
+        self._unmap_if_quiet(worker)
 
-    def _unmap_when_quiet(self, worker: str) -> None:
-        node = self._node
-        if node is not None and not node.engine.wait_idle(0):
-            self._loop.call(partial(self._unmap_when_quiet, worker))
-            return
-        pool = self._pools.pop(worker, None)
-        if pool is not None:
-            pool.close()
+    def _unmap_if_quiet(self, worker: str) -> None:
+        if worker in self._leaving and not self._copying.get(worker):
+            self._leaving.discard(worker)
+            self._copying.pop(worker, None)
+            self._pools.pop(worker).close()
 
     # --- copies -----------------------------------------------------------------------------------------
 
@@ -270,13 +285,17 @@ class GpuService:
                 tuple(copy_item(item) for item in copy.items),
                 verify=copy.verify or copy.direction == "gather",
             )
-            node.engine.submit(batch, lambda result: self._loop.call(partial(self._ended, result)))
+            ended = partial(self._ended, node, copy.worker)
+            node.engine.submit(batch, lambda result: self._loop.call(partial(ended, result)))
+            self._copying[copy.worker] = self._copying.get(copy.worker, 0) + 1
         except KvtierError as error:
-            failed = [(index, f"error: {error}") for index in range(len(copy.items))]
-            answer = Copied(job=copy.job, batch=copy.batch, ok=False, failed=failed)
-            self._loop.call(partial(self._finish, answer))
+            self._loop.call(partial(self._finish, _failed(copy, str(error))))
 
-    def _ended(self, result: CopyResult) -> None:
+    def _ended(self, node: _Node, worker: str, result: CopyResult) -> None:
+        if node is not self._node:
+            return
+        self._copying[worker] -= 1
+        self._unmap_if_quiet(worker)
         answer = Copied(
             job=result.job,
             batch=result.batch,
@@ -299,3 +318,11 @@ class GpuService:
                 self._workers[worker].send(message)
         elif self._node is not None:
             self._node.engine.cancel(message.job)
+
+    def _cpu_engine(self, slots: SlotMemory) -> CopyEngine:
+        return CpuCopyEngine(slots, threads=self._config.gpu.copy_threads)
+
+
+def _failed(copy: Copy, why: str) -> Copied:
+    failed = [(index, f"error: {why}") for index in range(len(copy.items))]
+    return Copied(job=copy.job, batch=copy.batch, ok=False, failed=failed)

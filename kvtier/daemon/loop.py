@@ -73,7 +73,8 @@ class Loop:
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake_fd)
-        while self._calls:
+        # Those that come meanwhile wait for the next round, so that sockets and ticks have their turn.
+        for _ in range(len(self._calls)):
             self._calls.popleft()()
 
     def _end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from kvtier import __version__, paths
 from kvtier.config import Config
 from kvtier.config_secrets import tenant_secret
-from kvtier.daemon.connection import Connection, Listener, Peer, access_of, welcome
+from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.host_memory import make_host
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.daemon.question import Question
-from kvtier.errors import KvtierError
+from kvtier.errors import GeometryError, KvtierError, ProtocolError
 from kvtier.messages import Attach, Attached, Hello, Message
 from kvtier.node.core import NodeCore
 from kvtier.node.events import (
@@ -35,7 +36,7 @@ from kvtier.node.events import (
 from kvtier.node.journal import JournaledCore, Origin
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.defaults import make_policies
-from kvtier.tier_messages import PoolJoined, PoolLeft
+from kvtier.tier_messages import PoolJoined
 from kvtier.wire import close_all
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ _SERVICES = ("disk", "gpu")
 
 @dataclass(slots=True)
 class _Link:
-    """A connection that has joined. gone: closed, but its process may live. worth_watching: it may copy."""
+    """A connection that has joined. service: of a tier.  gone: closed, but its process may live."""
 
     name: str
     connection: Connection
     peer: Peer
-    copies: bool
+    service: bool
     gone: bool = False
 
 
@@ -80,24 +81,25 @@ class NodeService:
         config = self._config
         secret = tenant_secret(config)
         self._make_runtime_dir()
-        self._loop = Loop(_TICK_S, lambda: self._handle(Tick()))
+        self._loop = Loop(_TICK_S, self._tick)
         # Milliseconds: greater than at any earlier start, also after kill -9.
         self._epoch = time.time_ns() // 1_000_000
-        self._host = make_host(config, self._epoch, self._grew)
-        try:
-            self._make_core(secret)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._loop.close)
+            self._host = make_host(config, self._epoch, self._grew)
+            undo.callback(self._host.close)
+            self._make_core(secret, undo)
             self._listener = Listener(
                 self._loop, paths.node_socket(config.node.runtime_dir), access_of(config), self._join
             )
+            undo.callback(self._listener.close)
             if config.metrics.enabled:
                 # Only here: what serves metrics is not installed where the daemon is embedded.
                 from kvtier.daemon.endpoints import serve_endpoints
 
                 self._endpoints = serve_endpoints(config, self.ask)
                 self._core.state.metrics_url = self._endpoints.url
-        except BaseException:
-            self._host.close()
-            raise
+            undo.pop_all()
         self._thread = LoopThread(self._loop, "kvtier-node", self._close)
         self._thread.start()
 
@@ -135,7 +137,7 @@ class NodeService:
                 f"cannot make {folder}: {error.strerror}", fix="choose another node.runtime_dir"
             ) from error
 
-    def _make_core(self, secret: bytes) -> None:
+    def _make_core(self, secret: bytes, undo: contextlib.ExitStack) -> None:
         """The core, and `_tell`, which gives it stimuli and keeps the journal if one is wanted."""
         config = self._config
         seed = int.from_bytes(os.urandom(8), "little")
@@ -163,6 +165,7 @@ class NodeService:
         if config.log.stimulus_log == "off":
             return
         self._journal = open(config.log.stimulus_log, "ab")  # noqa: SIM115  (closed with the service)
+        undo.callback(self._journal.close)
         digest = hashlib.sha256(secret).hexdigest()
         origin = Origin(settings, digest, seed, self._epoch, tuple(sizes), self._host.generation_slots)
         self._tell = JournaledCore(self._core, origin, self._journal.write).handle
@@ -183,28 +186,46 @@ class NodeService:
     # --- connections ------------------------------------------------------------------------------------
 
     def _join(self, connection: Connection, peer: Peer, hello: Hello) -> None:
+        refusal = self._refusal(hello)
+        if refusal is not None:
+            os.close(peer.pidfd)
+            connection.send(failed(refusal, hello.id))
+            connection.close()
+            return
         self._serial += 1
         name = f"{hello.role}:{self._serial}"
-        if hello.role == "copy":
-            connection.close()
-            os.close(peer.pidfd)
-            return
-        link = _Link(name, connection, peer, copies=hello.role in _SERVICES)
+        link = _Link(name, connection, peer, service=hello.role in _SERVICES)
         self._links[name] = link
         connection.on_close = lambda: self._left(link)
         connection.on_message = lambda message, fds: self._message(link, message, fds)
+        self._loop.watch(peer.pidfd, lambda: self._ended(link))
+        # From here on: whoever greets and leaves at once closes the connection in the middle of a send.
         connection.send(welcome(hello, self._config.node.name, self._epoch, __version__))
-        if hello.role == "events":
+        if hello.role == "events" and not connection.closed:
             self._events[hello.worker] = connection
             for message in self._unsent.pop(hello.worker, ()):
                 connection.send(message)
             self._handle(EventsJoined(hello.worker))
-        self._loop.watch(peer.pidfd, lambda: self._ended(link))
+
+    def _refusal(self, hello: Hello) -> KvtierError | None:
+        if hello.role == "copy":
+            return ProtocolError(
+                "copies are not carried over this socket", fix="connect to what Attached.gpu_socket names"
+            )
+        if hello.role == "events" and not self._attached(hello.worker):
+            return ProtocolError(f"worker '{hello.worker}' is not attached", fix="attach first")
+        return None
 
     def _message(self, link: _Link, message: Message, fds: list[int]) -> None:
+        if isinstance(message, Attach) and len(fds) != (message.mode == "shared"):
+            close_all(fds)
+            error = GeometryError(
+                f"{len(fds)} descriptors came with a pool in mode '{message.mode}'",
+                fix="attach with a SharedPool for mode 'shared', which comes with one",
+            )
+            link.connection.send(failed(error, message.id))
+            return
         self._arriving_fds = fds
-        if isinstance(message, Attach):
-            link.copies = True
         self._handle(Received(link.name, message))
         close_all(self._arriving_fds)
         self._arriving_fds = []
@@ -213,17 +234,26 @@ class NodeService:
         link.gone = True
         self._events = {worker: c for worker, c in self._events.items() if c is not link.connection}
         self._handle(Left(link.name))
-        if not link.copies:
+        if not self._may_copy(link):
             self._forget(link)
 
     def _ended(self, link: _Link) -> None:
         """The process behind a connection is gone."""
-        link.copies = False
         if not link.gone:
             link.connection.close()
-        else:
-            self._forget(link)
+        self._forget(link)
         self._handle(ProcessEnded(link.name))
+
+    def _may_copy(self, link: _Link) -> bool:
+        """Whether slots wait for the end of the process behind a connection that is closed."""
+        workers = self._core.state.workers.values()
+        return link.service or any(w.peer == link.name and w.jobs for w in workers)
+
+    def _tick(self) -> None:
+        self._handle(Tick())
+        for link in [link for link in self._links.values() if link.gone]:
+            if not self._may_copy(link):
+                self._forget(link)
 
     def _forget(self, link: _Link) -> None:
         if self._links.pop(link.name, None) is not None:
@@ -239,6 +269,18 @@ class NodeService:
     def _handle(self, stimulus: Stimulus) -> None:
         for send in self._tell(time.time(), stimulus):
             self._carry_out(send)
+        if not isinstance(stimulus, Tick):
+            self._drop_pools()
+
+    def _attached(self, worker: str) -> bool:
+        found = self._core.state.workers.get(worker)
+        return found is not None and found.connected
+
+    def _drop_pools(self) -> None:
+        """Workers that left: the core tells the GPU service of them, if there is one just then."""
+        for worker in [worker for worker in self._pool_fds if not self._attached(worker)]:
+            close_all(self._pool_fds.pop(worker))
+            self._unsent.pop(worker, None)
 
     def _carry_out(self, send: Send) -> None:
         message = send.message
@@ -250,9 +292,6 @@ class NodeService:
             link = self._links.get(send.peer)
             if link is not None and not link.gone:
                 link.connection.send(message, self._fds_for(send))
-        if isinstance(message, PoolLeft):
-            close_all(self._pool_fds.pop(message.worker, []))
-            self._unsent.pop(message.worker, None)
 
     def _to_worker(self, worker: str, message: Message) -> None:
         connection = self._events.get(worker)

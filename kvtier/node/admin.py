@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import takewhile
 
-from kvtier.errors import SlotLeased
 from kvtier.messages import (
     Conversations,
     Done,
@@ -20,8 +19,7 @@ from kvtier.messages import (
     Status,
     StatusIs,
 )
-from kvtier.node.blocks import Block, Stored
-from kvtier.node.conversations import Conversation
+from kvtier.node.blocks import Block, ConversationId, Stored
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.parks import Parks
 from kvtier.node.reports import conversation_info, model_infos, status_report
@@ -35,13 +33,10 @@ _LIST_MOST = 1000
 class Admin:
     """Answers questions, and carries out wishes about conversations."""
 
-    def __init__(
-        self, state: NodeState, disk: DiskSide, parks: Parks, cancel: Callable[[tuple[str, str]], None]
-    ) -> None:
+    def __init__(self, state: NodeState, disk: DiskSide, parks: Parks) -> None:
         self._state = state
         self._disk = disk
         self._parks = parks
-        self._cancel = cancel
 
     def status(self, peer: str, message: Status) -> None:
         """Answer Status."""
@@ -90,7 +85,8 @@ class Admin:
         nodes: list[tuple[str, int, float]] = []
         if known is not None and known.heads:
             chain = state.tree.chain(known.heads[-1].key)
-            segments = [_segment(state, block) for block in chain]
+            there = takewhile(lambda block: _is_there(state, block), chain)
+            segments = [_segment(state, block) for block in there]
             choice = state.policies.restore.choose(segments, known.heads[-1].tokens)
             nodes.append((state.settings.node, choice.tokens, choice.eta_high_s))
         state.send(peer, Located(id=message.id, nodes=nodes))
@@ -101,13 +97,14 @@ class Admin:
         """Erase a conversation; the answer goes out when that is durable."""
         state = self._state
         name = (message.tenant, message.conversation)
-        self._cancel(name)
-        known = state.conversations.pop(name, None)
-        if known is None:
+        self._parks.forget(name)
+        known = state.conversations.get(name)
+        erased, shared = self._split(name)
+        if known is None and not erased:
             receipt = ForgetReceipt(message.conversation, message.tenant, found=False)
             state.send(peer, Forgotten(id=message.id, receipt=receipt))
             return
-        erased, shared = self._split(known)
+        state.end_conversation(name)
         receipt = ForgetReceipt(
             message.conversation,
             message.tenant,
@@ -119,13 +116,16 @@ class Admin:
         )
         self._erase(peer, message, receipt, erased)
 
-    def _split(self, conversation: Conversation) -> tuple[list[Stored], list[Stored]]:
-        """Objects that only this conversation names, and those that others name too."""
+    def _split(self, name: ConversationId) -> tuple[list[Stored], list[Stored]]:
+        """Objects that only this conversation names, and those that others name too.
+
+        A park that failed leaves objects with the conversation's name, even where there is none.
+        """
         erased: list[Stored] = []
         shared: list[Stored] = []
         for block in self._state.tree:
-            if conversation.id in block.names:
-                block.names.discard(conversation.id)
+            if name in block.names:
+                block.names.discard(name)
                 (shared if block.names else erased).extend(block.parts.values())
         return erased, shared
 
@@ -148,15 +148,15 @@ class Admin:
         for stored in erased:
             slot = state.host.find(stored.meta.object_id)
             if slot is not None:
-                try:
-                    state.host.remove(stored.meta.object_id)
-                except SlotLeased:
-                    # A restore reads it just now; it is no longer to be found, and goes when that ends.
-                    state.host.withdraw(slot)
-        durable = [s for s in erased if s.durable]
-        self._disk.remove(durable, [(message.tenant, message.conversation)], durable=True, done=done)
+                # Leased or not: it is no longer to be found, and its room is free when its readers are done.
+                state.host.withdraw(slot)
+        self._disk.erase(erased, (message.tenant, message.conversation), done)
         for stored in erased:
             state.forget_object(stored.meta.object_id)
+
+
+def _is_there(state: NodeState, block: Block) -> bool:
+    return bool(block.parts) and all(state.source_of(s) is not None for s in block.parts.values())
 
 
 def _segment(state: NodeState, block: Block) -> Segment:

@@ -10,25 +10,35 @@ from kvtier.objects import ObjectId, ObjectMeta, Root
 
 ConversationId: TypeAlias = tuple[str, str]  # tenant, conversation
 Part: TypeAlias = tuple[int, str]  # layer group, shard name
+Private: TypeAlias = tuple[int, bytes]  # from which token on nothing is shared, salt
 
 
 @dataclass(slots=True)
 class Stored:
     """One object that some tier holds.
 
-    durable: on disk.  writing: the disk job that writes it, or ''.  pins: plans and restores that count
-    on its disk copy.
+    meta: of the copy in host memory, or else of the one on disk.  on_disk: of the copy on disk; another
+    park of the same tokens may have other bytes, or more rows of a sliding window.  writing: the disk job
+    that writes it, or ''.  pins: plans, restores and parks that count on it.
     """
 
     meta: ObjectMeta
-    durable: bool = False
+    on_disk: ObjectMeta | None = None
     writing: str = ""
     pins: int = 0
+
+    @property
+    def durable(self) -> bool:
+        """Whether the disk has all of its rows."""
+        return self.on_disk is not None and self.on_disk.first_valid <= self.meta.first_valid
 
 
 @dataclass(slots=True)
 class Block:
-    """The KV of some tokens. names: the conversations whose chain runs through it."""
+    """The KV of some tokens. names: the conversations whose chain runs through it.
+
+    private: how its chain was keyed, where it is shared with no other conversation.
+    """
 
     key: bytes
     parent: bytes
@@ -37,11 +47,18 @@ class Block:
     tokens: int
     parts: dict[Part, Stored] = field(default_factory=dict)
     names: set[ConversationId] = field(default_factory=set)
+    private: Private | None = None
 
     @property
     def end(self) -> int:
         """Position after the block's last token."""
         return self.start + self.tokens
+
+    def belongs_to(self, name: ConversationId, private: Private | None) -> None:
+        """The conversation's chain, keyed like this, runs through the block."""
+        self.names.add(name)
+        if private is not None and self.end > private[0]:
+            self.private = private
 
     @property
     def is_tail(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from kvtier.node.blocks import ConversationId
+from kvtier.node.blocks import ConversationId, Private
 
 
 class Head(NamedTuple):
@@ -17,41 +17,90 @@ class Head(NamedTuple):
     tokens: int
     root_key: bytes
     fingerprint: bytes
-    private: tuple[int, bytes] | None
+    private: Private | None
     parked_at_s: float
 
 
 @dataclass(slots=True)
 class Conversation:
-    """One parked conversation. heads: branches, the newest last. Times are Unix seconds."""
+    """One parked conversation. heads: branches, the newest last. Times are Unix seconds.
+
+    durable: keys of ends that the disk has all of.  earlier: such ends that were continued, by turns which
+    the disk does not have yet; after power loss the conversation ends there.  recorded: the disk has, or may
+    have, a record of it that this node wrote or read.
+    """
 
     tenant: str
     name: str
     version: int = 0
     heads: list[Head] = field(default_factory=list)
+    earlier: list[Head] = field(default_factory=list)
+    durable: set[bytes] = field(default_factory=set)
     returns_at_s: float | None = None
     keep_until_s: float | None = None
+    recorded: bool = False
 
     @property
     def id(self) -> ConversationId:
         """(tenant, name)."""
         return (self.tenant, self.name)
 
-    def set_head(self, head: Head, replaces: set[bytes], at_most: int) -> list[Head]:
+    @property
+    def ends(self) -> list[Head]:
+        """Where a restore after power loss or now may end, the newest last."""
+        return [*self.earlier, *self.heads]
+
+    def set_head(self, head: Head, replaces: set[bytes], at_most: int) -> None:
         """Make `head` the newest; branches that end in a block of `replaces` are continued by it.
 
-        Answers the branches that were dropped because there are more than `at_most`.
+        The oldest branches above `at_most` lose their name, but are still the conversation's to forget.
         """
+        continued = [h for h in self.heads if h.key in replaces and h.key in self.durable]
+        self.earlier = [*self.earlier, *continued][-at_most:]
         self.heads = [h for h in self.heads if h.key not in replaces and h.key != head.key]
-        self.heads.append(head)
-        dropped, self.heads = self.heads[:-at_most], self.heads[-at_most:]
+        self.heads = [*self.heads, head][-at_most:]
         self.version += 1
-        return dropped
 
-    def privates(self) -> list[tuple[int, bytes] | None]:
+    def keep_end(self, head: Head) -> None:
+        """Have the end at `head` in the record, also when it was continued meanwhile."""
+        if all(h.key != head.key for h in self.ends):
+            self.earlier.append(head)
+
+    def reached_disk(self, head: Head, replaces: set[bytes]) -> None:
+        """The end at `head` is on disk, and so is the record that says so."""
+        self.keep_end(head)
+        self.earlier = [h for h in self.earlier if h.key not in replaces]
+        self.durable = {h.key for h in self.ends if h.key in self.durable or h.key == head.key}
+
+    def left_disk(self, end: Head, before: Head | None) -> None:
+        """What lies behind `before` of this end is not on disk any more; None: there is nothing of it."""
+        self.durable.discard(end.key)
+        self.earlier = [h for h in self.earlier if h.key != end.key]
+        if before is not None and all(h.key != before.key for h in self.ends):
+            self.earlier.append(before)
+        if before is not None:
+            self.durable.add(before.key)
+        self.version += 1
+
+    def lost(self, key: bytes, before: Head | None) -> None:
+        """The block at `key` is nowhere any more: branches that ended there end at `before`."""
+        self.heads = _moved(self.heads, key, before)
+        self.earlier = [h for h in _moved(self.earlier, key, before) if h not in self.heads]
+        self.durable.discard(key)
+        self.version += 1
+
+    def continues(self, record: Conversation, at_most: int) -> None:
+        """This conversation was parked before its record from an earlier time was read: both count."""
+        keys = {head.key for head in self.heads}
+        self.heads = [*(h for h in record.heads if h.key not in keys), *self.heads][-at_most:]
+        self.durable |= record.durable
+        self.version = max(self.version, record.version) + 1
+        self.recorded = True
+
+    def privates(self) -> list[Private | None]:
         """The distinct ways in which branches of this conversation were keyed, newest first."""
-        found: list[tuple[int, bytes] | None] = []
-        for head in reversed(self.heads):
+        found: list[Private | None] = []
+        for head in reversed(self.ends):
             if head.private not in found:
                 found.append(head.private)
         return found
@@ -60,7 +109,7 @@ class Conversation:
         """As the disk index keeps it."""
         packed: bytes = msgpack.packb(
             {
-                "heads": [list(h) for h in self.heads],
+                "heads": [list(h) for h in self.ends],
                 "returns_at_s": self.returns_at_s,
                 "keep_until_s": self.keep_until_s,
             }
@@ -76,5 +125,19 @@ def from_bytes(tenant: str, name: str, version: int, data: bytes) -> Conversatio
         for key, tokens, root_key, fingerprint, private, parked_at_s in fields["heads"]
     ]
     return Conversation(
-        tenant, name, version, heads, fields.get("returns_at_s"), fields.get("keep_until_s")
+        tenant,
+        name,
+        version,
+        heads,
+        durable={head.key for head in heads},
+        returns_at_s=fields.get("returns_at_s"),
+        keep_until_s=fields.get("keep_until_s"),
+        recorded=True,
     )
+
+
+def _moved(heads: list[Head], key: bytes, before: Head | None) -> list[Head]:
+    """The heads with `before` in the place of the one at `key`."""
+    if before is None or any(h.key == before.key for h in heads):
+        return [h for h in heads if h.key != key]
+    return [before if h.key == key else h for h in heads]

@@ -101,5 +101,6 @@ class Copies:
 
     def proven_quiet(self, job: CopyJob) -> None:
         """No copy of a job that is over runs or will: its slots are free of it, limbo included."""
-        job.running.clear()
-        self.settle(job)
+        if job.over:
+            job.running.clear()
+            self.settle(job)

@@ -115,7 +115,7 @@ class NodeCore:
             self._parks.advance_all()
             self._restores.advance_all()
             self._plans.advance_all()
-            self._disk.remove_records()
+            self._disk.tidy_records()
         return state.out
 
     def busy(self) -> bool:
@@ -147,9 +147,9 @@ class NodeCore:
             m.Ping: lambda peer, msg: self.state.send(peer, m.Pong(id=msg.id)),
             m.Attach: lambda peer, msg: peers.attach(peer, msg, *self._arena),
             m.Detach: self._detach,
-            m.Park: lambda peer, msg: self._parks.start(peer, msg, peers.worker(msg.worker)),
-            m.MakePlan: lambda peer, msg: plans.make(peer, msg, peers.worker(msg.worker)),
-            m.Restore: lambda peer, msg: self._restores.start(peer, msg, peers.worker(msg.worker)),
+            m.Park: lambda peer, msg: self._parks.start(peer, msg, peers.worker(msg.worker, peer)),
+            m.MakePlan: lambda peer, msg: plans.make(peer, msg, peers.worker(msg.worker, peer)),
+            m.Restore: lambda peer, msg: self._restores.start(peer, msg, peers.worker(msg.worker, peer)),
             m.DropPlan: self._drop_plan,
             m.CopiesEnded: self._copies_ended,
             m.Status: admin.status,
@@ -163,13 +163,13 @@ class NodeCore:
             t.Copied: self._copied,
             t.Announce: self._adoption.on_announce,
             t.DiskWritten: disk.on_written,
-            t.DiskReadDone: disk.on_read,
+            t.DiskReadDone: disk.reads.on_read,
             t.DiskRemoved: lambda peer, msg: disk.on_removed(msg),
             t.DiskUsage: disk.on_usage,
         }
 
     def _detach(self, peer: str, message: m.Detach) -> None:
-        self._peers.detach(message.worker)
+        self._peers.detach(message.worker, peer)
         self.state.send(peer, m.Done(id=message.id))
 
     def _drop_plan(self, peer: str, message: m.DropPlan) -> None:
@@ -177,7 +177,7 @@ class NodeCore:
         self.state.send(peer, m.Done(id=message.id))
 
     def _copies_ended(self, peer: str, message: m.CopiesEnded) -> None:
-        self._peers.copies_ended(message.jobs)
+        self._peers.copies_ended(message.jobs, peer)
         self.state.send(peer, m.Done(id=message.id))
 
     def _service_joined(self, peer: str, message: t.TierHello) -> None:
@@ -211,7 +211,7 @@ class NodeCore:
     def _expired(self, slot: Slot, holder: str) -> None:
         """A right ended. Whoever cannot be touching the slot is taken out at once; the rest is in limbo."""
         if holder.startswith("r"):
-            self._disk.expired(holder)
+            self._disk.reads.expired(holder)
             return
         job = self._copies.get(holder)
         filling = job is not None and any(slot == s for pairs in job.running.values() for _, s in pairs)

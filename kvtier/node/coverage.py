@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from kvtier.geometry import Geometry
-from kvtier.node.blocks import Block, Stored
+from kvtier.geometry import Geometry, GroupGeometry
+from kvtier.node.blocks import Block, Part, Stored
 
 Source: TypeAlias = Literal["host", "disk"]
 SourceOf: TypeAlias = Callable[[Stored], Source | None]
@@ -45,12 +45,13 @@ def restored_end(pieces: Sequence[Piece]) -> int:
 def _full_front(
     blocks: Sequence[Block], geometry: Geometry, shard: str, source_of: SourceOf, at_most: int
 ) -> list[list[Piece]]:
-    groups = [g for g, group in enumerate(geometry.groups) if group.kind == "full" and not group.empty]
+    groups = [(shape, (g, shard)) for g, shape in enumerate(geometry.groups) if shape.kind == "full"]
+    groups = [(shape, part) for shape, part in groups if not shape.empty]
     front: list[list[Piece]] = []
     for index, block in enumerate(blocks):
         if block.end > at_most:
             break
-        pieces = [_piece(block, index, group, shard, source_of) for group in groups]
+        pieces = [_piece(block, index, shape, part, source_of) for shape, part in groups]
         if None in pieces:
             break
         front.append([piece for piece in pieces if piece is not None])
@@ -68,7 +69,7 @@ def _pieces_at(
         if shape.kind == "full" or shape.empty:
             continue
         if shape.kind == "state":
-            piece = _piece(blocks[last], last, group, shard, source_of)
+            piece = _piece(blocks[last], last, shape, (group, shard), source_of)
             if piece is None:
                 return None
             found.append(piece)
@@ -76,7 +77,7 @@ def _pieces_at(
         first = shape.needed_from(tokens)
         index = last
         while index >= 0 and blocks[index].end > first:
-            piece = _piece(blocks[index], index, group, shard, source_of)
+            piece = _piece(blocks[index], index, shape, (group, shard), source_of)
             if piece is None or piece.stored.meta.first_valid > max(0, first - blocks[index].start):
                 return None
             found.append(piece)
@@ -84,7 +85,10 @@ def _pieces_at(
     return found
 
 
-def _piece(block: Block, index: int, group: int, shard: str, source_of: SourceOf) -> Piece | None:
-    stored = block.parts.get((group, shard))
-    source = source_of(stored) if stored is not None else None
-    return Piece(stored, source, index) if stored is not None and source is not None else None
+def _piece(block: Block, index: int, shape: GroupGeometry, part: Part, source_of: SourceOf) -> Piece | None:
+    """The object, unless it is not there, or is of another size than this geometry says."""
+    stored = block.parts.get(part)
+    if stored is None or stored.meta.nbytes != shape.object_bytes(block.tokens, stored.meta.first_valid):
+        return None
+    source = source_of(stored)
+    return Piece(stored, source, index) if source is not None else None

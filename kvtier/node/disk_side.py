@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Hashable, Iterable, Sequence
 
 from kvtier.node import wire
-from kvtier.node.blocks import Stored
-from kvtier.node.conversations import Conversation, from_bytes
-from kvtier.node.state import NodeState, count
+from kvtier.node.blocks import ConversationId, Stored
+from kvtier.node.conversations import Conversation
+from kvtier.node.disk_reads import DISK_LEASE_S, DiskReads, Orphans
+from kvtier.node.disk_requests import (
+    DiskRequests,
+    Purpose,
+    RemoveDone,
+    RemoveRequest,
+    Request,
+    WriteDone,
+    WriteRequest,
+)
+from kvtier.node.state import NodeState, count, disk_bytes
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
 from kvtier.tier_messages import (
-    Announce,
-    DiskRead,
-    DiskReadDone,
     DiskRemove,
     DiskRemoved,
     DiskUsage,
@@ -24,59 +29,17 @@ from kvtier.tier_messages import (
     WireRecord,
 )
 
-# On disk an object takes whole units of this, and one more for its header.
-_UNIT_BYTES = 4096
-# A write or read that the disk service has not answered by then no longer has a right to its slots.
-_DISK_LEASE_S = 60.0
-
-# Who waits for a write: told whether it is durable, and why not.
-WriteDone: TypeAlias = Callable[[bool, str, str], None]
-# Who waits for a read: told the reason for each object that failed, by its place in the read.
-ReadDone: TypeAlias = Callable[[dict[int, str], int, float], None]
-RemoveDone: TypeAlias = Callable[[bool, str], None]
-
-
-@dataclass(slots=True)
-class _Write:
-    objects: list[Stored]
-    slots: list[Slot]
-    done: WriteDone
-    purpose: Literal["park", "spill", "record"]
-
-
-@dataclass(slots=True)
-class _Read:
-    slots: list[Slot]
-    done: ReadDone
-
-
-@dataclass(slots=True)
-class _Waits:
-    writes: dict[str, _Write] = field(default_factory=dict)
-    reads: dict[str, _Read] = field(default_factory=dict)
-    removes: dict[str, RemoveDone | None] = field(default_factory=dict)
-
-
-def disk_bytes(meta: ObjectMeta) -> int:
-    """Room that the object takes on disk."""
-    return -(-meta.nbytes // _UNIT_BYTES) * _UNIT_BYTES + _UNIT_BYTES
-
 
 class DiskSide:
     """The node's half of the conversation with the disk service."""
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
-        self._waits = _Waits()
-        self._orphans: dict[str, list[str]] = {}
-        self._announced: list[ObjectMeta] = []
-        self._announced_records: list[Conversation] = []
-
-    def joined(self, peer: str) -> None:
-        """A disk service connected; it is ready when it has announced what it holds."""
-        if self._state.disk.peer:
-            self.lost()
-        self._state.disk.peer = peer
+        self._requests = DiskRequests()
+        self._orphans = Orphans(state)
+        self.reads = DiskReads(state, self._orphans)
+        self._record_removals: set[ConversationId] = set()
+        self._seen = False
 
     def usable(self) -> bool:
         """Whether writes are worth asking for."""
@@ -85,172 +48,278 @@ class DiskSide:
 
     def writes_running(self) -> bool:
         """Whether a write is under way whose end makes host memory evictable."""
-        return any(w.objects for w in self._waits.writes.values())
+        return any(write.objects for write in self._requests.writes())
 
-    # --- asking -----------------------------------------------------------------------------------------
+    def spilling_bytes(self) -> int:
+        """Host memory that becomes evictable when the spills under way have ended."""
+        spills = (w for w in self._requests.writes() if w.purpose == "spill")
+        return sum(meta.nbytes for write in spills for meta in write.metas)
+
+    # --- writing ----------------------------------------------------------------------------------------
 
     def write(
-        self,
-        objects: Sequence[Stored],
-        records: Sequence[Conversation],
-        purpose: Literal["park", "spill", "record"],
-        done: WriteDone,
+        self, objects: Sequence[Stored], records: Sequence[Conversation], purpose: Purpose, done: WriteDone
     ) -> None:
         """Make objects that lie in host memory durable, then the records; `done` is told."""
         state = self._state
         if not self.usable():
             done(False, "no_disk", state.disk.detail or "this node has no working disk tier")
             return
-        if not self._make_room(sum(disk_bytes(s.meta) for s in objects)):
+        if objects and not self._make_room(sum(disk_bytes(s.meta) for s in objects)):
             done(False, "disk_full", "everything on disk is in use")
             return
+        # A less complete copy on disk has the same name, so it goes first.
+        self.remove([s for s in objects if s.on_disk is not None])
+        # What had to go for them may have been the last of a conversation.
+        alive = [c for c in records if state.conversations.get(c.id) is c]
+        self._requests.add(self._write_request(objects, alive, purpose, done))
+        self._send_requests()
+
+    def _write_request(
+        self, objects: Sequence[Stored], records: Sequence[Conversation], purpose: Purpose, done: WriteDone
+    ) -> WriteRequest:
+        state = self._state
         job = state.next_id("w")
         slots: list[Slot] = []
         for stored in objects:
             slot = state.host.find(stored.meta.object_id)
             assert slot is not None, "only what lies in host memory can be written"
-            state.host.lease(slot, job, state.now_s + _DISK_LEASE_S)
+            state.host.lease(slot, job, state.now_s + DISK_LEASE_S)
             stored.writing = job
             slots.append(slot)
-        self._waits.writes[job] = _Write(list(objects), slots, done, purpose)
-        roots, metas = wire.pack_metas(s.meta for s in objects)
-        models = {r.fingerprint: state.models.get(r.fingerprint, "") for r in roots}
-        state.send(
-            state.disk.peer,
-            DiskWrite(
-                job=job,
-                roots=roots,
-                metas=metas,
-                slots=[wire.item(s.meta, slot) for s, slot in zip(objects, slots, strict=True)],
-                records=[_record(c) for c in records],
-                models=sorted(models.items()),
-            ),
+        for conversation in records:
+            conversation.recorded = True
+            state.records_changed.pop(conversation.id, None)
+        metas = [s.meta for s in objects]
+        message = self._write_message(job, metas, slots, records)
+        ids: list[Hashable] = [meta.object_id for meta in metas]
+        names = frozenset([*ids, *(c.id for c in records)])
+        return WriteRequest(message, list(objects), metas, slots, names, purpose, done)
+
+    def _write_message(
+        self, job: str, metas: Sequence[ObjectMeta], slots: Sequence[Slot], records: Sequence[Conversation]
+    ) -> DiskWrite:
+        roots, wire_metas = wire.pack_metas(metas)
+        models = {r.fingerprint: self._state.models.get(r.fingerprint, "") for r in roots}
+        return DiskWrite(
+            job=job,
+            roots=roots,
+            metas=wire_metas,
+            slots=[wire.item(meta, slot) for meta, slot in zip(metas, slots, strict=True)],
+            records=[WireRecord(c.tenant, c.name, c.version, c.to_bytes()) for c in records],
+            models=sorted(models.items()),
         )
 
-    def spill(self, objects: Sequence[Stored]) -> None:
+    def spill(self, objects: Sequence[Stored], done: WriteDone) -> None:
         """Write what host memory wants to be rid of; room comes when it is done."""
         state = self._state
-        state.counters.spilled_bytes += sum(s.meta.nbytes for s in objects)
         blocks = [state.tree.get(s.meta.object_id.block_key) for s in objects]
         names = sorted({name for block in blocks if block is not None for name in block.names})
         # With the records, what is spilled has its conversation's name after a restart too.
         records = [state.conversations[name] for name in names if name in state.conversations]
-        self.write(objects, records, "spill", lambda ok, reason, detail: None)
+        self.write(objects, records, "spill", done)
 
     def save_record(self, conversation: Conversation) -> None:
         """Keep a changed record, when the disk works; nobody waits for it."""
         if self.usable():
-            self.write([], [conversation], "record", lambda ok, reason, detail: None)
+            self.write([], [conversation], "record", _nobody_waits)
 
-    def read(self, job: str, pairs: Sequence[tuple[Stored, Slot]], done: ReadDone) -> None:
-        """Read objects into host slots that were reserved by `job`; `done` is told what failed."""
-        state = self._state
-        self._waits.reads[job] = _Read([slot for _, slot in pairs], done)
-        state.send(
-            state.disk.peer,
-            DiskRead(
-                job=job,
-                batch=0,
-                object_keys=[wire.key_of(s.meta.object_id) for s, _ in pairs],
-                slots=[wire.item(s.meta, slot) for s, slot in pairs],
-            ),
-        )
+    def on_written(self, peer: str, message: DiskWritten) -> None:
+        """The answer to a write."""
+        write = self._requests.written(message.job)
+        if write is None:
+            self._orphans.answered(peer, message.job)
+            return
+        if message.reason == "disk_full" and not write.retried and self._retry(write):
+            return
+        self._end_write(write, message.ok)
+        if not message.ok:
+            count(self._state.counters.errors, message.reason or "disk_error")
+        elif write.purpose == "spill":
+            self._state.counters.spilled_bytes += sum(meta.nbytes for meta in write.metas)
+        write.done(message.ok, message.reason or "disk_error", message.detail)
+        self._send_requests()
 
-    def remove(
-        self,
-        objects: Iterable[Stored],
-        records: Sequence[tuple[str, str]] = (),
-        *,
-        durable: bool = False,
-        done: RemoveDone | None = None,
-    ) -> None:
-        """Remove objects, and the records of (tenant, conversation); noted at once, done in order."""
+    def _retry(self, write: WriteRequest) -> bool:
+        """The disk has less room than was thought: evict as much as is to be written, and try once more."""
+        going = self._evict(sum(disk_bytes(meta) for meta in write.metas))
+        if not going:
+            return False
+        write.retried = True
+        self._requests.add_first(*self._removal(going, {}, durable=False), write)
+        self._send_requests()
+        return True
+
+    def _end_write(self, write: WriteRequest, ok: bool) -> None:
         state = self._state
-        keys = []
+        unknown: list[ObjectMeta] = []
+        for stored, meta, slot in zip(write.objects, write.metas, write.slots, strict=True):
+            state.host.release(slot, write.message.job)
+            stored.writing = ""
+            if ok and state.is_stored(stored):
+                state.stored_on_disk(meta)
+            elif ok:
+                unknown.append(meta)
+        if unknown:
+            # Forgotten, or found to be corrupt, while it was being written.
+            self._requests.add_first(*self._removal(unknown, {}, durable=True))
+
+    # --- removing ---------------------------------------------------------------------------------------
+
+    def remove(self, objects: Iterable[Stored]) -> None:
+        """Remove the disk copies of objects; they count as gone at once."""
+        metas = self._drop_copies(objects)
+        if metas and self._state.disk.ready:
+            self._requests.add(*self._removal(metas, {}, durable=False))
+            self._send_requests()
+
+    def erase(self, objects: Iterable[Stored], name: ConversationId, done: RemoveDone) -> None:
+        """Remove objects and what is left of a conversation that has ended; `done` when that is durable."""
+        state = self._state
+        objects = list(objects)
+        being_written = [s.meta for s in objects if s.writing]
+        metas = self._drop_copies(objects) + being_written
+        records = {name: state.ended[name]} if name in state.ended else {}
+        if not state.disk.ready:
+            # With its record it goes when the disk comes back: what nobody names is not adopted.
+            never_written = not (self._seen or state.settings.disk_expected)
+            done(never_written, "" if never_written else "the disk tier does not answer")
+        elif not metas and not records:
+            done(True, "")
+        else:
+            self._requests.add(*self._removal(metas, records, durable=True, done=done))
+            self._send_requests()
+
+    def tidy_records(self) -> None:
+        """Bring the records up to date of conversations that have ended, or have lost an end on disk."""
+        state = self._state
+        if not state.disk.ready:
+            return
+        ended = {name: v for name, v in sorted(state.ended.items()) if name not in self._record_removals}
+        if ended or state.records_changed:
+            self._requests.add(*self._removal([], ended, durable=False))
+            self._send_requests()
+
+    def remove_unnamed(self, metas: Sequence[ObjectMeta]) -> None:
+        """Remove what the disk holds and nobody names."""
+        stored = [self._state.tree.stored(meta.object_id) for meta in metas]
+        self.remove(s for s in stored if s is not None)
+
+    def _drop_copies(self, objects: Iterable[Stored]) -> list[ObjectMeta]:
+        state = self._state
+        metas: list[ObjectMeta] = []
         for stored in list(objects):
             block = state.tree.get(stored.meta.object_id.block_key)
-            if block is not None and stored.durable:
-                keys.append(wire.key_of(stored.meta.object_id))
+            if block is not None and stored.on_disk is not None:
+                metas.append(stored.on_disk)
                 state.removed_from_disk(block, stored)
-        job = state.next_id("d")
-        if not state.disk.ready:
-            if done is not None:
-                done(not state.disk.peer, "the disk tier does not answer")
+        return metas
+
+    def _removal(
+        self,
+        metas: Sequence[ObjectMeta],
+        records: dict[ConversationId, int],
+        *,
+        durable: bool,
+        done: RemoveDone | None = None,
+    ) -> list[Request]:
+        """Requests for a removal: before it, the records that would name what is gone."""
+        state = self._state
+        changed = [state.conversations[n] for n in state.records_changed if n in state.conversations]
+        state.records_changed.clear()
+        before: list[Request] = []
+        if changed:
+            before.append(self._write_request([], changed, "record", _nobody_waits))
+        if not (metas or records):
+            return before
+        self._record_removals.update(records)
+        message = DiskRemove(
+            job=state.next_id("d"),
+            object_keys=[wire.key_of(meta.object_id) for meta in metas],
+            records=[WireRecord(tenant, name, v, b"") for (tenant, name), v in records.items()],
+            durable=durable,
+        )
+        ids: list[Hashable] = [meta.object_id for meta in metas]
+        names = frozenset([*ids, *records, *(c.id for c in changed)])
+        return [*before, RemoveRequest(message, names, done)]
+
+    def on_removed(self, message: DiskRemoved) -> None:
+        """The answer to a removal."""
+        removal = self._requests.removed(message.job)
+        if removal is None:
             return
-        if not keys and not records:
-            if done is not None:
-                done(True, "")
-            return
-        self._waits.removes[job] = done
-        gone = [WireRecord(tenant, name, 0, b"") for tenant, name in records]
-        state.send(state.disk.peer, DiskRemove(job=job, object_keys=keys, records=gone, durable=durable))
+        for record in removal.message.records if message.ok else ():
+            name = (record.tenant, record.conversation)
+            self._record_removals.discard(name)
+            if self._state.ended.get(name) == record.version:
+                del self._state.ended[name]
+        if removal.done is not None:
+            removal.done(message.ok, message.detail)
+
+    # --- room on disk -----------------------------------------------------------------------------------
 
     def _make_room(self, needed_bytes: int) -> bool:
         """Evict from disk until the new objects fit under its limit."""
         state = self._state
-        coming = sum(disk_bytes(s.meta) for w in self._waits.writes.values() for s in w.objects)
-        over = state.disk.used_bytes + coming + needed_bytes - state.disk.capacity_bytes
+        coming = sum(disk_bytes(meta) for w in self._requests.writes() for meta in w.metas)
+        over = state.disk_held_bytes + coming + needed_bytes - state.disk.capacity_bytes
         if over <= 0:
             return True
+        going = self._evict(over)
+        self._requests.add(*self._removal(going, {}, durable=False))
+        return bool(going)
+
+    def _evict(self, nbytes: int) -> list[ObjectMeta]:
+        """Take the least worth out of the disk; nothing when that is not enough."""
+        state = self._state
+        evictable = sum(
+            disk_bytes(s.on_disk)
+            for block in state.tree
+            for s in block.parts.values()
+            if s.on_disk is not None and not (s.pins or s.writing)
+        )
+        if evictable < nbytes:
+            return []
         going: list[Stored] = []
         freed = 0
         for key in state.policies.disk.victims(state.now_s):
             block = state.tree.get(key)
-            if block is None or any(s.pins or s.writing for s in block.parts.values()):
+            parts = [] if block is None else [s for s in block.parts.values() if s.on_disk is not None]
+            if any(s.pins or s.writing for s in parts):
                 continue
-            parts = [s for s in block.parts.values() if s.durable]
-            freed += sum(disk_bytes(s.meta) for s in parts)
+            freed += sum(disk_bytes(s.on_disk) for s in parts if s.on_disk is not None)
             going += parts
             state.policies.disk.removed(key)
-            if freed >= over:
+            if freed >= nbytes:
                 break
-        state.disk.used_bytes -= freed
+        if freed < nbytes:
+            for meta in (s.on_disk for s in going if s.on_disk is not None):
+                state.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, state.now_s)
+            return []
         state.counters.evicted_objects += len(going)
-        if going:
-            self.remove(going)
-        return freed >= over
+        return self._drop_copies(going)
 
-    # --- hearing ----------------------------------------------------------------------------------------
+    # --- coming and going -------------------------------------------------------------------------------
 
-    def on_written(self, message: DiskWritten) -> None:
-        """The answer to a write."""
-        write = self._waits.writes.pop(message.job, None)
-        if write is None:
-            self._state.host.holder_ended(message.job)
-            return
-        self._end_write(message.job, write, message.ok)
-        if message.ok:
-            state = self._state
-            state.disk.used_bytes += sum(disk_bytes(s.meta) for s in write.objects)
-        else:
-            count(self._state.counters.errors, message.reason or "disk_error")
-        write.done(message.ok, message.reason or "disk_error", message.detail)
-
-    def _end_write(self, job: str, write: _Write, ok: bool) -> None:
+    def joined(self, peer: str, pid: int, capacity_bytes: int) -> None:
+        """A disk service connected; it is ready when it has announced what it holds."""
         state = self._state
-        for stored, slot in zip(write.objects, write.slots, strict=True):
-            state.host.release(slot, job)
-            stored.writing = ""
-            if ok and state.tree.stored(stored.meta.object_id) is stored:
-                state.stored_on_disk(stored.meta)
+        if state.disk.peer:
+            self.lost()
+        self._orphans.connected_again(peer, pid)
+        self._seen = True
+        state.disk.peer, state.disk.capacity_bytes = peer, capacity_bytes
 
-    def on_read(self, message: DiskReadDone) -> None:
-        """The answer to a read."""
-        read = self._waits.reads.pop(message.job, None)
-        if read is None:
-            self._state.host.holder_ended(message.job)
-        else:
-            read.done(dict(message.failed), message.bytes, message.seconds)
+    def announced(self) -> None:
+        """The service has said what it holds: it takes work from now on."""
+        self._state.disk.ready = True
+        self._record_removals.clear()
 
-    def on_removed(self, message: DiskRemoved) -> None:
-        """The answer to a removal."""
-        done = self._waits.removes.pop(message.job, None)
-        if done is not None:
-            done(message.ok, message.detail)
-
-    def on_usage(self, message: DiskUsage) -> None:
+    def on_usage(self, peer: str, message: DiskUsage) -> None:
         """The service's own count, and its health."""
         disk = self._state.disk
+        if peer != disk.peer:
+            return
         disk.capacity_bytes = message.capacity_bytes
         disk.used_bytes = message.used_bytes
         disk.objects = message.objects
@@ -259,69 +328,36 @@ class DiskSide:
         disk.health = message.state
         disk.detail = message.detail
 
-    def on_announce(self, message: Announce) -> None:
-        """A batch of what the disk holds; with the last one the disk is ready."""
-        state = self._state
-        for fingerprint, model in message.models:
-            state.models.setdefault(fingerprint, model)
-        self._announced += wire.unpack_metas(message.roots, message.metas)
-        self._announced_records += [
-            from_bytes(r.tenant, r.conversation, r.version, r.data) for r in message.records
-        ]
-        if message.last:
-            self._adopt()
-
-    def _adopt(self) -> None:
-        state = self._state
-        metas, self._announced = self._announced, []
-        records, self._announced_records = self._announced_records, []
-        present = {meta.object_id for meta in metas}
-        for block in state.tree:
-            for stored in list(block.parts.values()):
-                if stored.durable and stored.meta.object_id not in present:
-                    state.removed_from_disk(block, stored)
-        for meta in sorted(metas, key=lambda m: m.start):
-            state.stored_on_disk(meta)
-        for record in records:
-            known = state.conversations.get(record.id)
-            if known is None or known.version < record.version:
-                self._adopt_record(record)
-        state.disk.ready = True
-
-    def _adopt_record(self, record: Conversation) -> None:
-        state = self._state
-        record.heads = [h for h in record.heads if state.tree.get(h.key) is not None]
-        for head in record.heads:
-            for block in state.tree.chain(head.key):
-                block.names.add(record.id)
-        if record.heads:
-            state.conversations[record.id] = record
-
     def lost(self) -> None:
         """The disk service's connection closed: what it was doing is over, its slots are in limbo."""
         state = self._state
-        waits, self._waits = self._waits, _Waits()
-        # Their slots stay held until the leases end, or the process is known to be gone.
-        self._orphans.setdefault(state.disk.peer, []).extend([*waits.writes, *waits.reads])
+        peer = state.disk.peer
+        sent, unsent = self._requests.take_all()
+        self._orphans.add(peer, [r.message.job for r in sent if isinstance(r, WriteRequest)])
         state.disk.peer, state.disk.ready = "", False
-        self._announced, self._announced_records = [], []
-        for write in waits.writes.values():
-            for stored in write.objects:
+        for request in unsent:
+            if isinstance(request, WriteRequest):
+                state.host.holder_ended(request.message.job)
+        self.reads.lost(peer)
+        for request in [*sent, *unsent]:
+            self._give_up(request)
+
+    def _give_up(self, request: Request) -> None:
+        if isinstance(request, WriteRequest):
+            for stored in request.objects:
                 stored.writing = ""
-            write.done(False, "no_disk", "the disk service went away")
-        for read in waits.reads.values():
-            read.done({i: "disk_error" for i in range(len(read.slots))}, 0, 0.0)
-        for done in waits.removes.values():
-            if done is not None:
-                done(False, "the disk service went away")
+            request.done(False, "no_disk", "the disk service went away")
+        elif request.done is not None:
+            request.done(False, "the disk service went away")
 
     def process_ended(self, peer: str) -> None:
         """A disk service's process is gone: nothing of it touches a slot any more."""
-        for job in self._orphans.pop(peer, []):
-            self._state.host.holder_ended(job)
+        self._orphans.ended(peer)
+
+    def _send_requests(self) -> None:
+        for request in self._requests.sendable():
+            self._state.send(self._state.disk.peer, request.message)
 
 
-def _record(conversation: Conversation) -> WireRecord:
-    return WireRecord(
-        conversation.tenant, conversation.name, conversation.version, conversation.to_bytes()
-    )
+def _nobody_waits(ok: bool, reason: str, detail: str) -> None:
+    """For writes of records that will be written again when the conversation goes on."""

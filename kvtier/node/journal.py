@@ -1,8 +1,8 @@
 """The log of everything that a node's core was told, and its replay.
 
-Each entry is a msgpack map: the time, the stimulus, and a digest of the instructions that it led to.  The
-first entry holds what the core was made with.  Replaying a log makes a new core, gives it the stimuli at
-their times, and compares the digests: any difference is a bug, or another version.
+Each entry is a msgpack map: the time, the stimulus, and a digest of the instructions that it led to.  An
+entry at each start of the node holds what its core was made with.  Replaying a log makes the core again,
+gives it the stimuli at their times, and compares the digests: any difference is a bug, or another version.
 """
 
 from __future__ import annotations
@@ -93,12 +93,33 @@ def replay(
     make_policies: Callable[[], Policies],
     secret: bytes,
 ) -> int:
-    """Give a new core the logged stimuli; answers how many. Raises KvtierError at the first difference."""
-    iterator = iter(entries)
-    origin = msgspec.convert(next(iterator)["origin"], Origin)
+    """Give new cores the logged stimuli, one for each start of the node; answers how many stimuli.
+
+    Raises KvtierError at the first difference, and for what is not a log.
+    """
+    core: NodeCore | None = None
+    steps = 0
+    for entry in entries:
+        if "origin" in entry:
+            core = _make_core(msgspec.convert(entry["origin"], Origin), make_host, make_policies, secret)
+            continue
+        if core is None:
+            raise KvtierError("the log does not begin with the start of a node")
+        if digest(core.handle(entry["at_s"], unpack(entry))) != entry["sends"]:
+            raise KvtierError(f"step {steps} of the log gave other instructions: {entry['kind']}")
+        steps += 1
+    return steps
+
+
+def _make_core(
+    origin: Origin,
+    make_host: Callable[[Origin], HostMemory],
+    make_policies: Callable[[], Policies],
+    secret: bytes,
+) -> NodeCore:
     if hashlib.sha256(secret).hexdigest() != origin.secret_digest:
         raise KvtierError("the log was written under another secret", fix="give that node's secret file")
-    core = NodeCore(
+    return NodeCore(
         origin.settings,
         make_host(origin),
         make_policies(),
@@ -108,10 +129,3 @@ def replay(
         arena_bytes=list(origin.arena_bytes),
         generation_slots=origin.generation_slots,
     )
-    steps = 0
-    for entry in iterator:
-        sends = core.handle(entry["at_s"], unpack(entry))
-        if digest(sends) != entry["sends"]:
-            raise KvtierError(f"step {steps} of the log gave other instructions: {entry['kind']}")
-        steps += 1
-    return steps

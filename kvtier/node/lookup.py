@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtier import keys
 from kvtier.errors import TokensError
-from kvtier.node.blocks import Block, BlockTree
+from kvtier.node.blocks import Block, BlockTree, ConversationId, Private
 from kvtier.objects import Root
 
 
@@ -26,8 +25,11 @@ class Query:
         return self.after_tokens + len(self.tokens) // keys.TOKEN_BYTES
 
 
-def prefix_blocks(tree: BlockTree, root: Root, query: Query) -> list[Block]:
-    """The blocks up to query.after_key. Raises TokensError when they are not (any longer) known."""
+def prefix_blocks(tree: BlockTree, root: Root, query: Query, name: ConversationId) -> list[Block]:
+    """The blocks up to query.after_key.
+
+    Raises TokensError when they are not (any longer) known, or another conversation shares them with nobody.
+    """
     if not query.after_key:
         return []
     blocks = tree.chain(query.after_key)
@@ -36,10 +38,15 @@ def prefix_blocks(tree: BlockTree, root: Root, query: Query) -> list[Block]:
             f"no stored block with this key ends at token {query.after_tokens}",
             fix="send all tokens from the start, without after_key",
         )
+    if blocks[-1].private is not None and name not in blocks[-1].names:
+        raise TokensError(
+            f"the block that ends at token {query.after_tokens} is shared with no other conversation",
+            fix="send all tokens from the start, without after_key",
+        )
     return blocks
 
 
-def block_refs(root: Root, query: Query, private: tuple[int, bytes] | None) -> list[keys.BlockRef]:
+def block_refs(root: Root, query: Query, private: Private | None) -> list[keys.BlockRef]:
     """The keys of all blocks of the query, the tail last. Raises TokensError."""
     return keys.chain(
         root,
@@ -52,31 +59,24 @@ def block_refs(root: Root, query: Query, private: tuple[int, bytes] | None) -> l
 
 
 def match(
-    tree: BlockTree, root: Root, query: Query, private: tuple[int, bytes] | None
-) -> list[Block]:
-    """The stored blocks that are a front of the query's tokens; the last may be a recorded tail."""
-    blocks = prefix_blocks(tree, root, query)
+    tree: BlockTree, root: Root, query: Query, name: ConversationId, private: Private | None
+) -> list[list[Block]]:
+    """The stored chains that are a front of the query's tokens, the longest first.
+
+    They differ in the recorded tail that ends them; the last one has none.
+    """
+    blocks = prefix_blocks(tree, root, query, name)
     for ref in block_refs(root, query, private):
         block = tree.get(ref.key)
-        if block is None:
+        if block is None or block.is_tail:
             break
         blocks.append(block)
-    if not blocks or not blocks[-1].is_tail:
-        tail = _matching_tail(tree, root, query, private, blocks)
-        if tail is not None:
-            blocks.append(tail)
-    return blocks
-
-
-def _matching_tail(
-    tree: BlockTree, root: Root, query: Query, private: tuple[int, bytes] | None, blocks: Sequence[Block]
-) -> Block | None:
-    """The longest tail recorded after `blocks` that the query's next tokens begin with."""
     parent = blocks[-1].key if blocks else root.key
-    return next((t for t in tree.tails(parent) if begins_with(t, root, query, private)), None)
+    tails = [tail for tail in tree.tails(parent) if begins_with(tail, root, query, private)]
+    return [*([*blocks, tail] for tail in tails), *([blocks] if blocks else [])]
 
 
-def begins_with(block: Block, root: Root, query: Query, private: tuple[int, bytes] | None) -> bool:
+def begins_with(block: Block, root: Root, query: Query, private: Private | None) -> bool:
     """Whether the query has, at the block's place, the block's tokens after the same prefix."""
     first = (block.start - query.after_tokens) * keys.TOKEN_BYTES
     if first < 0 or block.end > query.end:

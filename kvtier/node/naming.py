@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from kvtier.geometry import Geometry
-from kvtier.node.blocks import Block
-from kvtier.node.conversations import Conversation, Head
+from kvtier.geometry import Geometry, GroupGeometry
+from kvtier.node.blocks import Block, Private
 from kvtier.node.lookup import Query, begins_with
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, Root
 from kvtier.states import State
 
+# A block that so many conversations share counts as needed without a look at each of them.
+_NAMES_MOST = 64
+
 
 def extended_tails(
-    state: NodeState, root: Root, query: Query, private: tuple[int, bytes] | None, chain: Sequence[Block]
+    state: NodeState, root: Root, query: Query, private: Private | None, chain: Sequence[Block]
 ) -> list[Block]:
     """Recorded tails that a full block of `chain` contains: its KV has all of theirs."""
     return [
@@ -30,11 +32,13 @@ def droppable(state: NodeState, tail: Block, by: Block) -> bool:
     """Whether `by`, which contains the tail, is as durable, and no conversation ends at the tail."""
     for name in tail.names:
         conversation = state.conversations.get(name)
-        if conversation is not None and any(h.key == tail.key for h in conversation.heads):
+        if conversation is not None and any(h.key == tail.key for h in conversation.ends):
             return False
     for part, stored in tail.parts.items():
         better = by.parts.get(part)
-        if better is None or stored.writing or stored.pins or (stored.durable and not better.durable):
+        if better is None or stored.writing or stored.pins:
+            return False
+        if stored.on_disk is not None and not better.durable:
             return False
         slot = state.host.find(stored.meta.object_id)
         if slot is not None and state.host.state(slot) is State.LEASED:
@@ -42,37 +46,29 @@ def droppable(state: NodeState, tail: Block, by: Block) -> bool:
     return True
 
 
-def unname(state: NodeState, conversation: Conversation, dropped: Iterable[Head]) -> None:
-    """Branches were dropped: their blocks are no longer the conversation's, unless another runs there."""
-    gone = [block for head in dropped for block in state.tree.chain(head.key)]
-    if not gone:
-        return
-    kept = {block.key for head in conversation.heads for block in state.tree.chain(head.key)}
-    for block in gone:
-        if block.key not in kept:
-            block.names.discard(conversation.id)
-
-
 def behind_window(
-    state: NodeState, chain: Sequence[Block], geometry: Geometry, shard: str, tokens: int
-) -> list[ObjectId]:
-    """Objects of sliding and state groups that a restore to `tokens` does not need, in token order.
-
-    Those of a block where some conversation ends are left out: that one needs them.
-    """
-    found: list[ObjectId] = []
+    chain: Sequence[Block], geometry: Geometry, shard: str, tokens: int
+) -> list[tuple[ObjectId, GroupGeometry]]:
+    """Objects of sliding and state groups that a restore to `tokens` does not need, in token order."""
+    found: list[tuple[ObjectId, GroupGeometry]] = []
     for group, shape in enumerate(geometry.groups):
         if shape.kind == "full":
             continue
         first = shape.needed_from(tokens) if shape.kind == "sliding" else chain[-1].start
         found += [
-            ObjectId(block.key, group, shard)
+            (ObjectId(block.key, group, shard), shape)
             for block in chain
-            if block.end <= first and (group, shard) in block.parts and not _ends_here(state, block)
+            if block.end <= first and (group, shard) in block.parts
         ]
     return found
 
 
-def _ends_here(state: NodeState, block: Block) -> bool:
+def needed_at_an_end(state: NodeState, block: Block, shape: GroupGeometry) -> bool:
+    """Whether some conversation may need the block's sliding or state object to go on from its end."""
+    if len(block.names) > _NAMES_MOST:
+        return True
     conversations = (state.conversations.get(name) for name in block.names)
-    return any(c is not None and any(h.key == block.key for h in c.heads) for c in conversations)
+    ends = {head.tokens for c in conversations if c is not None for head in c.ends}
+    if shape.kind == "state":
+        return block.end in ends
+    return any(shape.needed_from(end) < block.end <= end for end in ends)

@@ -19,11 +19,12 @@ def needed_objects(
     shard: str,
     held_from: Sequence[int],
 ) -> list[ObjectMeta]:
-    """Everything that a restore to the end of `refs` needs and the pool can give, in token order.
+    """Everything that a restore to the end of `refs` needs, in token order.
 
-    prefix: blocks before refs[0]; a sliding window may begin in them.  held_from: for each group the first
+    prefix: blocks before refs[0]: they are stored, but whoever counts on the whole chain has to hold them
+    too, and at the same level; a sliding window may begin in them.  held_from: for each group the first
     position whose KV the pool still has; empty means 0 for all.  Raises GeometryError when the pool has
-    less than a restore needs.
+    less than a restore needs of what is new.
     """
     held = list(held_from) or [0] * len(geometry.groups)
     if len(held) != len(geometry.groups):
@@ -36,13 +37,10 @@ def needed_objects(
     for group, shape in enumerate(geometry.groups):
         if shape.empty:
             continue
-        first_new = refs[0].start if shape.kind == "full" else 0
-        for ref, first_valid in _rows(shape, places, first_new, held[group]):
+        for ref, first_valid in _rows(shape, places, refs[0].start, held[group]):
             nbytes = shape.object_bytes(ref.tokens, first_valid)
             object_id = ObjectId(ref.key, group, shard)
-            metas.append(
-                ObjectMeta(object_id, root, ref.parent, ref.start, ref.tokens, first_valid, nbytes)
-            )
+            metas.append(ObjectMeta(object_id, root, ref.parent, ref.start, ref.tokens, first_valid, nbytes))
     return sorted(metas, key=lambda m: (m.start, m.object_id.group))
 
 
@@ -53,13 +51,13 @@ def _rows(
     end = places[-1].start + places[-1].tokens
     if shape.kind == "state":
         return [(places[-1], 0)]
-    needed_from = max(shape.needed_from(end), first_new)
-    if held_from > needed_from:
+    needed_from = shape.needed_from(end)
+    if held_from > max(needed_from, first_new if shape.kind == "full" else 0):
         raise GeometryError(
             f"the pool holds this layer group from token {held_from} on, a restore to {end} needs it "
             f"from {needed_from}",
             fix="park before the engine drops these tokens",
         )
-    return [
-        (ref, max(0, held_from - ref.start)) for ref in places if ref.start + ref.tokens > needed_from
-    ]
+    if shape.kind == "full":
+        return [(ref, 0) for ref in places]
+    return [(ref, max(0, held_from - ref.start)) for ref in places if ref.start + ref.tokens > needed_from]

@@ -6,11 +6,11 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvtier.messages import Park
-from kvtier.node.blocks import ConversationId
-from kvtier.node.conversations import Conversation
+from kvtier.node.blocks import ConversationId, Private, Stored
+from kvtier.node.conversations import Conversation, Head
 from kvtier.node.copies import CopyJob
 from kvtier.node.lookup import Query
-from kvtier.objects import ObjectMeta, Root
+from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.receipts import Level, ParkReceipt, Reason
 
 
@@ -18,17 +18,26 @@ from kvtier.receipts import Level, ParkReceipt, Reason
 class ParkJob(CopyJob):
     """One park. metas: all objects that it needs stored, in token order; todo: those not known to be.
 
+    nbytes, disk_nbytes: of all metas, in host memory and on disk.  rounds: how often
+    others took something before all was there.  held: entries that the job keeps from leaving the disk.
+    head: the conversation's new end.  replaces: keys of blocks where earlier ends are continued by this park.
     failure: why nothing will be kept.  lowered: why disk will not be reached.  gathered: everything is in
-    host memory.  written: the last write that it waits for has been asked for.
+    host memory.  recorded: the conversation's record is on disk.
     """
 
     message: Park = field(kw_only=True)
     root: Root = field(kw_only=True)
     query: Query = field(kw_only=True)
-    private: tuple[int, bytes] | None = field(kw_only=True)
+    private: Private | None = field(kw_only=True)
     metas: list[ObjectMeta] = field(kw_only=True)
     started_s: float = field(kw_only=True)
     todo: deque[ObjectMeta] = field(kw_only=True)
+    nbytes: int = field(kw_only=True)
+    disk_nbytes: int = field(kw_only=True)
+    rounds: int = 0
+    held: dict[ObjectId, Stored] = field(default_factory=dict)
+    head: Head | None = None
+    replaces: set[bytes] = field(default_factory=set)
     waiting_since_s: float | None = None
     released: bool = False
     gathered: bool = False
@@ -57,7 +66,7 @@ class ParkJob(CopyJob):
             released=self.released,
             tokens=self.query.end if kept else 0,
             objects_stored=self.objects_stored,
-            objects_shared=len(self.metas) - self.objects_stored if kept else 0,
+            objects_shared=max(0, len(self.metas) - self.objects_stored) if kept else 0,
             bytes_stored=self.bytes_stored,
             version=self.conversation.version if self.conversation else 0,
             reason=reason,

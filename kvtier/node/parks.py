@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
-from kvtier.errors import KvtierError, ObjectExists, StaleSlot, TokensError
+from kvtier.errors import ObjectExists, SlotLeased, StaleSlot
 from kvtier.messages import Park, ParkDone, ParkStarted, Released
 from kvtier.node import naming
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation, Head
 from kvtier.node.copies import Copies, Pair
 from kvtier.node.disk_side import DiskSide
-from kvtier.node.lookup import Query, block_refs, prefix_blocks
-from kvtier.node.needs import needed_objects
 from kvtier.node.park_job import ParkJob
+from kvtier.node.park_request import new_job
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker, count
-from kvtier.objects import ObjectMeta
+from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.receipts import Level, Reason
 from kvtier.tier import Slot
 from kvtier.tier_messages import Copied
 
 # Least and most that a refused caller is told to wait.
 _RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 5.0
+# How often a park that is too large to be held gathers again what others took meanwhile.
+_ROUNDS_MOST = 2
 
 
 class Parks:
@@ -41,70 +43,46 @@ class Parks:
         """Parks that wait for room."""
         return sum(job.waiting_since_s is not None for job in self._jobs.values())
 
-    def of(self, name: ConversationId) -> list[ParkJob]:
-        """Parks of a conversation that still copy."""
-        return [job for job in self._jobs.values() if job.name == name and not job.gathered]
+    def copying(self, name: ConversationId) -> bool:
+        """Whether a park of the conversation still copies."""
+        return any(job.name == name and not job.gathered for job in self._jobs.values())
+
+    def forget(self, name: ConversationId) -> None:
+        """End all parks of a conversation that is to be erased."""
+        for job in [job for job in self._jobs.values() if job.name == name]:
+            self.abandon(job, "forgotten", "the conversation was forgotten")
 
     # --- beginning --------------------------------------------------------------------------------------
 
     def start(self, peer: str, message: Park, worker: Worker) -> None:
         """Answer a Park. Raises the caller's mistakes as KvtierError, before anything changed."""
-        state = self._state
-        if message.fidelity != "exact":
-            raise KvtierError(f"fidelity '{message.fidelity}' is not available", fix="use 'exact'")
-        query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
-        root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
-        prefix = prefix_blocks(state.tree, root, query)
-        private = self._private(message)
-        refs = block_refs(root, query, private)
-        if not refs:
-            raise TokensError("there are no tokens to park", fix="give the tokens whose KV the pages hold")
-        metas = needed_objects(root, refs, prefix, worker.geometry, worker.shard, message.held_from)
-        job = ParkJob(
-            state.next_id("p"),
-            worker,
-            message.request,
-            message.pages,
-            message=message,
-            root=root,
-            query=query,
-            private=private,
-            metas=metas,
-            started_s=state.now_s,
-            todo=deque(metas),
-        )
+        job = new_job(self._state, message, worker)
         self._jobs[job.id] = job
         self._copies.add(job)
-        state.send(peer, ParkStarted(id=message.id, job=job.id))
-        self._advance(job)
-
-    def _private(self, message: Park) -> tuple[int, bytes] | None:
-        if message.share == "prefix":
-            return None
-        known = self._state.conversations.get((message.tenant, message.conversation))
-        salts = [p[1] for p in known.privates() if p is not None] if known else []
-        return (message.private_from, salts[0] if salts else self._state.rng.randbytes(16))
+        self._state.send(peer, ParkStarted(id=message.id, job=job.id))
 
     # --- moving on --------------------------------------------------------------------------------------
 
     def advance_all(self) -> None:
         """Something ended, somewhere: whoever waits tries again, the longest waiting first."""
+        before_waits = False
         for job in list(self._jobs.values()):
-            self._advance(job)
-            if job.waiting_since_s is not None:
-                # Later parks must not take the room that this one waits for.
-                break
+            # Later parks must not take the room that this one waits for.
+            self._advance(job, may_gather=not before_waits)
+            before_waits |= job.waiting_since_s is not None
 
     def tick(self) -> None:
-        """Parks that waited too long for room are told to come again."""
+        """Parks that waited too long for room are told to come again; disk is not waited for longer."""
         for job in list(self._jobs.values()):
-            waits = job.waiting_since_s is not None
-            if waits and self._state.now_s - job.started_s >= job.message.timeout_s:
+            if self._state.now_s - job.started_s < job.message.timeout_s:
+                continue
+            if not job.gathered:
                 self._fail(job, "backpressure", "host memory stayed full")
-                self._advance(job)
+            elif job.lowered is None:
+                job.lowered = ("deadline", "the disk did not finish in time")
 
-    def _advance(self, job: ParkJob) -> None:
-        if not job.over and not job.gathered and job.failure is None:
+    def _advance(self, job: ParkJob, may_gather: bool) -> None:
+        if not job.over and not job.gathered and job.failure is None and may_gather:
             self._gather(job)
         if not job.over and job.failure is not None and not job.running:
             self._finish(job, "none")
@@ -115,6 +93,9 @@ class Parks:
         """Ask for copies as long as there is room and the job may have more of them running."""
         if not self._state.gpu_peer:
             self._fail(job, "copy_failed", "the GPU service is not there")
+            return
+        if not job.next_batch and self._is_too_large(job):
+            self._fail(job, "too_large", f"{job.nbytes} bytes do not fit into host memory")
             return
         stuck = ""
         while job.todo and not stuck and len(job.running) < self._state.settings.batches_in_flight:
@@ -154,38 +135,56 @@ class Parks:
         stored = state.tree.stored(meta.object_id)
         if stored is None:
             return False
-        if stored.meta.first_valid > meta.first_valid:
-            self._replace(stored)
-            return False
         slot = state.host.find(meta.object_id)
-        if slot is None:
-            return stored.durable and state.disk.ready
-        if not self._streams(job):
+        if stored.meta.first_valid > meta.first_valid:
+            if slot is not None:
+                self._drop_incomplete(stored)
+            return False
+        if slot is None and not state.disk.ready:
+            return False
+        if slot is not None and not self._streams(job):
             state.host.lease(slot, job.id, job.started_s + 2 * job.message.timeout_s)
+        if job.held.get(meta.object_id) is not stored:
+            self._let_go(job, meta.object_id)
+            stored.pins += 1
+            job.held[meta.object_id] = stored
         state.policies.host.used(meta.object_id.block_key, state.now_s)
+        state.policies.disk.used(meta.object_id.block_key, state.now_s)
         return True
+
+    @staticmethod
+    def _let_go(job: ParkJob, object_id: ObjectId) -> None:
+        stored = job.held.pop(object_id, None)
+        if stored is not None:
+            stored.pins -= 1
 
     def _streams(self, job: ParkJob) -> bool:
         """Whether the conversation is too large to be held in host memory as a whole."""
-        nbytes = sum(meta.nbytes for meta in job.metas)
-        return self._disk.usable() and nbytes > self._state.host.usage().capacity_bytes // 2
+        fits_on_disk = self._disk.usable() and job.disk_nbytes <= self._state.disk.capacity_bytes
+        return fits_on_disk and job.nbytes > sum(self._state.arena_bytes) // 2
 
-    def _replace(self, stored: Stored) -> None:
-        """A sliding layer's object that lacks rows which this park has: drop it, to store it whole."""
+    def _drop_incomplete(self, stored: Stored) -> None:
+        """A sliding layer's object that lacks rows which a park has: out of host memory, to store it whole.
+
+        A copy on disk stays until the new one is written.
+        """
         block = self._state.tree.get(stored.meta.object_id.block_key)
-        if block is None or stored.writing or stored.pins:
+        if block is None or stored.writing:
             return
-        if self._state.in_host(stored.meta.object_id):
+        # In use: the park waits until it is not.
+        with suppress(SlotLeased):
             self._state.remove_from_host(block, stored)
-        if stored.durable:
-            self._disk.remove([stored])
+
+    def _is_too_large(self, job: ParkJob) -> bool:
+        """Whether even empty tiers would not do."""
+        arenas = self._state.arena_bytes
+        too_long = max(meta.nbytes for meta in job.metas) > max(arenas)
+        return too_long or (job.nbytes > sum(arenas) and not self._streams(job))
 
     def _wait_or_refuse(self, job: ParkJob, stuck: str) -> None:
         """Nothing of the job runs and it cannot go on: is there something to wait for?"""
-        largest = max(meta.nbytes for meta in job.todo)
-        if largest > self._state.host.usage().capacity_bytes:
-            self._fail(job, "too_large", f"an object of {largest} bytes does not fit in host memory")
-        elif stuck == "full" and not self._copies.running(besides=job):
+        others_run = self._copies.running(besides=job) or self._disk.reads.running()
+        if stuck == "full" and not others_run:
             self._fail(job, "backpressure", "all of host memory is in use")
         elif job.waiting_since_s is None:
             job.waiting_since_s = self._state.now_s
@@ -227,22 +226,28 @@ class Parks:
             stored = state.stored_in_host(replace(meta, checksum=checksum))
             block = state.tree.get(meta.object_id.block_key)
             if block is not None:
-                block.names.add(job.name)
+                block.belongs_to(job.name, job.private)
             self._hold_stored(job, meta)
             written.append(stored)
             job.objects_stored += 1
             job.bytes_stored += meta.nbytes
         state.counters.parked_bytes += sum(meta.nbytes for meta, _ in pairs)
-        if job.message.level == "disk" and self._disk.usable() and job.lowered is None:
-            self._write(job, written, None)
+        todo = [stored for stored in written if not stored.durable]
+        if todo and job.message.level == "disk" and self._disk.usable() and job.lowered is None:
+            self._write(job, todo, None)
         return True
 
     def _all_gathered(self, job: ParkJob) -> None:
         """All objects are stored: the pages may go, the conversation has a new head."""
         lost = [meta for meta in job.metas if not self._hold_stored(job, meta)]
         if lost:
+            job.rounds += 1
+            if job.rounds > _ROUNDS_MOST:
+                self._fail(job, "backpressure", "others took the memory before everything was stored")
+                return
             job.todo = deque(lost)
-            job.waiting_since_s = job.waiting_since_s or self._state.now_s
+            if job.waiting_since_s is None:
+                job.waiting_since_s = self._state.now_s
             return
         self._stop_waiting(job)
         job.gathered = True
@@ -251,46 +256,59 @@ class Parks:
 
     def _set_head(self, job: ParkJob) -> None:
         state, message = self._state, job.message
-        conversation = state.conversations.setdefault(job.name, Conversation(*job.name))
+        conversation = state.conversation(job.name)
         last = job.metas[-1].object_id.block_key
         chain = state.tree.chain(last)
         for block in chain:
-            block.names.add(job.name)
+            block.belongs_to(job.name, job.private)
         head = Head(last, job.query.end, job.root.key, job.root.fingerprint, job.private, state.now_s)
         tails = naming.extended_tails(state, job.root, job.query, job.private, chain)
-        replaces = {block.key for block in chain[:-1]} | {tail.key for tail in tails}
-        dropped = conversation.set_head(head, replaces, state.settings.max_heads)
-        naming.unname(state, conversation, dropped)
+        job.replaces = {block.key for block in chain[:-1]} | {tail.key for tail in tails}
+        job.head = head
+        conversation.set_head(head, job.replaces, state.settings.max_heads)
         if message.returns_in_s is not None:
             conversation.returns_at_s = state.now_s + message.returns_in_s
         if message.keep_for_s is not None:
             conversation.keep_until_s = state.now_s + message.keep_for_s
         job.conversation = conversation
         geometry, shard = job.worker.geometry, job.worker.shard
-        for object_id in naming.behind_window(state, chain, geometry, shard, job.query.end):
-            self._room.passed_by(object_id)
+        for object_id, shape in naming.behind_window(chain, geometry, shard, job.query.end):
+            self._room.passed_by(object_id, shape)
 
     # --- to disk ----------------------------------------------------------------------------------------
 
     def _make_durable(self, job: ParkJob) -> None:
+        if job.message.level == "disk" and job.lowered is None and not self._all_there(job):
+            job.lowered = ("incomplete", "something of it was lost again before all was on disk")
         if job.message.level != "disk" or job.lowered is not None:
-            self._finish(job, "host")
+            self._finish_lower(job)
             return
-        if job.writes_running:
+        todo = [stored for stored in job.held.values() if not stored.durable]
+        if job.writes_running or any(stored.writing for stored in todo):
             return
-        if job.recorded:
+        if job.recorded and not todo:
             self._finish(job, "disk")
             return
-        stored = [self._state.tree.stored(meta.object_id) for meta in job.metas]
-        todo = [s for s in stored if s is not None and not s.durable]
-        if None in stored:
-            job.lowered = ("backpressure", "host memory was taken before it was on disk")
-        elif any(s.writing for s in todo):
-            return
-        else:
-            self._write(job, todo, None if todo else job.conversation)
+        record = None if todo else job.conversation
+        if record is not None and job.head is not None:
+            record.keep_end(job.head)
+        self._write(job, todo, record)
         if job.lowered is not None:
-            self._finish(job, "host" if None not in stored else "none")
+            self._finish_lower(job)
+
+    def _finish_lower(self, job: ParkJob) -> None:
+        self._finish(job, "host" if self._all_there(job) else "none")
+
+    def _all_there(self, job: ParkJob) -> bool:
+        """Whether everything that was gathered can still be restored."""
+        state = self._state
+        return all(
+            state.is_stored(stored)
+            and state.source_of(stored)
+            and stored.meta.first_valid <= meta.first_valid
+            for meta in job.metas
+            if (stored := job.held[meta.object_id])
+        )
 
     def _write(self, job: ParkJob, objects: list[Stored], record: Conversation | None) -> None:
         job.writes_running += 1
@@ -299,8 +317,9 @@ class Parks:
             job.writes_running -= 1
             if not ok:
                 job.lowered = (cast(Reason, reason), detail)
-            elif record is not None:
+            elif record is not None and job.head is not None:
                 job.recorded = True
+                record.reached_disk(job.head, job.replaces)
             elif self._streams(job):
                 for stored in objects:
                     slot = self._state.host.find(stored.meta.object_id)
@@ -318,7 +337,7 @@ class Parks:
             for _, slot in pairs:
                 self._state.host.abort(slot, quiet=False)
         self._copies.cancel(job)
-        self._finish(job, "host" if job.gathered else "none")
+        self._finish(job, "host" if job.gathered and reason != "forgotten" else "none")
 
     def expired(self, job: ParkJob) -> None:
         """The right to a slot that the job fills has ended."""
@@ -330,6 +349,13 @@ class Parks:
         if job.failure is None:
             job.failure = (reason, detail)
             self._copies.cancel(job)
+
+    def proven_quiet(self, job: ParkJob) -> None:
+        """No copy of a job that is over runs or will."""
+        if job.over:
+            job.running.clear()
+            self._release(job)
+            self._copies.settle(job)
 
     def _release(self, job: ParkJob) -> None:
         if not job.released and not job.running:
@@ -346,6 +372,8 @@ class Parks:
         state.send(job.worker.name, ParkDone(request=job.request, receipt=receipt))
         job.over = True
         self._jobs.pop(job.id, None)
+        for object_id in list(job.held):
+            self._let_go(job, object_id)
         self._copies.settle(job)
         if level != "none":
             self._drop_extended_tails(job)
@@ -362,7 +390,7 @@ class Parks:
             for stored in parts:
                 if state.in_host(stored.meta.object_id):
                     state.host.remove(stored.meta.object_id)
-            self._disk.remove([s for s in parts if s.durable])
+            self._disk.remove(parts)
             for stored in parts:
                 state.forget_object(stored.meta.object_id)
 

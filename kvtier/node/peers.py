@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvtier.errors import FingerprintError, GeometryError, ProtocolError
 from kvtier.messages import Attach, Attached
+from kvtier.node.adoption import Adoption
 from kvtier.node.copies import Copies, CopyJob
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_job import ParkJob
@@ -24,7 +25,14 @@ class Peers:
     """Knows who is there, and ends what those who left had begun."""
 
     def __init__(
-        self, state: NodeState, copies: Copies, disk: DiskSide, parks: Parks, plans: Plans, restores: Restores
+        self,
+        state: NodeState,
+        copies: Copies,
+        disk: DiskSide,
+        adoption: Adoption,
+        parks: Parks,
+        plans: Plans,
+        restores: Restores,
     ) -> None:
         self._state = state
         self._copies = copies
@@ -32,6 +40,7 @@ class Peers:
         self._parks = parks
         self._plans = plans
         self._restores = restores
+        self._adoption = adoption
 
     # --- coming -----------------------------------------------------------------------------------------
 
@@ -39,6 +48,11 @@ class Peers:
         """Answer an Attach. Raises FingerprintError, GeometryError."""
         _check_attach(message)
         state = self._state
+        for other in state.workers.values():
+            _check_same(message, other)
+        former = state.workers.get(message.replaces)
+        if former is not None:
+            self._all_quiet(former)
         name = state.next_id("worker:")
         worker = Worker(
             name,
@@ -73,11 +87,15 @@ class Peers:
         state = self._state
         arenas = Arenas(arena_bytes=arena_bytes, generation_slots=generation_slots)
         if peer.startswith("disk"):
-            self._disk.joined(peer)
+            self._disk.joined(peer, message.pid, message.capacity_bytes)
+            self._adoption.begin()
             state.send(peer, arenas, "arenas")
             return
         if state.gpu_peer:
             self._gpu_left(state.gpu_peer)
+        for former in [p for p, pid in state.pids.items() if pid == message.pid and p != peer]:
+            # A service connects again only after every copy of a former connection has ended.
+            self._executor_ended(former)
         state.gpu_peer, state.gpu_address = peer, message.address
         state.send(peer, arenas, "arenas")
         for worker in state.workers.values():
@@ -97,13 +115,18 @@ class Peers:
 
     # --- going ------------------------------------------------------------------------------------------
 
-    def detach(self, name: str) -> None:
-        """The worker goes, and says that none of its copies runs."""
-        worker = self.worker(name)
+    def detach(self, name: str, peer: str) -> None:
+        """The worker goes, and says that none of its copies runs. Raises ProtocolError."""
+        self._all_quiet(self.worker(name, peer))
+
+    def _all_quiet(self, worker: Worker) -> None:
+        """The worker is gone, and none of the copies in its process runs."""
         self._worker_left(worker, "cancelled")
         for job in self._jobs_of(worker):
-            self._copies.proven_quiet(job)
-        self._state.workers.pop(name, None)
+            # Copies of a shared pool are not the worker's to speak of.
+            if worker.mode == "worker":
+                self._proven_quiet(job)
+        self._state.workers.pop(worker.name, None)
 
     def left(self, peer: str) -> None:
         """A connection closed."""
@@ -119,24 +142,35 @@ class Peers:
         """The process behind the peer is gone."""
         self.left(peer)
         self._disk.process_ended(peer)
-        for job in self._copies.all():
-            if job.executor == peer or (not job.executor and job.worker.peer == peer):
-                self._copies.proven_quiet(job)
+        self._executor_ended(peer)
         for worker in [w for w in self._state.workers.values() if w.peer == peer]:
             del self._state.workers[worker.name]
+        self._state.pids.pop(peer, None)
 
-    def copies_ended(self, jobs: list[str]) -> None:
-        """A worker proves that no copy of these jobs runs or will run."""
+    def copies_ended(self, jobs: list[str], peer: str) -> None:
+        """A worker proves that no copy of these jobs of its own runs or will run."""
         for job_id in jobs:
             job = self._copies.get(job_id)
-            if job is not None and job.worker.mode == "worker":
+            if job is not None and job.worker.mode == "worker" and job.worker.peer == peer:
                 self._abandon(job, "copy_failed", "the worker lost its GPU service")
-                self._copies.proven_quiet(job)
+                self._proven_quiet(job)
 
-    def worker(self, name: str) -> Worker:
-        """The attached worker. Raises ProtocolError when there is none of that name."""
+    def _executor_ended(self, peer: str) -> None:
+        """No copy that this peer's process ran for it is under way any more."""
+        for job in self._copies.all():
+            if job.executor == peer:
+                self._proven_quiet(job)
+
+    def _proven_quiet(self, job: CopyJob) -> None:
+        if isinstance(job, ParkJob):
+            self._parks.proven_quiet(job)
+        else:
+            self._copies.proven_quiet(job)
+
+    def worker(self, name: str, peer: str) -> Worker:
+        """The worker that attached as this peer. Raises ProtocolError when there is none of that name."""
         worker = self._state.workers.get(name)
-        if worker is None or not worker.connected:
+        if worker is None or not worker.connected or worker.peer != peer:
             raise ProtocolError(f"worker '{name}' is not attached", fix="attach again")
         return worker
 
@@ -183,6 +217,19 @@ def _check_attach(message: Attach) -> None:
             fix="choose block_tokens as a multiple of the engine's page",
         )
     for group in geometry.groups:
-        windowless = group.kind == "sliding" and group.window_tokens < 1
-        if windowless or group.token_bytes < 0 or group.state_bytes < 0:
+        # A window of one token needs no token before it, so there would be nothing to keep of it.
+        windowless = group.kind == "sliding" and group.window_tokens < 2
+        negative = group.token_bytes < 0 or group.state_bytes < 0
+        if windowless or negative or (not group.empty and group.object_bytes(1) < 1):
             raise GeometryError(f"a {group.kind} layer group has no size or window", fix="check the pool")
+
+
+def _check_same(message: Attach, worker: Worker) -> None:
+    """Workers of one model and shard have objects of one size, or they could not share them."""
+    same = (message.fingerprint, message.shard) == (worker.fingerprint, worker.shard)
+    mine, theirs = message.geometry, worker.geometry
+    if same and mine.block_tokens == theirs.block_tokens and mine.groups != theirs.groups:
+        raise GeometryError(
+            f"{worker.name} has other layer groups for shard {message.shard} of this model",
+            fix="give models that differ in their KV layout another fingerprint",
+        )

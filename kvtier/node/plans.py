@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtier.errors import KvtierError
 from kvtier.messages import MakePlan, Planned
 from kvtier.node.blocks import Block, ConversationId
 from kvtier.node.coverage import Piece, Source, longest, restored_end
+from kvtier.node.limits import check_seconds
 from kvtier.node.lookup import Query, match
 from kvtier.node.parks import Parks
 from kvtier.node.state import NodeState, Worker, count
@@ -44,7 +46,11 @@ class Plans:
         self._deferred: list[_Deferred] = []
 
     def make(self, peer: str, message: MakePlan, worker: Worker) -> None:
-        """Answer a MakePlan; a park of the same conversation that still copies is waited for, shortly."""
+        """Answer a MakePlan; a park of the same conversation that still copies is waited for, shortly.
+
+        Raises the caller's mistakes as KvtierError.
+        """
+        check_seconds("lease_s", message.lease_s)
         until_s = self._state.now_s + self._state.settings.wait_for_park_s
         deferred = _Deferred(peer, message, worker, until_s)
         if self._must_wait(deferred):
@@ -57,7 +63,10 @@ class Plans:
         ready = [d for d in self._deferred if not self._must_wait(d) or self._state.now_s >= d.until_s]
         self._deferred = [d for d in self._deferred if d not in ready]
         for deferred in ready:
-            self._answer(deferred)
+            try:
+                self._answer(deferred)
+            except KvtierError as error:
+                self._state.refuse(deferred.peer, deferred.message, error)
 
     def take(self, plan_id: str, worker: Worker) -> HeldPlan | None:
         """Hand a plan over to its restore, holds included; None when it is unknown or has ended."""
@@ -94,7 +103,7 @@ class Plans:
 
     def _must_wait(self, deferred: _Deferred) -> bool:
         name = (deferred.message.tenant, deferred.message.conversation)
-        return bool(deferred.message.conversation) and bool(self._parks.of(name))
+        return bool(deferred.message.conversation) and self._parks.copying(name)
 
     def _answer(self, deferred: _Deferred) -> None:
         message, worker, state = deferred.message, deferred.worker, self._state
@@ -140,15 +149,19 @@ class Plans:
         """The longest restorable front over all branches, however they were keyed."""
         state = self._state
         root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
-        known = state.conversations.get((message.tenant, message.conversation))
+        name = (message.tenant, message.conversation)
+        known = state.conversations.get(name)
         privates = known.privates() if known else []
         best: tuple[list[Block], list[Piece]] = ([], [])
         for private in [*privates, *([] if None in privates else [None])]:
-            blocks = match(state.tree, root, query, private)
-            pieces = longest(blocks, worker.geometry, worker.shard, state.source_of, query.end)
-            better = restored_end(pieces) > restored_end(best[1])
-            if better or (not best[1] and len(blocks) > len(best[0])):
-                best = (blocks, pieces)
+            for blocks in match(state.tree, root, query, name, private):
+                pieces = longest(blocks, worker.geometry, worker.shard, state.source_of, query.end)
+                better = restored_end(pieces) > restored_end(best[1])
+                if better or (not best[1] and len(blocks) > len(best[0])):
+                    best = (blocks, pieces)
+                if restored_end(best[1]) >= blocks[-1].end:
+                    # Those that follow are shorter.
+                    break
         return best
 
     def _why_nothing(self, message: MakePlan, blocks: Sequence[Block]) -> Reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from kvtier.errors import ObjectExists
 from kvtier.messages import Restore, RestoreDone, RestoreStarted
@@ -11,20 +12,29 @@ from kvtier.node.blocks import Stored
 from kvtier.node.copies import Copies, CopyJob, Pair
 from kvtier.node.coverage import Piece, Source, longest, restored_end
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.limits import check_seconds
 from kvtier.node.plans import HeldPlan, Plans
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker, count
-from kvtier.objects import ObjectId
+from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.receipts import Reason, RestoreReceipt
 from kvtier.tier import Slot
 from kvtier.tier_messages import Copied
 
 _PAGE_BYTES = 4
+# Reasons that a copy engine gives.
+_CORRUPT, _STALE = "corrupt", "stale"
+
+# An object on its way from disk: its entry, the copy that is read, and where to.
+Read: TypeAlias = tuple[Stored, ObjectMeta, Slot]
 
 
 @dataclass(slots=True)
 class RestoreJob(CopyJob):
-    """One restore. to_read: on disk; to_copy: in host memory; reading: reads that have not ended."""
+    """One restore. to_read: on disk; to_copy: in host memory; reading: reads that have not ended.
+
+    tried_again: objects whose first copy was wrong.
+    """
 
     held: HeldPlan = field(kw_only=True)
     deadline_s: float = field(kw_only=True)
@@ -34,6 +44,7 @@ class RestoreJob(CopyJob):
     reading: int = 0
     copied: set[ObjectId] = field(default_factory=set)
     copied_bytes: int = 0
+    tried_again: set[ObjectId] = field(default_factory=set)
     reason: Reason = ""
     detail: str = ""
 
@@ -50,8 +61,9 @@ class Restores:
         self._jobs: dict[str, RestoreJob] = {}
 
     def start(self, peer: str, message: Restore, worker: Worker) -> None:
-        """Answer a Restore."""
+        """Answer a Restore. Raises ProtocolError, and the plan stays."""
         state = self._state
+        check_seconds("deadline_s", message.deadline_s)
         held = self._plans.take(message.plan_id, worker)
         if held is None:
             count(state.counters.misses, "lease_expired")
@@ -73,7 +85,6 @@ class Restores:
         state.send(peer, RestoreStarted(id=message.id, job=job.id))
         for piece in held.pieces:
             self._queue(job, piece)
-        self._advance(job)
 
     def _queue(self, job: RestoreJob, piece: Piece) -> None:
         """Copy it from host memory when it is there, else read it."""
@@ -100,82 +111,85 @@ class Restores:
                 self._stop(job, "deadline", "the rest would have come too late")
                 if self._state.now_s >= job.deadline_s + self._state.settings.quiet_grace_s:
                     self._finish(job)
-                else:
-                    self._advance(job)
 
     def _advance(self, job: RestoreJob) -> None:
         if job.over:
             return
         if not self._state.gpu_peer:
             self._stop(job, "copy_failed", "the GPU service is not there")
-        self._read(job)
-        self._copy(job)
+        if not job.reason:
+            self._read(job)
+            self._copy(job)
         if not (job.running or job.reading or job.to_copy or job.to_read):
             self._finish(job)
 
     def _read(self, job: RestoreJob) -> None:
-        while job.to_read and job.reading < self._state.settings.batches_in_flight:
+        stuck = ""
+        while job.to_read and not stuck and job.reading < self._state.settings.batches_in_flight:
             read_id = self._state.next_id("r")
-            pairs = self._next_read(job, read_id)
-            if not pairs:
-                break
-            job.reading += 1
-            self._start_read(job, read_id, pairs)
+            pairs, stuck = self._next_read(job, read_id)
+            if pairs:
+                job.reading += 1
+                self._start_read(job, read_id, pairs)
         idle = not (job.running or job.reading or job.to_copy)
-        if job.to_read and idle and not self._disk.writes_running() and not self._copies.running(job):
+        others_run = self._copies.running(besides=job) or self._disk.reads.running()
+        if idle and stuck == "full" and not others_run:
             self._stop(job, "backpressure", "no host memory to read into")
 
-    def _next_read(self, job: RestoreJob, read_id: str) -> list[tuple[Stored, Slot]]:
+    def _next_read(self, job: RestoreJob, read_id: str) -> tuple[list[Read], str]:
+        """Slots for the next objects on disk, and what stopped it from taking more."""
         state = self._state
-        pairs: list[tuple[Stored, Slot]] = []
+        reads: list[Read] = []
         nbytes = 0
-        while job.to_read and (not pairs or nbytes < state.settings.batch_bytes):
+        while job.to_read and (not reads or nbytes < state.settings.batch_bytes):
             stored = job.to_read[0].stored
             if state.in_host(stored.meta.object_id):
                 self._queue(job, job.to_read.popleft())
                 continue
-            if not (stored.durable and state.disk.ready):
-                self._stop(job, "disk_error", "the disk tier went away")
+            if stored.on_disk is None or not state.disk.ready:
+                self._stop(job, "disk_error", "a block is not on disk any more")
                 break
             try:
-                slot = self._room.reserve(stored.meta, read_id)
+                slot = self._room.reserve(stored.on_disk, read_id)
             except ObjectExists:
-                break
+                return reads, "filling"
             if not isinstance(slot, Slot):
-                break
-            pairs.append((stored, slot))
-            nbytes += stored.meta.nbytes
+                return reads, slot
+            reads.append((stored, stored.on_disk, slot))
+            nbytes += stored.on_disk.nbytes
             job.to_read.popleft()
-        return pairs
+        return reads, ""
 
-    def _start_read(self, job: RestoreJob, read_id: str, pairs: list[tuple[Stored, Slot]]) -> None:
+    def _start_read(self, job: RestoreJob, read_id: str, reads: list[Read]) -> None:
         def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
             job.reading -= 1
             self._state.policies.restore.observed("disk", nbytes, seconds)
-            for index, (stored, slot) in enumerate(pairs):
+            for index, (stored, meta, slot) in enumerate(reads):
                 if index in failed:
-                    self._read_failed(job, stored, slot, failed[index])
+                    self._read_failed(job, stored, failed[index])
                 else:
-                    self._read_worked(job, stored, slot)
+                    self._read_worked(job, stored, meta, slot)
 
-        self._disk.read(read_id, pairs, done)
+        self._disk.reads.start(read_id, [(meta, slot) for _, meta, slot in reads], done)
 
-    def _read_worked(self, job: RestoreJob, stored: Stored, slot: Slot) -> None:
+    def _read_worked(self, job: RestoreJob, stored: Stored, meta: ObjectMeta, slot: Slot) -> None:
         state = self._state
-        checksum = stored.meta.checksum
-        assert checksum is not None, "what is on disk has a checksum"
-        state.host.commit([(slot, checksum)])
-        state.stored_in_host(stored.meta)
+        if stored.on_disk is not meta or not state.is_stored(stored):
+            # Forgotten, or written anew, while it was being read.
+            state.host.abort(slot, quiet=True)
+            self._stop(job, "incomplete", "a block was removed while it was read")
+            return
+        assert meta.checksum is not None, "what is on disk has a checksum"
+        state.host.commit([(slot, meta.checksum)])
+        state.stored_in_host(meta)
         if not job.over and not job.reason:
             self._queue(job, Piece(stored, "host", 0))
 
-    def _read_failed(self, job: RestoreJob, stored: Stored, slot: Slot, why: str) -> None:
+    def _read_failed(self, job: RestoreJob, stored: Stored, why: str) -> None:
         state = self._state
-        # When the disk service is gone its last read may still be running.
-        state.host.abort(slot, quiet=bool(state.disk.peer))
         count(state.counters.errors, why)
         block = state.tree.get(stored.meta.object_id.block_key)
-        if why != "disk_error" and block is not None:
+        if why != "disk_error" and block is not None and state.is_stored(stored):
             state.removed_from_disk(block, stored)
         self._stop(job, "corrupt" if why == "corrupt" else "disk_error", f"a block on disk: {why}")
 
@@ -203,27 +217,38 @@ class Restores:
             if message.ok or (failed and index not in failed):
                 job.copied.add(meta.object_id)
                 job.copied_bytes += meta.nbytes
+                self._let_go(job, slot)
             else:
                 self._copy_failed(job, meta.object_id, slot, failed.get(index, "the copy failed"))
 
     def _copy_failed(self, job: RestoreJob, object_id: ObjectId, slot: Slot, why: str) -> None:
-        """Wrong bytes in host memory: gone from there; the disk's copy is tried when there is one."""
+        """Wrong bytes in host memory: gone from there; another copy is tried when there is one."""
         state = self._state
-        if why != "corrupt":
+        if why not in (_CORRUPT, _STALE):
             self._stop(job, "copy_failed", why)
             return
-        count(state.counters.errors, "corrupt")
+        count(state.counters.errors, why)
         stored, block = state.tree.stored(object_id), state.tree.get(object_id.block_key)
-        if stored is None or block is None or state.host.find(object_id) != slot:
-            self._stop(job, "corrupt", "a block in host memory was wrong")
-            return
-        state.host.release(slot, job.id)
-        state.host.quarantine(slot)
-        if stored.durable and state.disk.ready:
+        if why == _CORRUPT and stored and block and state.host.find(object_id) == slot:
+            state.host.quarantine(slot)
+            if object_id in job.tried_again:
+                # As read from disk it was wrong, too.
+                self._disk.remove([stored])
+            state.left_host(block, stored)
+        self._let_go(job, slot)
+        can_try = stored is not None and state.is_stored(stored) and object_id not in job.tried_again
+        if stored is not None and can_try and not job.reason:
+            job.tried_again.add(object_id)
             job.to_read.append(Piece(stored, "disk", 0))
         else:
-            state.forget_object(object_id)
-            self._stop(job, "corrupt", "a block in host memory was wrong")
+            self._stop(
+                job, "corrupt" if why == _CORRUPT else "copy_failed", "a block in host memory was wrong"
+            )
+
+    def _let_go(self, job: RestoreJob, slot: Slot) -> None:
+        """A copy out of the slot has ended, so its room may go to what is still to be read."""
+        self._state.host.release(slot, job.id)
+        self._state.host.release(slot, job.held.plan.plan_id)
 
     # --- ends -------------------------------------------------------------------------------------------
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
+from functools import partial
 from typing import Literal, TypeAlias
 
 from kvtier.errors import SlotLeased, TierFull
+from kvtier.geometry import GroupGeometry
+from kvtier.node import naming
 from kvtier.node.blocks import Block, Stored
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, ObjectMeta
+from kvtier.states import State
 from kvtier.tier import Slot
 
 # 'wait': something is on its way out; 'full': nothing can go, everything is in use.
 NoRoom: TypeAlias = Literal["wait", "full"]
+
+# Below this many entries the list of objects behind their window is never swept.
+_SWEEP_FROM = 1024
 
 
 class Room:
@@ -22,40 +28,25 @@ class Room:
     def __init__(self, state: NodeState, disk: DiskSide) -> None:
         self._state = state
         self._disk = disk
-        self._behind_window: deque[ObjectId] = deque()
+        self._behind_window: dict[ObjectId, GroupGeometry] = {}
+        self._sweep_at = _SWEEP_FROM
 
-    def passed_by(self, object_id: ObjectId) -> None:
-        """A sliding layer's object that its conversation has left behind: the first to go."""
-        self._behind_window.append(object_id)
+    def passed_by(self, object_id: ObjectId, shape: GroupGeometry) -> None:
+        """A sliding layer's object that a conversation has left behind: the first to go."""
+        self._behind_window[object_id] = shape
+        if len(self._behind_window) > self._sweep_at:
+            kept = {o: shape for o, shape in self._behind_window.items() if self._state.in_host(o)}
+            self._behind_window, self._sweep_at = kept, max(_SWEEP_FROM, 2 * len(kept))
 
     def reserve(self, meta: ObjectMeta, holder: str) -> Slot | NoRoom:
         """A slot for the object, evicting if need be. Raises ObjectExists."""
         slot = self._try(meta, holder)
-        if slot is not None:
-            return slot
-        self._drop_behind_window()
-        spill: list[Stored] = []
-        spill_bytes = 0
-        for key in self._state.policies.host.victims(self._state.now_s):
-            block = self._state.tree.get(key)
-            if block is None:
-                continue
-            dirty = self._evict_clean(block)
-            if dirty:
-                spill += dirty
-                spill_bytes += sum(s.meta.nbytes for s in dirty)
-                if spill_bytes >= meta.nbytes:
-                    break
-                continue
+        if slot is None and self._drop_behind_window():
             slot = self._try(meta, holder)
-            if slot is not None:
-                break
         if slot is None:
-            slot = self._try(meta, holder)
+            slot = self._evict_for(meta, holder)
         if slot is not None:
             return slot
-        if spill:
-            self._disk.spill(spill)
         return "wait" if self._disk.writes_running() else "full"
 
     def _try(self, meta: ObjectMeta, holder: str) -> Slot | None:
@@ -64,34 +55,69 @@ class Room:
         except TierFull:
             return None
 
+    def _evict_for(self, meta: ObjectMeta, holder: str) -> Slot | None:
+        """Evict in the policy's order until the object fits or what was met has to be written first."""
+        dirty: list[Stored] = []
+        dirty_bytes = self._disk.spilling_bytes()
+        for key in self._state.policies.host.victims(self._state.now_s):
+            if dirty_bytes >= meta.nbytes:
+                break
+            block = self._state.tree.get(key)
+            if block is None:
+                continue
+            found = self._evict_clean(block)
+            slot = self._try(meta, holder)
+            if slot is not None:
+                return slot
+            dirty += found
+            dirty_bytes += sum(s.meta.nbytes for s in found)
+        if not dirty:
+            return None
+        self._disk.spill(dirty, partial(self._spilled, dirty))
+        # What the disk refused at once was dropped.
+        return self._try(meta, holder)
+
+    def _spilled(self, objects: list[Stored], ok: bool, reason: str, detail: str) -> None:
+        """What the disk does not take goes anyway: the room is needed."""
+        for stored in () if ok else objects:
+            block = self._state.tree.get(stored.meta.object_id.block_key)
+            if block is not None and self._state.is_stored(stored):
+                self._drop(block, stored)
+
     def _evict_clean(self, block: Block) -> list[Stored]:
         """Drop the block's host copies that need no write; answers those that do."""
         state = self._state
         dirty: list[Stored] = []
         for stored in list(block.parts.values()):
-            if not state.in_host(stored.meta.object_id) or stored.writing:
+            slot = state.host.find(stored.meta.object_id)
+            if slot is None or stored.writing or state.host.state(slot) is State.LEASED:
                 continue
             if not stored.durable and self._disk.usable():
                 nbytes = stored.meta.nbytes
                 if state.policies.admission.demote(block.key, nbytes, state.now_s):
                     dirty.append(stored)
                     continue
-            try:
-                state.remove_from_host(block, stored)
-            except SlotLeased:
-                continue
-            state.counters.evicted_objects += 1
+            self._drop(block, stored)
         return dirty
 
-    def _drop_behind_window(self) -> None:
-        while self._behind_window:
-            object_id = self._behind_window.popleft()
+    def _drop(self, block: Block, stored: Stored) -> bool:
+        if stored.writing or not self._state.in_host(stored.meta.object_id):
+            return False
+        try:
+            self._state.remove_from_host(block, stored)
+        except SlotLeased:
+            return False
+        self._state.counters.evicted_objects += 1
+        return True
+
+    def _drop_behind_window(self) -> bool:
+        """Drop what no conversation needs to go on from its end; answers whether anything went."""
+        candidates, self._behind_window = self._behind_window, {}
+        dropped = False
+        for object_id, shape in candidates.items():
             block = self._state.tree.get(object_id.block_key)
             stored = self._state.tree.stored(object_id)
-            if block is None or stored is None or stored.writing or not self._state.in_host(object_id):
+            if block is None or stored is None or naming.needed_at_an_end(self._state, block, shape):
                 continue
-            try:
-                self._state.remove_from_host(block, stored)
-            except SlotLeased:
-                continue
-            self._state.counters.evicted_objects += 1
+            dropped |= self._drop(block, stored)
+        return dropped

@@ -12,7 +12,7 @@ from kvtier.geometry import Geometry
 from kvtier.keys import make_root, tenant_secret
 from kvtier.messages import Failed, Message
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Stored
-from kvtier.node.conversations import Conversation
+from kvtier.node.conversations import Conversation, Head
 from kvtier.node.coverage import Source
 from kvtier.node.events import Send
 from kvtier.node.host_memory import HostMemory
@@ -135,6 +135,8 @@ class NodeState:
         self.disk_held_bytes = 0
         # Conversations that are over, by the version of the record that the disk may still have.
         self.ended: dict[ConversationId, int] = {}
+        # Conversations whose record on disk names an end that the disk has lost. A dict keeps the order.
+        self.records_changed: dict[ConversationId, None] = {}
         self._secret = secret
         self._roots: dict[tuple[str, bytes, str, int], Root] = {}
         self._serial = 0
@@ -218,6 +220,7 @@ class NodeState:
         self._count_disk(stored, None)
         if not any(s.on_disk is not None for s in block.parts.values()):
             self.policies.disk.removed(block.key)
+            self._left_disk(block)
         if not self.in_host(stored.meta.object_id):
             self.forget_object(stored.meta.object_id)
 
@@ -262,18 +265,28 @@ class NodeState:
             self.ended[name] = max(known.version, self.ended.get(name, 0))
 
     def _shorten_conversations(self, block: Block) -> None:
-        """Branches that ended in the block end in its parent."""
+        """Branches that ended in the block, which is nowhere any more, end in its parent."""
         parent = self.tree.get(block.parent)
         for name in sorted(block.names):
             conversation = self.conversations.get(name)
-            if conversation is None or all(h.key != block.key for h in conversation.heads):
-                continue
-            heads = [h for h in conversation.heads if h.key != block.key]
-            if parent is not None and all(h.key != parent.key for h in heads):
-                at = next(i for i, h in enumerate(conversation.heads) if h.key == block.key)
-                head = conversation.heads[at]._replace(key=parent.key, tokens=parent.end)
-                heads.insert(min(at, len(heads)), head)
-            conversation.heads = heads
-            conversation.version += 1
-            if not heads:
-                self.end_conversation(name)
+            for end in conversation.ends if conversation is not None else ():
+                if conversation is not None and end.key == block.key:
+                    conversation.lost(block.key, _before(end, parent))
+                    if not conversation.ends:
+                        self.end_conversation(name)
+
+    def _left_disk(self, block: Block) -> None:
+        """After power loss, conversations that run through the block end before it."""
+        parent = self.tree.get(block.parent)
+        for name in sorted(block.names):
+            conversation = self.conversations.get(name)
+            for end in conversation.ends if conversation is not None else ():
+                if conversation is None or end.key not in conversation.durable or end.tokens < block.end:
+                    continue
+                if end.key == block.key or block in self.tree.chain(end.key):
+                    conversation.left_disk(end, _before(end, parent))
+                    self.records_changed[name] = None
+
+
+def _before(end: Head, parent: Block | None) -> Head | None:
+    return None if parent is None else end._replace(key=parent.key, tokens=parent.end)

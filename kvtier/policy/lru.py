@@ -48,17 +48,18 @@ class LeafLru:
         if left:
             self._children[parent] = left
         elif parent in self._stamps:
-            heapq.heappush(self._heap, (self._stamps[parent], parent))
+            self._push(parent)
 
     def victims(self, now_s: float) -> Iterator[bytes]:
         """See EvictionPolicy."""
-        skipped: list[tuple[int, bytes]] = []
+        skipped: dict[tuple[int, bytes], None] = {}
         try:
             while self._heap:
                 item = heapq.heappop(self._heap)
-                if not self._is_current_leaf(item):
+                # A leaf that was a parent for a while may be in the heap twice.
+                if item in skipped or not self._is_current_leaf(item):
                     continue
-                skipped.append(item)
+                skipped[item] = None
                 yield item[1]
         finally:
             for item in skipped:
@@ -73,7 +74,10 @@ class LeafLru:
         self._clock += 1
         self._stamps[key] = self._clock
         if key not in self._children:
-            heapq.heappush(self._heap, (self._clock, key))
+            self._push(key)
+
+    def _push(self, key: bytes) -> None:
+        heapq.heappush(self._heap, (self._stamps[key], key))
         if len(self._heap) > max(_SWEEP_FROM, 4 * len(self._stamps)):
-            self._heap = [item for item in self._heap if self._is_current_leaf(item)]
+            self._heap = [item for item in set(self._heap) if self._is_current_leaf(item)]
             heapq.heapify(self._heap)

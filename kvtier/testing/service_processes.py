@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from kvtier.waiting import wait_until
 _READY_S = 30.0
 _FAULTED_S = 120.0
 _GRACE_S = 15.0
+_DUMP_S = 0.5
 
 
 class ServiceProcesses:
@@ -103,6 +105,8 @@ class ServiceProcesses:
     def signal(self, name: str, number: signal.Signals) -> None:
         """Stop it (SIGSTOP), let it go on (SIGCONT), or worse."""
         os.kill(self.pid(name), number)
+        if number == signal.SIGSTOP and not wait_until(lambda: is_stopped(self.pid(name)), _READY_S):
+            raise TimeoutError(f"{name} does not stop")
 
     def kill(self, name: str) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -120,16 +124,15 @@ class ServiceProcesses:
             self.kill(name)
 
     def stop_all(self) -> None:
-        """End all that run, politely first."""
+        """End all that run, politely first. Raises DaemonNotFound when one of them had to be killed."""
         for process in self._processes.values():
             process.send_signal(signal.SIGCONT)
             process.terminate()
-        for process in self._processes.values():
-            try:
-                process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                continue
+        stuck = [name for name, process in self._processes.items() if not _ends(process)]
         self.kill_all()
+        if stuck:
+            logs = "\n".join((self._folder / f"{name}.log").read_text() for name in stuck)
+            raise DaemonNotFound(f"{' and '.join(stuck)} did not end on SIGTERM: {logs}")
 
     def wait_faulted(self, client: Client) -> None:
         """Until all of host memory is faulted in."""
@@ -139,6 +142,26 @@ class ServiceProcesses:
 
         if not wait_until(all_there, _FAULTED_S):
             raise DaemonNotFound("host memory was not faulted in within two minutes")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached every thread of the process."""
+    states = [
+        (task / "stat").read_text().rpartition(") ")[2][0] for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return set(states) <= {"T", "t"}
+
+
+def _ends(process: subprocess.Popen[str]) -> bool:
+    """Whether it ends in time; if not, it has written into its log what it is doing."""
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_DUMP_S)
+        return False
+    return True
 
 
 def _is_ready(client: Client) -> bool:

@@ -1,0 +1,195 @@
+"""A serving worker as a process of its own, that a test can order about, stop and kill.
+
+The process reads one JSON object a line, {"do": name, ...}, and answers each with one.  Its copy engine stops
+at the gate 'copy' of the folder that it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kvtier.breaker import Backoff
+from kvtier.client import connect
+from kvtier.errors import KvtierError
+from kvtier.handles import ParkHandle, RestoreHandle
+from kvtier.testing.gates import Gate, gated_engine
+from kvtier.testing.kv_memory import SHARD, KvMemory, tokens_of
+
+# A test's daemon is back in a moment.
+FAST = Backoff(first_s=0.01, limit_s=0.1)
+_ANSWER_S = 60.0
+
+
+class _Station:
+    """Inside the process: carries out what it is told."""
+
+    def __init__(self, path: str, gates: str, pages: str, mode: str, call_timeout_s: str) -> None:
+        self.kv = KvMemory(int(pages), shared=mode == "shared")
+        self.client = connect(path, backoff=FAST, required=False)
+        gate = Gate(Path(gates) / "copy")
+        self.worker = self.client.attach(
+            self.kv.model,
+            self.kv.pool,
+            shard=SHARD,
+            call_timeout_s=float(call_timeout_s),
+            make_engine=lambda slots: gated_engine(slots, gate),
+        )
+        self.handles: list[ParkHandle | RestoreHandle] = []
+
+    def put(self, seed: int, pages: list[int], count: int) -> None:
+        self.kv.put(seed, pages, count)
+
+    def poison(self, pages: list[int]) -> None:
+        self.kv.poison(pages)
+
+    def look(self, seed: int, pages: list[int], count: int) -> dict[str, int]:
+        return {"front": self.kv.front(seed, pages, count), "strange": self.kv.strange(seed, pages, count)}
+
+    def park(self, seed: int, pages: list[int], count: int, **options: Any) -> int:
+        handle = self.worker.park(f"chat-{seed}", tokens_of(seed, count), pages, **options)
+        self.handles.append(handle)
+        return len(self.handles) - 1
+
+    def restore(self, seed: int, pages: list[int], count: int, deadline_s: float) -> dict[str, Any]:
+        plan = self.worker.plan(f"chat-{seed}", tokens_of(seed, count))
+        self.handles.append(self.worker.restore_async(plan, pages, deadline_s=deadline_s))
+        found = {
+            "tokens": plan.load_tokens,
+            "reason": plan.reason,
+            "sources": [r.source for r in plan.ranges],
+        }
+        return {"handle": len(self.handles) - 1, **found}
+
+    def released(self, handle: int) -> bool:
+        found = self.handles[handle]
+        return isinstance(found, ParkHandle) and found.released.is_set()
+
+    def result(self, handle: int, timeout_s: float) -> dict[str, Any]:
+        receipt = self.handles[handle].result(timeout_s)
+        return {**asdict(receipt), "ok": receipt.ok}
+
+    def attached(self) -> bool:
+        return self.worker.attached
+
+    def close(self) -> None:
+        self.worker.close()
+        self.client.close()
+
+
+class WorkerProcess:
+    """Started when made; ended by `kill` or at the end of a `with`.
+
+    path: of the node's socket.  gates: folder of the gate 'copy'.  mode: 'worker' or 'shared'.
+    """
+
+    def __init__(
+        self, path: str, gates: Path, *, pages: int = 64, mode: str = "worker", call_timeout_s: float = 5.0
+    ) -> None:
+        arguments = [path, str(gates), str(pages), mode, str(call_timeout_s)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvtier.testing.worker_process", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._rest = b""
+        if self._hear() != "ready":
+            self.kill()
+            raise RuntimeError("the worker process did not start")
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def do(self, order: str, **options: Any) -> Any:
+        """Have it do something, and wait for its answer. Raises RuntimeError for what went wrong there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": order, **options}).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._hear()
+
+    def park(self, seed: int, pages: Sequence[int], count: int, **options: Any) -> int:
+        """Put the right content into the pages and park it; answers a handle."""
+        self.do("put", seed=seed, pages=list(pages), count=count)
+        handle: int = self.do("park", seed=seed, pages=list(pages), count=count, **options)
+        return handle
+
+    def restore(
+        self, seed: int, pages: Sequence[int], count: int, deadline_s: float = 20.0
+    ) -> dict[str, Any]:
+        """Poison the pages, plan and begin to restore: 'handle', planned 'tokens', 'reason', 'sources'."""
+        self.do("poison", pages=list(pages))
+        found: dict[str, Any] = self.do(
+            "restore", seed=seed, pages=list(pages), count=count, deadline_s=deadline_s
+        )
+        return found
+
+    def result(self, handle: int, timeout_s: float = 20.0) -> dict[str, Any]:
+        """A receipt, with 'ok'."""
+        receipt: dict[str, Any] = self.do("result", handle=handle, timeout_s=timeout_s)
+        return receipt
+
+    def look(self, seed: int, pages: Sequence[int], count: int) -> dict[str, int]:
+        """See KvMemory.front and .strange."""
+        found: dict[str, int] = self.do("look", seed=seed, pages=list(pages), count=count)
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone; again is no error."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None and not pipe.closed:
+                pipe.close()
+
+    def _hear(self) -> Any:
+        assert self._process.stdout is not None
+        end_s = time.monotonic() + _ANSWER_S
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end_s - time.monotonic()))
+            more = self._process.stdout.read1(65536) if ready else b""  # type: ignore[attr-defined]
+            if not more:
+                raise RuntimeError("the worker process does not answer")
+            self._rest += more
+        line, _, self._rest = self._rest.partition(b"\n")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["is"]
+
+
+def _answer(station: _Station, order: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"is": getattr(station, order.pop("do"))(**order)}
+    except KvtierError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer until standard input ends."""
+    station = _Station(*arguments)
+    print(json.dumps({"is": "ready"}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_answer(station, json.loads(line))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

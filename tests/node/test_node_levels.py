@@ -1,0 +1,286 @@
+"""What a receipt of level 'disk' promises, and what is said when that cannot be reached."""
+
+import pytest
+
+from kvtier.node.settings import NodeSettings
+from kvtier.testing.rig_uses import HYBRID, UNIT
+from kvtier.tier_messages import DiskRead, DiskWrite
+
+
+def said(receipt):
+    return receipt.level, receipt.reason
+
+
+def test_what_is_on_disk_survives_the_loss_of_everything_else(rig, worker):
+    rig.park(worker, "chat", range(10), level="disk")
+    rig.run()
+    reborn = rig.restarted()
+    twin = reborn.attach()
+    restore = reborn.resume(twin, "chat", range(12))
+    assert (restore.receipt.tokens, restore.receipt.sources) == (10, {"disk": 10})
+    assert reborn.violations == []
+
+
+def test_what_was_only_in_host_memory_is_a_miss_after_a_restart(rig, worker):
+    rig.park(worker, "chat", range(10))
+    rig.run()
+    reborn = rig.restarted()
+    plan = reborn.plan(reborn.attach(), "chat", range(10)).plan
+    assert (plan.load_tokens, plan.reason) == (0, "unknown_conversation")
+
+
+def test_the_receipt_waits_for_objects_and_then_for_the_record(rig, worker):
+    park = rig.park(worker, "chat", range(10), level="disk")
+    rig.run_copies()
+    while rig.disk_ops():
+        assert not park.receipts
+        rig.finish(rig.disk_ops()[0])
+    assert park.receipt.level == "disk"
+
+
+def test_a_write_of_another_park_is_waited_for_and_not_repeated(rig, worker):
+    rig.park(worker, "one", range(8), level="disk")
+    rig.run_copies()
+    two = rig.park(worker, "two", range(8), level="disk")
+    written = [meta.block_key for op in rig.disk_ops() for meta in op.message.metas]
+    assert len(written) == len(set(written)) == 2
+    rig.run()
+    assert said(two.receipt) == ("disk", "")
+    reborn = rig.restarted()
+    assert reborn.plan(reborn.attach(), "two", range(8)).plan.load_tokens == 8
+
+
+def test_without_a_disk_the_level_is_host(make_rig):
+    rig = make_rig(disk=None)
+    park = rig.park(rig.attach(), "chat", range(4), level="disk")
+    rig.run()
+    assert said(park.receipt) == ("host", "no_disk")
+    assert not park.receipt.ok
+
+
+def test_a_disk_that_has_not_announced_yet_is_none(make_rig):
+    rig = make_rig(started=False)
+    rig.start_gpu()
+    rig.start_disk(last=False)
+    park = rig.park(rig.attach(), "chat", range(4), level="disk")
+    rig.run()
+    assert said(park.receipt) == ("host", "no_disk")
+
+
+def test_a_disk_that_refuses_writes_lowers_the_level(rig, worker):
+    rig.store.broken = True
+    park = rig.park(worker, "chat", range(4), level="disk")
+    rig.run()
+    assert said(park.receipt) == ("host", "disk_error")
+    # It has said that it is degraded, so it is not asked again.
+    again = rig.park(worker, "next", range(50, 54), level="disk")
+    rig.run_copies()
+    assert said(again.receipt) == ("host", "no_disk")
+    assert again.receipt.detail == "broken"
+
+
+def test_a_conversation_that_is_larger_than_the_disk_stays_in_host_memory(make_rig):
+    rig = make_rig(disk=8 * UNIT)
+    park = rig.park(rig.attach(), "chat", range(16), level="disk")
+    rig.run()
+    assert said(park.receipt) == ("host", "disk_full")
+    assert rig.store.used_bytes <= 8 * UNIT
+
+
+def test_a_full_disk_makes_room_from_the_end_of_what_was_used_longest_ago(make_rig):
+    rig = make_rig(disk=14 * UNIT)
+    worker = rig.attach()
+    for name, first in (("old", 0), ("new", 50), ("newest", 90)):
+        park = rig.park(worker, name, range(first, first + 8), level="disk")
+        rig.run()
+        assert park.receipt.level == "disk"
+    reborn = rig.restarted()
+    twin = reborn.attach()
+    plans = [
+        reborn.plan(twin, *chat).plan.load_tokens for chat in (("old", range(8)), ("new", range(50, 58)))
+    ]
+    assert plans == [0, 8]
+    assert set(reborn.core.state.conversations) == {("acme", "new"), ("acme", "newest")}
+
+
+def test_after_the_end_of_a_chain_was_evicted_its_front_survives_a_restart(make_rig):
+    rig = make_rig(disk=14 * UNIT)
+    worker = rig.attach()
+    rig.park(worker, "old", range(16), level="disk")
+    rig.run()
+    rig.park(worker, "new", range(50, 54), level="disk")
+    rig.run()
+    reborn = rig.restarted()
+    assert reborn.plan(reborn.attach(), "old", range(16)).plan.load_tokens == 12
+
+
+def test_plans_and_parks_keep_their_blocks_from_being_evicted_from_disk(make_rig):
+    rig = make_rig(disk=14 * UNIT)
+    worker = rig.attach()
+    rig.park(worker, "old", range(16), level="disk")
+    rig.run()
+    rig = rig.restarted()
+    worker = rig.attach()
+    planned = rig.plan(worker, "old", range(16))
+    park = rig.park(worker, "new", range(50, 58), level="disk")
+    rig.run()
+    assert said(park.receipt) == ("host", "disk_full")
+    restore = rig.restore(worker, planned, range(16))
+    rig.run()
+    assert restore.receipt.tokens == 16
+    assert rig.violations == []
+
+
+def test_when_the_disk_has_less_room_than_was_thought_more_is_evicted_and_the_write_tried_again(make_rig):
+    rig = make_rig(disk=20 * UNIT)
+    worker = rig.attach()
+    rig.park(worker, "old", range(12), level="disk")
+    rig.run()
+    park = rig.park(worker, "new", range(50, 58), level="disk")
+    rig.run_copies()
+    # Its free room is in pieces, say.
+    rig.store.capacity_bytes = 12 * UNIT
+    rig.run()
+    assert said(park.receipt) == ("disk", "")
+    assert rig.store.used_bytes <= 12 * UNIT
+
+
+def test_a_disk_that_stays_full_lowers_the_level(make_rig):
+    rig = make_rig(disk=20 * UNIT)
+    park = rig.park(rig.attach(), "chat", range(8), level="disk")
+    rig.run_copies()
+    rig.store.capacity_bytes = UNIT
+    rig.run()
+    assert said(park.receipt) == ("host", "disk_full")
+
+
+def test_a_disk_that_hangs_is_not_waited_for_longer_than_was_asked(rig, worker):
+    park = rig.park(worker, "chat", range(4), level="disk", timeout_s=5.0)
+    rig.run_copies()
+    rig.tick(4.9)
+    assert not park.receipts
+    rig.tick(0.2)
+    assert said(park.receipt) == ("host", "deadline")
+
+
+def test_the_disk_service_dies_during_a_write_and_comes_back_with_what_was_durable(rig, worker):
+    park = rig.park(worker, "chat", range(10), level="disk")
+    rig.run_copies()
+    rig.finish(rig.disk_ops()[0])
+    rig.kill(rig.disk)
+    assert said(park.receipt) == ("host", "no_disk")
+    assert rig.host.usage().limbo_bytes == 0
+    rig.start_disk()
+    again = rig.park(worker, "chat", range(10), level="disk")
+    rig.run_copies()
+    assert sum(len(op.message.metas) for op in rig.disk_ops() if isinstance(op.message, DiskWrite)) == 2
+    rig.run()
+    assert said(again.receipt) == ("disk", "")
+
+
+def test_slots_of_a_lost_disk_service_are_free_when_it_is_known_to_touch_none(rig, worker):
+    rig.park(worker, "chat", range(4), level="disk")
+    rig.run_copies()
+    service = rig.disk
+    rig.disconnect(service)
+    slot = rig.host.find(next(rig.host.objects()).object_id)
+    assert rig.host._book.held(slot.slot_id)
+    rig.finish(rig.disk_ops()[0])
+    rig.start_disk(pid=service.pid)
+    assert not rig.host._book.held(slot.slot_id)
+
+
+def test_a_write_that_became_durable_before_its_answer_was_lost_is_adopted(rig, worker):
+    park = rig.park(worker, "chat", range(4), level="disk")
+    rig.run_copies()
+    rig.finish(rig.disk_ops()[0], answer=False)
+    rig.kill(rig.disk)
+    assert said(park.receipt) == ("host", "no_disk")
+    rig.start_disk()
+    again = rig.park(worker, "chat", range(4), level="disk")
+    assert [len(op.message.metas) for op in rig.disk_ops()] == [0]
+    rig.run()
+    assert said(again.receipt) == ("disk", "")
+
+
+def test_a_restore_whose_disk_service_dies_says_so_and_the_next_one_works(rig, worker):
+    rig.park(worker, "chat", range(12), level="disk")
+    rig.run()
+    rig = rig.restarted()
+    worker = rig.attach()
+    restore = rig.restore(worker, rig.plan(worker, "chat", range(12)), range(12))
+    assert isinstance(rig.ops[0].message, DiskRead)
+    rig.kill(rig.disk)
+    assert (restore.receipt.tokens, restore.receipt.reason) == (0, "disk_error")
+    assert rig.host.usage().used_bytes == 0
+    assert rig.plan(worker, "chat", range(12)).plan.load_tokens == 0
+    rig.start_disk()
+    assert rig.resume(worker, "chat", range(12)).receipt.tokens == 12
+    assert rig.violations == []
+
+
+def test_a_read_that_runs_on_after_its_service_was_lost_writes_into_nobodys_slot(rig, worker):
+    rig.park(worker, "chat", range(8), level="disk")
+    rig.run()
+    rig = rig.restarted()
+    worker = rig.attach()
+    rig.restore(worker, rig.plan(worker, "chat", range(8)), range(8))
+    service = rig.disk
+    rig.disconnect(service)
+    assert rig.host.usage().limbo_bytes > 0
+    other = rig.park(worker, "other", range(60, 92))
+    rig.run_copies()
+    rig.run_disk()
+    assert other.receipt.level == "host"
+    assert rig.resume(worker, "other", range(60, 92)).receipt.tokens == 32
+    rig.kill(service)
+    assert rig.host.usage().limbo_bytes == 0
+    assert rig.violations == []
+
+
+def test_a_read_that_hangs_is_given_up_and_its_slot_kept_until_it_ends(rig, worker):
+    rig.park(worker, "chat", range(4), level="disk")
+    rig.run()
+    rig = rig.restarted()
+    worker = rig.attach()
+    restore = rig.restore(worker, rig.plan(worker, "chat", range(4)), range(4), deadline_s=500.0)
+    rig.tick(61.0)
+    assert restore.receipt.reason == "disk_error"
+    assert rig.host.usage().limbo_bytes == 2 * UNIT
+    rig.run()
+    assert rig.host.usage().limbo_bytes == 0
+    assert rig.violations == []
+
+
+def test_more_rows_of_a_window_replace_fewer_on_disk(make_rig):
+    rig = make_rig()
+    worker = rig.attach(HYBRID)
+    rig.park(worker, "chat", range(12), level="disk", held_from=[0, 7, 0])
+    rig.run()
+    partial = [o for o in rig.store.objects.values() if o.meta.first_valid]
+    assert len(partial) == 1
+    again = rig.park(worker, "fork", range(11), level="disk")
+    rig.run()
+    assert said(again.receipt) == ("disk", "")
+    assert [o for o in rig.store.objects.values() if o.meta.first_valid] == []
+    reborn = rig.restarted()
+    twin = reborn.attach(HYBRID)
+    assert reborn.resume(twin, "fork", range(11)).receipt.tokens == 11
+    assert reborn.resume(twin, "chat", range(12)).receipt.tokens == 12
+    assert reborn.violations == []
+
+
+@pytest.mark.parametrize("level", ["host", "disk"])
+def test_a_wish_travels_with_the_park(rig, worker, level):
+    rig.park(worker, "chat", range(4), level=level, returns_in_s=60.0, keep_for_s=600.0)
+    rig.run()
+    (known,) = rig.core.state.conversations.values()
+    assert (known.returns_at_s, known.keep_until_s) == (1060.0, 1600.0)
+
+
+def test_small_batches_and_one_at_a_time_are_enough(make_rig):
+    rig = make_rig(settings=NodeSettings(batch_bytes=1, batches_in_flight=1))
+    park = rig.park(rig.attach(), "chat", range(20), level="disk")
+    assert len(rig.copies()) == 1
+    rig.run()
+    assert said(park.receipt) == ("disk", "")

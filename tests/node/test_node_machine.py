@@ -1,0 +1,77 @@
+"""The state machine of a node among troubles: as it is, and with the core broken on purpose."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from kvtier.host.slots import HostSlots
+from kvtier.keys import make_root, tenant_secret
+from kvtier.node.copies import Copies
+from kvtier.node.disk_requests import DiskRequests
+from kvtier.node.state import NodeState
+from kvtier.testing.core_rig import SECRET
+from kvtier.testing.node_machine import NodeMachine
+
+QUICK = settings(
+    max_examples=400,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+LONG = settings(QUICK, max_examples=20_000, stateful_step_count=80, derandomize=False, print_blob=True)
+# A control only has to be noticed, not to be made small.
+CONTROL = settings(QUICK, max_examples=2000, phases=[Phase.generate])
+
+TestNode = NodeMachine.TestCase
+TestNode.settings = QUICK
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+class TestNodeLong(NodeMachine.TestCase):
+    settings = LONG
+
+
+def free_when_a_lease_ends(patch):
+    abort = HostSlots.abort
+    patch.setattr(HostSlots, "abort", lambda self, slot, quiet: abort(self, slot, quiet=True))
+
+
+def forget_the_tenant(patch):
+    def root(self, tenant, fingerprint, fidelity, block_tokens):
+        return make_root(tenant_secret(SECRET, "all"), "all", fingerprint, fidelity, block_tokens)
+
+    patch.setattr(NodeState, "root", root)
+
+
+def count_a_job_as_quiet_when_it_is_over(patch):
+    def settle(self, job):
+        if job.over:
+            job.running.clear()
+            self._state.host.holder_ended(job.id)
+            self._jobs.pop(job.id, None)
+            job.worker.jobs.discard(job.id)
+        return job.over
+
+    patch.setattr(Copies, "settle", settle)
+
+
+def let_removals_overtake_writes(patch):
+    patch.setattr(DiskRequests, "_is_held_back", lambda self, request: False)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        free_when_a_lease_ends,
+        forget_the_tenant,
+        count_a_job_as_quiet_when_it_is_over,
+        let_removals_overtake_writes,
+    ],
+    ids=lambda control: control.__name__,
+)
+def test_the_machine_notices(control, monkeypatch):
+    control(monkeypatch)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(NodeMachine, settings=CONTROL)
