@@ -99,7 +99,7 @@ class Controller:
         self._gone: set[Incarnation] = set()
         self._reasons: dict[tuple[str, str], str] = {}
         self._nodes: frozenset[str] = frozenset()
-        self._status: dict[str, Any] = {"rounds": 0, "nodes": {}}
+        self._status: dict[str, Any] = {"rounds": 0, "pid": os.getpid(), "nodes": {}}
         self._rounds = 0
         threading.Thread(target=self._loop, name="kvtier-controller", daemon=True).start()
 

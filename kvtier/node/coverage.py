@@ -33,6 +33,8 @@ def longest(
         rest = _pieces_at(blocks[:count], geometry, shard, source_of)
         if rest is not None:
             full = [piece for pieces in front[:count] for piece in pieces]
+            if not rest:
+                return full
             return sorted(full + rest, key=lambda p: (p.block_index, p.stored.meta.object_id.group))
     return []
 

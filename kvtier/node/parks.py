@@ -148,8 +148,7 @@ class Parks:
             self._let_go(job, meta.object_id)
             stored.pins += 1
             job.held[meta.object_id] = stored
-        state.policies.host.used(meta.object_id.block_key, state.now_s)
-        state.policies.disk.used(meta.object_id.block_key, state.now_s)
+        state.used(stored)
         return True
 
     @staticmethod
@@ -239,7 +238,7 @@ class Parks:
 
     def _all_gathered(self, job: ParkJob) -> None:
         """All objects are stored: the pages may go, the conversation has a new head."""
-        lost = [meta for meta in job.metas if not self._hold_stored(job, meta)]
+        lost = [m for m in job.metas if not (self._is_there(job, m) or self._hold_stored(job, m))]
         if lost:
             job.rounds += 1
             if job.rounds > _ROUNDS_MOST:
@@ -301,14 +300,14 @@ class Parks:
 
     def _all_there(self, job: ParkJob) -> bool:
         """Whether everything that was gathered can still be restored."""
-        state = self._state
-        return all(
-            state.is_stored(stored)
-            and state.source_of(stored)
-            and stored.meta.first_valid <= meta.first_valid
-            for meta in job.metas
-            if (stored := job.held[meta.object_id])
-        )
+        return all(self._is_there(job, meta) for meta in job.metas)
+
+    def _is_there(self, job: ParkJob, meta: ObjectMeta) -> bool:
+        """Whether the job holds the object, and some tier has it, complete enough."""
+        stored = job.held.get(meta.object_id)
+        if stored is None or not self._state.is_stored(stored):
+            return False
+        return stored.meta.first_valid <= meta.first_valid and self._state.source_of(stored) is not None
 
     def _write(self, job: ParkJob, objects: list[Stored], record: Conversation | None) -> None:
         job.writes_running += 1

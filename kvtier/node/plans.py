@@ -109,10 +109,11 @@ class Plans:
         message, worker, state = deferred.message, deferred.worker, self._state
         query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
         blocks, pieces = self._best(message, worker, query)
-        found = restored_end(pieces)
-        choice = state.policies.restore.choose(_segments(pieces), query.end)
-        if choice.tokens < found:
+        segments = _segments(pieces)
+        choice = state.policies.restore.choose(segments, query.end)
+        if choice.tokens < restored_end(pieces):
             pieces = longest(blocks, worker.geometry, worker.shard, state.source_of, choice.tokens)
+            segments = _segments(pieces)
         loads = restored_end(pieces)
         reason = "" if loads else self._why_nothing(message, blocks)
         if reason:
@@ -124,7 +125,7 @@ class Plans:
             conversation=message.conversation,
             tenant=message.tenant,
             tokens=query.end,
-            ranges=_ranges(pieces, query.end),
+            ranges=_ranges(segments, query.end),
             eta_s=(choice.eta_low_s, choice.eta_high_s) if loads else (0.0, 0.0),
             lease_s=lease_s if loads else 0.0,
             bytes=sum(p.stored.meta.nbytes for p in pieces),
@@ -175,8 +176,7 @@ class Plans:
         state = self._state
         for piece in held.pieces:
             meta = piece.stored.meta
-            state.policies.host.used(meta.object_id.block_key, state.now_s)
-            state.policies.disk.used(meta.object_id.block_key, state.now_s)
+            state.used(piece.stored)
             slot = state.host.find(meta.object_id) if piece.source == "host" else None
             if slot is not None:
                 state.host.lease(slot, held.plan.plan_id, held.until_s)
@@ -199,11 +199,11 @@ def _segments(pieces: Sequence[Piece]) -> list[Segment]:
     return segments
 
 
-def _ranges(pieces: Sequence[Piece], tokens: int) -> tuple[TokenRange, ...]:
+def _ranges(segments: Sequence[Segment], tokens: int) -> tuple[TokenRange, ...]:
     """Runs of one source that cover [0, tokens), what is not loaded last."""
     ranges: list[TokenRange] = []
     at = 0
-    for segment in _segments(pieces):
+    for segment in segments:
         # A chain of sliding layers only begins at its window: what is before it needs no bytes at all.
         start = at
         if ranges and ranges[-1].source == segment.source:

@@ -200,6 +200,12 @@ class NodeState:
         self.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
 
+    def used(self, stored: Stored) -> None:
+        """Note that an object was parked again, or is about to be restored."""
+        self.policies.host.used(stored.meta.object_id.block_key, self.now_s)
+        if stored.on_disk is not None:
+            self.policies.disk.used(stored.meta.object_id.block_key, self.now_s)
+
     def remove_from_host(self, block: Block, stored: Stored) -> int:
         """Drop the host copy; answers the bytes freed. Raises SlotLeased."""
         freed = self.host.remove(stored.meta.object_id)
