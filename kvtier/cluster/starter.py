@@ -95,7 +95,15 @@ def _refuse_second(order: Order, name: str) -> None:
 
 
 def _create(name: str, plan: Plan) -> Any:
-    options = {"name": name, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}
+    # Its calls do no harm when asked twice: who asks while it restarts is answered after that.
+    options = {
+        "name": name,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 4,
+    }
     return ray.remote(Controller).options(**options).remote(plan)
 
 
