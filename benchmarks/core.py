@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from benchmarks.lines import Line, table
 
-GROUPS = ("copies", "daemon", "up")
+GROUPS = ("copies", "decisions", "daemon", "up")
 
 
 def main() -> int:
@@ -41,6 +41,10 @@ def _figures(chosen: list[str], nbytes: int) -> Iterator[Line]:
         from benchmarks.copies import copies
 
         yield from copies(nbytes)
+    if "decisions" in chosen:
+        from benchmarks.decisions import decisions
+
+        yield from decisions()
     if "daemon" in chosen:
         from benchmarks.daemon import daemon
 
