@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from kvtier.gpu.engine import CopyEngine, SlotMemory
     from kvtier.host.arena import ArenaView
 
-GENERATION_BYTES = 8
 COPY_CONNECT_S = 0.25
 MakeEngine = Callable[["SlotMemory"], "CopyEngine"]
 
@@ -100,8 +99,7 @@ def attach(
 def _map(fds: Sequence[int], attached: Attached) -> ArenaView:
     from kvtier.host.arena import ArenaView
 
-    sizes = [*attached.arena_bytes, attached.generation_slots * GENERATION_BYTES]
-    return ArenaView.from_fds(fds, sizes)
+    return ArenaView.shared(fds, attached.arena_bytes, attached.generation_slots)
 
 
 def _cpu_engine(slots: Any) -> CopyEngine:

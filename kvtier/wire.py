@@ -218,19 +218,13 @@ class Channel:
 
     def _fill(self) -> None:
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, cut = receive(self._socket)
         except BlockingIOError:
             return
         except OSError as error:
             raise ChannelLost(f"{self.path} went away: {error.strerror}", fix=_START) from error
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % _INT_BYTES])
-        self._frames.feed(data, fds.tolist())
-        if flags & socket.MSG_CTRUNC:
+        self._frames.feed(data, fds)
+        if cut:
             self.close()
             raise MalformedMessage(f"{self.path} sent more than {MAX_DESCRIPTORS} descriptors at once")
         if not data:
@@ -242,6 +236,19 @@ class Channel:
         poll.register(self._socket, select.POLLOUT)
         if not poll.poll(math.ceil(max(0.0, remaining_s) * 1000)):
             raise ChannelTimeout(f"{self.path} takes no more messages", fix="see `kvtier status`")
+
+
+def receive(connected: socket.socket) -> tuple[bytes, list[int], bool]:
+    """One read: bytes (none at the end), the descriptors with them, and whether some of these were cut off.
+
+    Raises OSError; BlockingIOError when a non-blocking socket has nothing.
+    """
+    data, ancillary, flags, _ = connected.recvmsg(READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % _INT_BYTES])
+    return data, fds.tolist(), bool(flags & socket.MSG_CTRUNC)
 
 
 def expect(answer: Message, kind: type[Answer], path: str) -> Answer:

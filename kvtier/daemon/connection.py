@@ -20,15 +20,13 @@ from kvtier.credentials import Access, read_token
 from kvtier.daemon.loop import Loop
 from kvtier.errors import KvtierError, MalformedMessage, ProtocolError
 from kvtier.messages import Failed, Hello, Message, Welcome
-from kvtier.wire import MAX_DESCRIPTORS, READ_BYTES, FrameBuffer, close_all
+from kvtier.wire import FrameBuffer, close_all, receive
 
 log = logging.getLogger(__name__)
 
 # linux/socket.h; Python has no name for it yet. A descriptor of the peer's process that cannot be forged.
 _SO_PEERPIDFD = 77
 _UCRED = struct.Struct("3i")
-_INT_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
 _BACKLOG = 128
 
 
@@ -99,19 +97,13 @@ class Connection:
 
     def _fill(self) -> bool:
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, cut = receive(self._socket)
         except BlockingIOError:
             return False
         except OSError:
-            data, ancillary, flags = b"", [], 0
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % _INT_BYTES])
-        self._frames.feed(data, fds.tolist())
-        if not data or flags & socket.MSG_CTRUNC:
+            data, fds, cut = b"", [], False
+        self._frames.feed(data, fds)
+        if not data or cut:
             self.close()
             return False
         return True

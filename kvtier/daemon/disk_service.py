@@ -19,6 +19,7 @@ import msgpack
 from kvtier import paths
 from kvtier.breaker import Backoff
 from kvtier.config import Config
+from kvtier.daemon.joining import join_node
 from kvtier.disk.fileops import FileOps
 from kvtier.disk.index import ConversationRecord
 from kvtier.disk.tier import DiskTier
@@ -37,7 +38,6 @@ from kvtier.objects import ObjectId
 from kvtier.tier import Slot
 from kvtier.tier_messages import (
     Announce,
-    Arenas,
     DiskRead,
     DiskReadDone,
     DiskRemove,
@@ -49,7 +49,7 @@ from kvtier.tier_messages import (
     WireItem,
     WireRecord,
 )
-from kvtier.wire import Channel, ChannelLost, close_all, hello
+from kvtier.wire import Channel, ChannelLost, close_all
 
 log = logging.getLogger(__name__)
 
@@ -158,21 +158,8 @@ class DiskService:
             session.arena.close()
 
     def _open(self, path: str) -> _Session:
-        channel = Channel.open(path, hello("disk"), time.monotonic() + _CALL_S)
-        try:
-            greeting = TierHello(pid=os.getpid(), capacity_bytes=self._config.disk.capacity_bytes)
-            channel.send(greeting, time.monotonic() + _CALL_S)
-            message, fds = channel.recv(time.monotonic() + _CALL_S)
-            try:
-                if not isinstance(message, Arenas):
-                    raise ProtocolError(f"the node sent {type(message).__name__} instead of its arenas")
-                table_bytes = message.generation_slots * 8
-                arena = ArenaView.from_fds(fds, [*message.arena_bytes, table_bytes])
-            finally:
-                close_all(fds)
-        except BaseException:
-            channel.close()
-            raise
+        greeting = TierHello(pid=os.getpid(), capacity_bytes=self._config.disk.capacity_bytes)
+        channel, arena = join_node(path, "disk", greeting, _CALL_S)
         return _Session(channel, arena, threading.Lock())
 
     def _listen(self, session: _Session, writers: ThreadPoolExecutor, readers: ThreadPoolExecutor) -> None:

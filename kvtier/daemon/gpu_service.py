@@ -20,6 +20,7 @@ from kvtier.breaker import Backoff
 from kvtier.config import Config
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.copy_desk import CopyDesk, copy_item, page_tables
+from kvtier.daemon.joining import join_node
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
 from kvtier.gpu.cpu_engine import CpuCopyEngine
@@ -28,14 +29,13 @@ from kvtier.gpu.schedule import Bounds
 from kvtier.gpu.shared_pool import SharedPool
 from kvtier.host.arena import ArenaView
 from kvtier.messages import Hello, Message
-from kvtier.tier_messages import Arenas, CancelCopies, Copied, Copy, PoolJoined, PoolLeft, TierHello
-from kvtier.wire import Channel, close_all, hello
+from kvtier.tier_messages import CancelCopies, Copied, Copy, PoolJoined, PoolLeft, TierHello
+from kvtier.wire import Channel, close_all
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
 _CALL_S = 2.0
-_GENERATION_BYTES = 8
 _RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
 # Batches that one worker may have at once: enough to keep the copy going while the next is on its way.
 _BATCHES = 4
@@ -117,21 +117,8 @@ class GpuService:
 
     def _find_node(self) -> None:
         path = str(paths.node_socket(self._config.node.runtime_dir))
-        deadline_s = time.monotonic() + _CALL_S
-        channel = Channel.open(path, hello("gpu"), deadline_s)
-        try:
-            channel.send(TierHello(pid=os.getpid(), address=str(self._path)), deadline_s)
-            message, fds = channel.recv(deadline_s)
-            try:
-                if not isinstance(message, Arenas):
-                    raise ProtocolError(f"the node sent {type(message).__name__} instead of its arenas")
-                table_bytes = message.generation_slots * _GENERATION_BYTES
-                arena = ArenaView.from_fds(fds, [*message.arena_bytes, table_bytes])
-            finally:
-                close_all(fds)
-        except BaseException:
-            channel.close()
-            raise
+        greeting = TierHello(pid=os.getpid(), address=str(self._path))
+        channel, arena = join_node(path, "gpu", greeting, _CALL_S)
         self._node = _Node(channel, arena, self._make_engine(arena))
         self._failure, self._attempts = "", 0
         self._loop.watch(channel.fileno(), self._hear)

@@ -79,6 +79,11 @@ class ArenaView:
             raise
         return cls(parts, table)
 
+    @classmethod
+    def shared(cls, fds: Sequence[int], arena_bytes: Sequence[int], generation_slots: int) -> ArenaView:
+        """As `from_fds`, by what a node tells of it: bytes of each sub-arena, slots of the table."""
+        return cls.from_fds(fds, [*arena_bytes, generation_slots * np.dtype(np.uint64).itemsize])
+
     @property
     def sub_arenas(self) -> int:
         """How many sub-arenas there are."""
