@@ -10,8 +10,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 
-def main(report: str, target: str) -> None:
-    """Write one object for each test: name, outcome, seconds, and the seeds that it recorded."""
+def main(report: str, target: str, hypothesis_seed: str) -> None:
+    """Write one object for each test: name, outcome, seconds, and the seeds that it recorded.
+
+    hypothesis_seed: what hypothesis began with in each test that records no seeds of its own.
+    """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     dirty = subprocess.run(
         ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
@@ -21,6 +24,7 @@ def main(report: str, target: str) -> None:
         "commit": commit.stdout.strip(),
         "clean": not dirty.stdout.strip(),
         "python": platform.python_version(),
+        "hypothesis_seed": int(hypothesis_seed),
         "passed": sum(test["outcome"] == "passed" for test in tests),
         "failed": sum(test["outcome"] == "failed" for test in tests),
         "skipped": sum(test["outcome"] == "skipped" for test in tests),
@@ -33,7 +37,7 @@ def _test(case: ET.Element) -> dict[str, object]:
     kinds = {child.tag for child in case}
     failed = kinds & {"failure", "error"}
     outcome = "failed" if failed else "skipped" if "skipped" in kinds else "passed"
-    recorded = {p.get("name"): p.get("value") for p in case.iter("property")}
+    recorded = {str(p.get("name")): p.get("value") for p in case.iter("property")}
     name = f"{case.get('classname')}::{case.get('name')}"
     return {"name": name, "outcome": outcome, "seconds": float(case.get("time", "0")), **recorded}
 

@@ -81,7 +81,12 @@ def _likely(name: str) -> st.SearchStrategy[Any]:
 def fuzz(path: str, examples: int, first: list[bytes]) -> None:
     """Send frames over short connections; each ends with an answer, an error or the other end's close."""
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=examples < 1000,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(bodies(), min_size=1, max_size=6))
     def run(frames: list[bytes]) -> None:
         with raw(path) as connected, contextlib.suppress(BrokenPipeError):

@@ -103,11 +103,15 @@ def crowd(local: LocalWorker, draw: random.Random, steps: int, lengths: dict[int
 
 @pytest.mark.parametrize("steps", [40, pytest.param(3000, marks=pytest.mark.slow)])
 def test_many_more_chats_than_host_memory_holds(
-    make_bench: Callable[..., Bench], make_local: Callable[..., LocalWorker], steps: int
+    make_bench: Callable[..., Bench],
+    make_local: Callable[..., LocalWorker],
+    steps: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     bench = make_bench()
     local = make_local(bench.services.socket_path)
     lengths: dict[int, int] = {}
+    record_property("seeds", 11)
     draw = random.Random(11)
     crowd(local, draw, steps, lengths)
     bench.kill("all")

@@ -36,6 +36,8 @@ def _load_worker() -> ModuleType:
 
 worker = _load_worker()
 
+Record = Callable[[str, object], None]
+
 
 @dataclass
 class Promises:
@@ -120,7 +122,8 @@ def test_nothing_promised_is_lost_to_kill_9(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_nothing_promised_is_lost_to_kill_9_at_length(tmp_path: Path) -> None:
+def test_nothing_promised_is_lost_to_kill_9_at_length(tmp_path: Path, record_property: Record) -> None:
+    record_property("seeds", "1000 to 1099")
     kill_cycles(tmp_path / "store", range(1000, 1100))
 
 
@@ -188,8 +191,12 @@ def power_cycle(disk: LoopExt4, seed: int, promises: Promises, *words: str) -> l
         tier.close()
 
 
-@pytest.mark.parametrize("cycles", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_nothing_promised_is_lost_to_a_stopped_file_system(loop_ext4: LoopExt4, cycles: int) -> None:
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cycles", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_nothing_promised_is_lost_to_a_stopped_file_system(
+    loop_ext4: LoopExt4, cycles: int, record_property: Record
+) -> None:
+    record_property("seeds", f"0 to {cycles - 1}")
     promises = Promises()
     for seed in range(cycles):
         assert power_cycle(loop_ext4, seed, promises) == [], f"seed {seed}"

@@ -19,7 +19,7 @@ QUICK = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=5000, stateful_step_count=80, derandomize=False, print_blob=True)
+LONG = settings(QUICK, max_examples=3000, stateful_step_count=80, derandomize=False, print_blob=True)
 # A control only has to be noticed, not to be made small.
 CONTROL = settings(QUICK, max_examples=2000, phases=[Phase.generate])
 
