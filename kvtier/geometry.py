@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from kvtier.errors import GeometryError
+
+EXACT = "exact"
+# Lossy codecs: one byte for each value, and a scale for each head's vector of a token.
+LOSSY = ("fp8", "int8")
+SCALE_BYTES = 4
+FIDELITIES = (EXACT, *LOSSY)
 
 GroupKind = Literal["full", "sliding", "state"]
 
@@ -14,12 +22,14 @@ class GroupGeometry:
 
     kind: 'full', 'sliding' (window_tokens set) or 'state' (a snapshot of state_bytes, no tokens).
     token_bytes: bytes of one token over all layers of the group in this shard; 0 for 'state'.
+    lossy_token_bytes: the same under a lossy codec; 0 where there is none for this dtype or layout.
     """
 
     kind: GroupKind
     token_bytes: int
     window_tokens: int = 0
     state_bytes: int = 0
+    lossy_token_bytes: int = 0
 
     @property
     def empty(self) -> bool:
@@ -55,3 +65,21 @@ class Geometry:
     def token_bytes(self) -> int:
         """Bytes of one token over all groups that keep tokens."""
         return sum(g.token_bytes for g in self.groups)
+
+    def at(self, fidelity: str) -> Geometry:
+        """This geometry with the bytes that are stored at a fidelity.
+
+        Raises GeometryError for an unknown fidelity, and for a lossy one of a group that has no codec.
+        """
+        if fidelity == EXACT:
+            return self
+        if fidelity not in LOSSY:
+            raise GeometryError(f"fidelity '{fidelity}' is not known", fix=f"use one of {FIDELITIES}")
+        for number, group in enumerate(self.groups):
+            if not group.empty and not group.lossy_token_bytes:
+                raise GeometryError(
+                    f"layer group {number} ('{group.kind}') cannot be kept at fidelity '{fidelity}'",
+                    fix="lossy codecs take fp32, fp16 and bf16 values with a head's values side by side",
+                )
+        lossy = tuple(replace(g, token_bytes=g.lossy_token_bytes) for g in self.groups)
+        return replace(self, groups=lossy)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtier.errors import GeometryError, ModelSpecError
-from kvtier.geometry import GroupGeometry, GroupKind
+from kvtier.geometry import SCALE_BYTES, GroupGeometry, GroupKind
 from kvtier.objects import Shard
 
 DTYPE_BYTES: dict[str, int] = {
@@ -22,6 +22,7 @@ DTYPE_BYTES: dict[str, int] = {
     "fp8_e5m2": 1,
     "int8": 1,
 }
+LOSSY_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 _DTYPE_ALIASES: dict[str, str] = {
     "fp32": "float32",
     "float": "float32",
@@ -144,4 +145,17 @@ class LayerGroup:
         snapshot = sum(
             heads_in_slice(p.heads, units, shard) * p.head_elements * DTYPE_BYTES[p.dtype] for p in self.state
         )
-        return GroupGeometry(self.kind, layers * heads * row, self.window_tokens, layers * snapshot)
+        nbytes = layers * heads * row
+        return GroupGeometry(
+            self.kind, nbytes, self.window_tokens, layers * snapshot, layers * heads * self._lossy_row
+        )
+
+    @property
+    def _lossy_row(self) -> int:
+        """Bytes of one head's row in one layer under a lossy codec; 0 where the codecs do not take it."""
+        dims = [*self.key_dims, *self.value_dims]
+        # A latent is kept as one vector, its rope part included; see the layouts of such pools.
+        vectors = [sum(dims)] if self.is_latent else dims
+        if self.dtype not in LOSSY_DTYPES or len(set(vectors)) != 1:
+            return 0
+        return sum(vector + SCALE_BYTES for vector in vectors)

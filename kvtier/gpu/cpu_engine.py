@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from kvtier.checksum import combine
 from kvtier.errors import KvtierError, TierUnavailable
+from kvtier.geometry import EXACT
 from kvtier.gpu.cpu_copy import BlockCopy
 from kvtier.gpu.engine import (
     CANCELLED,
     CORRUPT,
     ERROR,
+    NO_LOSS,
     STALE,
     CopyBatch,
     CopyEngine,
@@ -24,7 +26,10 @@ from kvtier.gpu.engine import (
     SlotMemory,
     check_batch,
 )
+from kvtier.gpu.lossy_copy import LossyCopy
 from kvtier.gpu.plan import Cut, Unit
+from kvtier.gpu.quantise import Loss
+from kvtier.gpu.tensors import Bytes
 
 MAX_THREADS = 4
 # Hashed steps are copied and hashed before they leave a core's cache of 1 to 2 MiB; without hashing, longer
@@ -40,7 +45,7 @@ class _Copy:
 
     index: int
     item: CopyItem
-    block: BlockCopy | None
+    block: BlockCopy | LossyCopy | None
     units_left: int
     sums: list[int] = field(default_factory=list)
     waiting: dict[int, int] = field(default_factory=dict)
@@ -147,13 +152,7 @@ class CpuCopyEngine(CopyEngine):
             return _Copy(index, item, None, 0, failure=f"{ERROR}{error}")
         if slot.ndim != 1 or slot.nbytes != item.nbytes:
             return _Copy(index, item, None, 0, failure=f"{ERROR}the slot's memory is {slot.nbytes} bytes")
-        block = BlockCopy(
-            batch.binding,
-            item.group,
-            (item.start, item.tokens, item.first_valid),
-            slot,
-            HASHED if batch.verify else PLAIN,
-        )
+        block = _block(batch, item, slot)
         return _Copy(index, item, block, len(block.plan.units), waiting=dict(block.plan.sharers))
 
     def _work(self) -> None:
@@ -226,6 +225,7 @@ class CpuCopyEngine(CopyEngine):
             failed,
             sum(copy.item.nbytes for copy in run.copies if not copy.failure),
             ended_s - run.began_s if run.next_task else 0.0,
+            sum((_loss(copy) for copy in run.copies), NO_LOSS),
         )
         try:
             run.on_done(result)
@@ -254,3 +254,15 @@ class CpuCopyEngine(CopyEngine):
             return "" if self._slots.generation(item.slot_id) == item.generation else STALE
         except _COPY_ERRORS as error:
             return f"{ERROR}{error}"
+
+
+def _block(batch: CopyBatch, item: CopyItem, slot: Bytes) -> BlockCopy | LossyCopy:
+    rows = (item.start, item.tokens, item.first_valid)
+    values = batch.binding.layout.values
+    if batch.fidelity == EXACT or values is None:
+        return BlockCopy(batch.binding, item.group, rows, slot, HASHED if batch.verify else PLAIN)
+    return LossyCopy(batch.binding, item.group, rows, slot, PLAIN, batch.fidelity, values)
+
+
+def _loss(copy: _Copy) -> Loss:
+    return copy.block.loss if isinstance(copy.block, LossyCopy) and not copy.failure else NO_LOSS

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from kvtier.errors import GeometryError
 from kvtier.gpu.layout import BufferSpec, LayerGroup, Plane, PoolLayout, assemble, check_groups
+from kvtier.gpu.quantise import Values, dtype_of
 from kvtier.gpu.tensors import TensorLike, TensorSpec, spec_of, stacked
 
 LETTERS = {"layer": "l", "kv": "c", "head": "h", "dim": "d"}
@@ -66,7 +67,7 @@ def paged(
             for i, spec in enumerate(specs[layer]):
                 place = _Place(first_buffer[layer] + i, 0, layer, g)
                 planes[g] += _cut(_axes(spec, dims, PAGED_DIMS - {"layer"}), itemsize, place, apart)
-    return assemble("paged", block_tokens, chosen, planes, _buffers(flat), itemsize)
+    return assemble("paged", block_tokens, chosen, planes, _buffers(flat), itemsize, _values(flat, dims))
 
 
 def cross_layer(
@@ -98,7 +99,8 @@ def cross_layer(
             part = [replace(axis, size=count) if axis is across else axis for axis in axes]
             planes[g] += _cut(part, spec.itemsize, _Place(0, first * across.stride, first, g), ())
         planes[g].sort(key=lambda plane: plane.layer)
-    return assemble("paged", block_tokens, chosen, planes, _buffers([spec]), spec.itemsize)
+    values = _values([spec], dims)
+    return assemble("paged", block_tokens, chosen, planes, _buffers([spec]), spec.itemsize, values)
 
 
 def contiguous(
@@ -114,7 +116,8 @@ def contiguous(
     GeometryError.
     """
     specs = [[spec_of(tensor) for tensor in tensors] for tensors in layers]
-    itemsize = _one_itemsize([spec for tensors in specs for spec in tensors])
+    flat = [spec for tensors in specs for spec in tensors]
+    itemsize = _one_itemsize(flat)
     chosen = check_groups(groups, len(layers))
     planes: list[list[Plane]] = [[] for _ in chosen]
     for g, group in enumerate(chosen):
@@ -126,7 +129,7 @@ def contiguous(
                 outside = [a for a in inner if a.name == "head"]
                 form = _form(apart, block_tokens, outside, [a for a in inner if a.name == "dim"])
                 planes[g].append(replace(sample, pages=0, page_tokens=block_tokens, form=form))
-    return assemble("contiguous", block_tokens, chosen, planes, (), itemsize)
+    return assemble("contiguous", block_tokens, chosen, planes, (), itemsize, _values(flat, dims))
 
 
 def sequence_plane(spec: TensorSpec, dims: str, *, buffer: int = 0, layer: int, group: int) -> Plane:
@@ -246,6 +249,16 @@ def _one_itemsize(specs: Sequence[TensorSpec]) -> int:
     if len(kinds) != 1:
         raise GeometryError(f"the pool's tensors have several dtypes or none: {sorted(kinds)}")
     return specs[0].itemsize
+
+
+def _values(specs: Sequence[TensorSpec], dims: str) -> Values | None:
+    """What rows are made of, when `dim` is innermost and alike in all tensors."""
+    dtype, at = dtype_of(specs[0].dtype), dims.split().index("dim") if "dim" in dims.split() else None
+    if dtype is None or at is None:
+        return None
+    vectors = {spec.shape[at] for spec in specs if spec.strides[at] == spec.itemsize}
+    inner = all(spec.strides[at] == spec.itemsize for spec in specs)
+    return Values(dtype, vectors.pop()) if inner and len(vectors) == 1 else None
 
 
 def _buffers(specs: Sequence[TensorSpec]) -> list[BufferSpec]:

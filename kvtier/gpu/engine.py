@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from kvtier.errors import GeometryError
+from kvtier.geometry import EXACT
 from kvtier.gpu.pool import Binding
+from kvtier.gpu.quantise import Loss
 from kvtier.gpu.tensors import Bytes
 
 Direction: TypeAlias = Literal["gather", "scatter"]
 
+NO_LOSS = Loss()
 STALE = "stale"
 CORRUPT = "corrupt"
 CANCELLED = "cancelled"
@@ -40,6 +43,19 @@ class SlotMemory(Protocol):
 
     def generation(self, slot_id: int) -> int:
         """The slot's generation now."""
+
+
+class StreamEvent(Protocol):
+    """A point in the work of a device's stream. Calls from any thread; they may raise TierUnavailable."""
+
+    def done(self) -> bool:
+        """Whether the stream has passed it."""
+
+    def wait(self, stream: int) -> None:
+        """Make another stream of the device, named by its handle, wait for it. The caller does not wait."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +82,7 @@ class CopyBatch:
 
     direction: 'gather' from pool to slots, 'scatter' from slots to pool.  verify: on gather compute
     checksums, on scatter check them; every item then needs one.  priority: lower goes first among batches
-    of one direction; scatter goes before gather.
+    of one direction; scatter goes before gather.  fidelity: 'exact', or the lossy codec of the slots' bytes.
     """
 
     job: str
@@ -76,6 +92,10 @@ class CopyBatch:
     items: tuple[CopyItem, ...]
     verify: bool = True
     priority: int = 0
+    after: StreamEvent | None = None
+    after_layers: tuple[StreamEvent, ...] = ()
+    on_layer: Callable[[int, StreamEvent], None] | None = None
+    fidelity: str = EXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +104,7 @@ class CopyResult:
 
     checksums: one for each item, None where none was computed.  failed: (index of the item, reason), with
     'stale', 'corrupt', 'cancelled' or 'error: ...'.  bytes: of the items that succeeded.  seconds: from the
-    first copy to the last.
+    first copy to the last.  loss: of a gather under a lossy codec, over the items that succeeded.
     """
 
     job: str
@@ -94,6 +114,7 @@ class CopyResult:
     failed: tuple[tuple[int, str], ...]
     bytes: int
     seconds: float
+    loss: Loss = NO_LOSS
 
 
 Done: TypeAlias = Callable[[CopyResult], None]
@@ -121,6 +142,13 @@ class CopyEngine(ABC):
     def busy_jobs(self) -> frozenset[str]:
         """Jobs with a batch that is not answered yet."""
 
+    def mark(self, stream: int) -> StreamEvent:
+        """An event for all that is queued on a stream of the pool's device, to put into a batch.
+
+        stream: its handle, as torch's `stream.cuda_stream`.  Raises GeometryError on engines without streams.
+        """
+        raise GeometryError(f"copies on the CPU know no streams, so not stream {stream:#x}")
+
     @abstractmethod
     def close(self) -> None:
         """Cancel what is queued, wait for what runs, end the threads. A closed engine takes no batches."""
@@ -133,7 +161,7 @@ def check_batch(batch: CopyBatch) -> None:
         raise GeometryError(f"no such direction: {batch.direction}")
     for item in batch.items:
         batch.binding.check(item.group, item.start, item.tokens, item.first_valid)
-        wanted = (item.tokens - item.first_valid) * layout.token_bytes(item.group)
+        wanted = layout.stored_bytes(item.group, item.tokens - item.first_valid, batch.fidelity)
         if item.nbytes != wanted:
             raise GeometryError(
                 f"an object of {item.tokens} tokens is {wanted} bytes, its slot {item.nbytes}"

@@ -22,7 +22,8 @@ from itertools import groupby
 from typing import Literal
 
 from kvtier.errors import GeometryError
-from kvtier.geometry import Geometry, GroupGeometry
+from kvtier.geometry import EXACT, LOSSY, Geometry, GroupGeometry
+from kvtier.gpu.quantise import Values
 
 ID_PREFIX = "kv1"
 
@@ -92,7 +93,10 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class PoolLayout:
-    """planes: for each group, in stored order. buffers: in the order of the tensors that were described."""
+    """planes: for each group, in stored order. buffers: in the order of the tensors that were described.
+
+    values: what rows are made of; None where a lossy codec could not find a head's values side by side.
+    """
 
     style: Literal["paged", "contiguous"]
     block_tokens: int
@@ -100,6 +104,7 @@ class PoolLayout:
     groups: tuple[LayerGroup, ...]
     planes: tuple[tuple[Plane, ...], ...]
     buffers: tuple[BufferSpec, ...]
+    values: Values | None = None
 
     def page_tokens(self, group: int) -> int:
         """Tokens in a page of this group; in a contiguous cache the block."""
@@ -113,12 +118,25 @@ class PoolLayout:
         """Bytes of one token over all planes of the group."""
         return sum(plane.token_bytes for plane in self.planes[group])
 
+    def stored_bytes(self, group: int, rows: int, fidelity: str = EXACT) -> int:
+        """Bytes of an object with so many rows. Raises GeometryError for a fidelity that cannot be had."""
+        if fidelity == EXACT:
+            return rows * self.token_bytes(group)
+        if fidelity not in LOSSY or self.values is None:
+            raise GeometryError(f"this pool's KV cannot be kept at fidelity '{fidelity}'", fix="use 'exact'")
+        return self.values.encoded_bytes(rows * self.token_bytes(group))
+
     @property
     def geometry(self) -> Geometry:
         """What the daemon has to know of this pool. page_tokens is 1 where any position will do."""
         sizes = [1 if self.style == "contiguous" else self.page_tokens(g) for g in range(len(self.groups))]
         groups = tuple(
-            GroupGeometry(spec.kind, self.token_bytes(g), spec.window_tokens)
+            GroupGeometry(
+                spec.kind,
+                self.token_bytes(g),
+                spec.window_tokens,
+                lossy_token_bytes=self.stored_bytes(g, 1, LOSSY[0]) if self.values else 0,
+            )
             for g, spec in enumerate(self.groups)
         )
         return Geometry(self.block_tokens, math.lcm(*sizes), groups)
@@ -170,6 +188,7 @@ def assemble(
     planes: Sequence[Sequence[Plane]],
     buffers: Sequence[BufferSpec],
     itemsize: int,
+    values: Values | None = None,
 ) -> PoolLayout:
     """Check that the parts fit together. Raises GeometryError."""
     for group, members in zip(groups, planes, strict=True):
@@ -186,7 +205,7 @@ def assemble(
         if group.kind == "sliding" and group.window_tokens < 1:
             raise GeometryError(f"the sliding group of layers {group.layers} has no window")
     return PoolLayout(
-        style, block_tokens, itemsize, tuple(groups), tuple(tuple(p) for p in planes), tuple(buffers)
+        style, block_tokens, itemsize, tuple(groups), tuple(tuple(p) for p in planes), tuple(buffers), values
     )
 
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from kvtier.errors import GeometryError
 from kvtier.gpu.layout import BufferSpec, LayerGroup, Plane, PoolLayout
 from kvtier.gpu.pool import Pool
+from kvtier.gpu.quantise import DTYPES, Values
 from kvtier.gpu.tensors import Bytes
 
 VERSION = 1
@@ -162,7 +163,20 @@ def _layout_from(description: Mapping[str, Any]) -> PoolLayout:
     )
     if raw["style"] != "paged" or not fits or len(groups) != len(planes) or not all(planes):
         raise GeometryError("the shared pool's buffers do not fit its memory")
-    return PoolLayout("paged", _whole(raw["block_tokens"]), _whole(raw["itemsize"]), groups, planes, buffers)
+    sizes = _whole(raw["block_tokens"]), _whole(raw["itemsize"])
+    return PoolLayout("paged", *sizes, groups, planes, buffers, _values_from(raw, sizes[1]))
+
+
+def _values_from(raw: Mapping[str, Any], itemsize: int) -> Values | None:
+    given = raw.get("values")
+    if given is None:
+        return None
+    values = Values(given["dtype"], _whole(given["vector"]))
+    rows = [plane["row_bytes"] for group in raw["planes"] for plane in group]
+    width = values.vector * values.itemsize
+    if values.dtype not in DTYPES or values.itemsize != itemsize or any(not width or r % width for r in rows):
+        raise GeometryError("the shared pool's values do not fit its rows")
+    return values
 
 
 def _plane_from(raw: Mapping[str, Any]) -> Plane:
