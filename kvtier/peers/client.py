@@ -1,0 +1,261 @@
+"""The receiving side: objects of a peer into this node's slots, over several connections."""
+
+from __future__ import annotations
+
+import secrets
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.errors import AuthError, KvtierError, MalformedMessage
+from kvtier.objects import ObjectId
+from kvtier.peer_messages import PeerProof, PeerReady, Sending, Want
+from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove
+from kvtier.peers.stream import Stream, StreamLost, connect
+
+# '' is success.
+Outcome: TypeAlias = Literal["", "missing", "busy", "corrupt", "deadline", "cancelled", "peer_lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """into: uint8, writable, as long as the object. checksum: that its bytes must have; None: not known."""
+
+    object_id: ObjectId
+    into: npt.NDArray[np.uint8]
+    checksum: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """streams: connections to one peer.  depth: objects asked for ahead on each, so that the way there and
+    back is not waited for.  connect_s: for a connection and its handshake.
+    """
+
+    streams: int = 4
+    depth: int = 2
+    connect_s: float = 2.0
+    tls: ssl.SSLContext | None = None
+
+
+class PeerClient:
+    """One peer. `fetch` may be called from several threads; each call has connections of its own.
+
+    Raises nothing for a peer that is away or slow: the outcomes say it.  A peer that does not know the
+    cluster's token is told by `AuthError` from `fetch`.
+    """
+
+    def __init__(self, own: Identity, node: str, address: tuple[str, int], settings: ClientSettings) -> None:
+        self._own, self._node, self._address, self._settings = own, node, address, settings
+        self._lock = threading.Lock()
+        self._idle: list[Stream] = []
+        self._fetches: set[_Fetch] = set()
+        self._closed = False
+        self.epoch = 0
+
+    def fetch(
+        self,
+        wanted: Sequence[Wanted],
+        timeout_s: float,
+        on_each: Callable[[int, Outcome], None] | None = None,
+    ) -> list[Outcome]:
+        """Receive the objects; answers an outcome for each, in order.
+
+        on_each: told (index, outcome) as each ends, from a thread of the fetch's.  When this returns, nothing
+        writes into any `into` any more.  What ended otherwise than '' may have been written in part.
+        """
+        run = _Fetch(self, wanted, time.monotonic() + timeout_s, on_each)
+        with self._lock:
+            if self._closed:
+                return ["cancelled"] * len(wanted)
+            self._fetches.add(run)
+        try:
+            return run.go(min(self._settings.streams, len(wanted)))
+        finally:
+            with self._lock:
+                self._fetches.discard(run)
+
+    def cancel(self) -> None:
+        """End all fetches that run, soon; they answer 'cancelled' for what has not arrived."""
+        with self._lock:
+            running = list(self._fetches)
+        for run in running:
+            run.cancel()
+
+    def close(self) -> None:
+        """Cancel, and close all connections."""
+        with self._lock:
+            self._closed = True
+        self.cancel()
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for stream in idle:
+            stream.close()
+
+    def idle_stream(self) -> Stream | None:
+        """A connection of an earlier fetch; the peer may have closed it since."""
+        with self._lock:
+            return self._idle.pop() if self._idle else None
+
+    def new_stream(self, until_s: float) -> Stream:
+        """A connection that is ready to be asked. Raises StreamLost, AuthError, MalformedMessage."""
+        until_s = min(until_s, time.monotonic() + self._settings.connect_s)
+        stream = connect(self._address, self._settings.tls, until_s)
+        try:
+            greeting = hello(self._own, self._node, secrets.token_bytes(NONCE_BYTES))
+            stream.send(greeting, until_s)
+            proof = stream.receive(PeerProof, until_s)
+            if proof.reason:
+                raise AuthError(f"node '{self._node}' refuses this node: {proof.reason}")
+            stream.send(prove(self._own, greeting, proof), until_s)
+            ready = stream.receive(PeerReady, until_s)
+            if ready.reason:
+                raise AuthError(f"node '{self._node}' refuses this node: {ready.reason}")
+            self.epoch = proof.epoch
+            return stream
+        except BaseException:
+            stream.close()
+            raise
+
+    def give_back(self, stream: Stream) -> None:
+        """Keep a connection on which nothing is under way."""
+        with self._lock:
+            if not self._closed:
+                self._idle.append(stream)
+                return
+        stream.close()
+
+    @property
+    def depth(self) -> int:
+        """Objects asked for ahead on one connection."""
+        return self._settings.depth
+
+
+class _Fetch:
+    """One call of `fetch`."""
+
+    def __init__(
+        self,
+        client: PeerClient,
+        wanted: Sequence[Wanted],
+        until_s: float,
+        on_each: Callable[[int, Outcome], None] | None,
+    ) -> None:
+        self._client, self._wanted, self._until_s, self._on_each = client, wanted, until_s, on_each
+        self._lock = threading.Lock()
+        self._todo = deque(range(len(wanted)))
+        self._outcomes: dict[int, Outcome] = {}
+        self._streams: set[Stream] = set()
+        self._cancelled = False
+        self._refused: KvtierError | None = None
+
+    def go(self, streams: int) -> list[Outcome]:
+        threads = [threading.Thread(target=self._work, name="kvtier-fetch") for _ in range(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._refused is not None:
+            raise self._refused
+        for index in range(len(self._wanted)):
+            if index not in self._outcomes:
+                self._ended(index, self._why())
+        return [self._outcomes[index] for index in range(len(self._wanted))]
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.close()
+
+    def _work(self) -> None:
+        stream = self._client.idle_stream()
+        while stream is not None:
+            if self._use(stream, reused=True):
+                return
+            stream = self._client.idle_stream()
+        try:
+            stream = self._client.new_stream(self._until_s)
+        except StreamLost:
+            return
+        except KvtierError as error:
+            self._refused = error
+            return
+        self._use(stream, reused=False)
+
+    def _use(self, stream: Stream, *, reused: bool) -> bool:
+        """Receive over this connection; False when it was closed already, and another one is to be used."""
+        asked: deque[int] = deque()
+        with self._lock:
+            self._streams.add(stream)
+        received = [0]
+        clean = False
+        try:
+            self._receive_all(stream, asked, received)
+            clean = True
+        except (StreamLost, MalformedMessage):
+            if reused and not received[0] and self._why() == "peer_lost":
+                with self._lock:
+                    self._todo.extendleft(reversed(asked))
+                return False
+            # Nobody else is asked for what did not come: it was under way, and would come late.
+            for index in asked:
+                self._ended(index, self._why())
+        finally:
+            with self._lock:
+                self._streams.discard(stream)
+            if clean and not self._cancelled:
+                self._client.give_back(stream)
+            else:
+                stream.close()
+        return True
+
+    def _receive_all(self, stream: Stream, asked: deque[int], received: list[int]) -> None:
+        while not self._cancelled:
+            while len(asked) < self._client.depth and self._ask(stream, asked):
+                pass
+            if not asked:
+                return
+            outcome = self._receive(stream, self._wanted[asked[0]])
+            received[0] += 1
+            self._ended(asked.popleft(), outcome)
+        raise StreamLost("cancelled")
+
+    def _ask(self, stream: Stream, asked: deque[int]) -> bool:
+        with self._lock:
+            if not self._todo:
+                return False
+            index = self._todo.popleft()
+        asked.append(index)
+        key, group, shard = self._wanted[index].object_id
+        stream.send(Want(block_key=key, group=group, shard=shard), self._until_s)
+        return True
+
+    def _receive(self, stream: Stream, wanted: Wanted) -> Outcome:
+        head = stream.receive(Sending, self._until_s)
+        if head.reason:
+            return "busy" if head.reason == "busy" else "missing"
+        if head.nbytes != wanted.into.nbytes:
+            raise MalformedMessage(f"{head.nbytes} bytes come for a slot of {wanted.into.nbytes}")
+        into = memoryview(wanted.into)  # type: ignore[arg-type]  # typeshed: arrays are buffers
+        found = stream.receive_object(into, self._until_s)
+        expected = head.checksum if wanted.checksum is None else wanted.checksum
+        return "" if found == expected == head.checksum else "corrupt"
+
+    def _why(self) -> Outcome:
+        if self._cancelled:
+            return "cancelled"
+        return "deadline" if time.monotonic() >= self._until_s else "peer_lost"
+
+    def _ended(self, index: int, outcome: Outcome) -> None:
+        self._outcomes[index] = outcome
+        if self._on_each is not None:
+            self._on_each(index, outcome)

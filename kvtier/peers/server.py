@@ -1,0 +1,189 @@
+"""The sending side: answers peers out of this node's host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+import ssl
+import threading
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.errors import AuthError, ConfigError, KvtierError
+from kvtier.objects import KEY_BYTES, ObjectId
+from kvtier.peer_messages import PeerHello, PeerProof, PeerReady, Sending, Want
+from kvtier.peers.fairness import Turns
+from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
+from kvtier.peers.stream import BUFFER_BYTES, Stream, StreamLost
+
+_LOG = logging.getLogger(__name__)
+_BACKLOG = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An object that stays where it is while it is open. data: uint8 [nbytes]."""
+
+    data: npt.NDArray[np.uint8]
+    checksum: int
+
+
+class ObjectSource(Protocol):
+    """Where this node's objects are."""
+
+    def open(self, object_id: ObjectId, peer: str) -> AbstractContextManager[Opened | str]:
+        """The object, held until the end of the block, or why not: 'missing' or 'busy'. From any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """host, port: to listen on; port 0 takes a free one.  streams: objects that are sent at once.
+    connections: that are open at once.  stall_s: a peer that takes nothing for so long is dropped, since
+    what it was promised cannot be evicted.  idle_s: a connection that asks for nothing for so long is closed.
+    tls: None sends in clear.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    streams: int = 4
+    connections: int = 256
+    handshake_s: float = 5.0
+    stall_s: float = 10.0
+    idle_s: float = 300.0
+    tls: ssl.SSLContext | None = None
+
+
+@dataclass(slots=True)
+class Sent:
+    """What a server did so far."""
+
+    objects: int = 0
+    bytes: int = 0
+    refused: int = 0
+    dropped: int = 0
+
+
+class PeerServer:
+    """Serves until `close`. Raises ConfigError when the address cannot be listened on."""
+
+    def __init__(self, own: Identity, source: ObjectSource, settings: ServerSettings) -> None:
+        self._own, self._source, self._settings = own, source, settings
+        self._turns = Turns(settings.streams)
+        self._lock = threading.Lock()
+        self._open: dict[Stream, threading.Thread] = {}
+        self._closing = False
+        self.sent = Sent()
+        try:
+            family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+            self._listener = socket.create_server(
+                (settings.host, settings.port), family=family, backlog=_BACKLOG
+            )
+        except OSError as error:
+            raise ConfigError("peers.listen", f"{settings.host}:{settings.port}: {error}") from error
+        # Accepted connections inherit it; later it would not widen the window any more.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        self._thread = threading.Thread(target=self._accept, name="kvtier-peers", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """That it listens on."""
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def close(self) -> None:
+        """Stop listening, cut all connections, and wait for their ends."""
+        with self._lock:
+            self._closing = True
+            streams = dict(self._open)
+        # Closing a listener does not wake who waits in accept().
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        for stream in streams:
+            stream.close()
+        for thread in streams.values():
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self._closing or len(self._open) >= self._settings.connections:
+                    self.sent.refused += 1
+                    sock.close()
+                    continue
+                stream = Stream(sock)
+                thread = threading.Thread(
+                    target=self._serve, args=(stream, sock), name="kvtier-peer", daemon=True
+                )
+                self._open[stream] = thread
+                thread.start()
+
+    def _serve(self, stream: Stream, sock: socket.socket) -> None:
+        secured = stream
+        try:
+            if self._settings.tls is not None:
+                sock.settimeout(self._settings.handshake_s)
+                secured = Stream(self._settings.tls.wrap_socket(sock, server_side=True))
+            peer = self._let_in(secured)
+            while True:
+                want = secured.receive(Want, time.monotonic() + self._settings.idle_s)
+                self._answer(secured, want, peer)
+        except StreamLost as error:
+            _LOG.debug("a peer is gone: %s", error)
+        except (KvtierError, OSError) as error:
+            self.sent.refused += 1
+            _LOG.warning("a peer was refused: %s", error)
+        finally:
+            secured.close()
+            stream.close()
+            with self._lock:
+                self._open.pop(stream, None)
+
+    def _let_in(self, stream: Stream) -> str:
+        until_s = time.monotonic() + self._settings.handshake_s
+        greeting = stream.receive(PeerHello, until_s)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        try:
+            proof = answer(self._own, greeting, nonce)
+        except KvtierError as error:
+            stream.send(PeerProof(reason=error.message), until_s)
+            raise
+        stream.send(proof, until_s)
+        try:
+            check(self._own, greeting, nonce, stream.receive(PeerProof, until_s))
+        except AuthError as error:
+            stream.send(PeerReady(reason=error.message), until_s)
+            raise
+        stream.send(PeerReady(), until_s)
+        return greeting.node
+
+    def _answer(self, stream: Stream, want: Want, peer: str) -> None:
+        if len(want.block_key) != KEY_BYTES:
+            raise AuthError(f"node '{peer}' asks for a key of {len(want.block_key)} bytes")
+        object_id = ObjectId(want.block_key, want.group, want.shard)
+        with self._turns.of(peer), self._source.open(object_id, peer) as found:
+            until_s = time.monotonic() + self._settings.stall_s
+            if isinstance(found, str):
+                stream.send(Sending(reason=found), until_s)
+                return
+            data = memoryview(found.data)  # type: ignore[arg-type]  # typeshed: arrays are buffers
+            try:
+                stream.send(Sending(nbytes=len(data), checksum=found.checksum), until_s, data)
+            except StreamLost:
+                self.sent.dropped += 1
+                raise
+            self.sent.objects += 1
+            self.sent.bytes += len(data)

@@ -1,0 +1,112 @@
+"""One TCP connection between two nodes: frames, and the bytes of objects between them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from typing import TypeVar
+
+from kvtier.checksum import PIECE_BYTES, combine, piece_sum
+from kvtier.errors import MalformedMessage
+from kvtier.messages import Message
+from kvtier.protocol import LENGTH, body_length, decode, encode
+
+M = TypeVar("M", bound=Message)
+# The kernel's own window; what loopback and a 100 Gbit/s link at 0.2 ms need.
+BUFFER_BYTES = 4 << 20
+# Nothing that two nodes say to each other is longer, so nobody can make a node hold more.
+MAX_BODY_BYTES = 4096
+
+
+class StreamLost(OSError):
+    """The other end is gone, or took too long. Nothing more can be said over this connection."""
+
+
+class Stream:
+    """Not thread-safe, but for `close`. Times are deadlines by time.monotonic()."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: Message, until_s: float, *payload: memoryview) -> None:
+        """A frame, and the bytes that belong to it. Raises StreamLost."""
+        try:
+            for part in (encode(message), *payload):
+                self._sock.settimeout(_left(until_s))
+                self._sock.sendall(part)  # type: ignore[arg-type]  # typeshed: a memoryview is a buffer
+        except OSError as error:
+            raise StreamLost(f"sending: {error}") from error
+
+    def receive(self, kind: type[M], until_s: float) -> M:
+        """The next frame, which has to be of this kind. Raises StreamLost, MalformedMessage."""
+        prefix = bytearray(LENGTH.size)
+        self.fill(memoryview(prefix), until_s)
+        length = body_length(bytes(prefix))
+        if length > MAX_BODY_BYTES:
+            raise MalformedMessage(f"a frame of {length} bytes between nodes")
+        body = bytearray(length)
+        self.fill(memoryview(body), until_s)
+        message = decode(memoryview(body))
+        if not isinstance(message, kind):
+            raise MalformedMessage(f"{type(message).__name__} where {kind.__name__} was expected")
+        return message
+
+    def fill(self, into: memoryview, until_s: float) -> None:
+        """Receive exactly as many bytes. Raises StreamLost."""
+        at = 0
+        try:
+            while at < len(into):
+                self._sock.settimeout(_left(until_s))
+                got = self._sock.recv_into(into[at:])
+                if not got:
+                    raise StreamLost("the other end closed the connection")
+                at += got
+        except OSError as error:
+            raise StreamLost(f"receiving: {error}") from error
+
+    def receive_object(self, into: memoryview, until_s: float) -> int:
+        """Fill `into` with an object's bytes; answers their checksum. Raises StreamLost.
+
+        Each piece is hashed right after its arrival, while it is in the core's cache.
+        """
+        sums = []
+        for piece, at in enumerate(range(0, len(into), PIECE_BYTES)):
+            part = into[at : at + PIECE_BYTES]
+            self.fill(part, until_s)
+            sums.append(piece_sum(part, piece, len(part)))
+        return combine(sums, len(into))
+
+    def close(self) -> None:
+        """From any thread: whoever sends or receives gets StreamLost. Twice is no harm."""
+        # The other end may have closed it before.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def connect(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float) -> Stream:
+    """Open a connection. Raises StreamLost."""
+    try:
+        sock = socket.create_connection(address, timeout=_left(until_s))
+    except OSError as error:
+        raise StreamLost(f"{address[0]}:{address[1]}: {error}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        if tls is not None:
+            sock.settimeout(_left(until_s))
+            sock = tls.wrap_socket(sock, server_hostname=address[0])
+        return Stream(sock)
+    except OSError as error:
+        sock.close()
+        raise StreamLost(f"{address[0]}:{address[1]}: {error}") from error
+
+
+def _left(until_s: float) -> float:
+    left_s = until_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("the time is over")
+    return left_s
