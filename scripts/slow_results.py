@@ -1,4 +1,4 @@
-"""Turn pytest's XML report of the slow tests into JSON that can be committed."""
+"""Turn pytest's XML report of slow tests into JSON that can be committed: what is there of others stays."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from pathlib import Path
 
 
 def main(report: str, target: str, hypothesis_seed: str) -> None:
-    """Write one object for each test: name, outcome, seconds, and the seeds that it recorded.
+    """Write one object for each test: its outcome, the commit it ran at, and its seeds.
 
     hypothesis_seed: what hypothesis began with in each test that records no seeds of its own.
     """
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-    )
-    tests = [_test(case) for case in ET.parse(report).getroot().iter("testcase")]
-    result = {
-        "commit": commit.stdout.strip(),
-        "clean": not dirty.stdout.strip(),
+    run = {
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": not _git("status", "--porcelain", "-uno"),
         "python": platform.python_version(),
         "hypothesis_seed": int(hypothesis_seed),
-        "passed": sum(test["outcome"] == "passed" for test in tests),
-        "failed": sum(test["outcome"] == "failed" for test in tests),
-        "skipped": sum(test["outcome"] == "skipped" for test in tests),
-        "tests": tests,
     }
-    Path(target).write_text(json.dumps(result, indent=1) + "\n")
+    path = Path(target)
+    before = json.loads(path.read_text())["tests"] if path.exists() else []
+    tests = {test["name"]: test for test in before}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        test = _test(case)
+        tests[str(test["name"])] = {**test, **run}
+    ordered = [tests[name] for name in sorted(tests)]
+    outcomes = {kind: sum(t["outcome"] == kind for t in ordered) for kind in ("passed", "failed", "skipped")}
+    path.write_text(json.dumps({**outcomes, "tests": ordered}, indent=1) + "\n")
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _test(case: ET.Element) -> dict[str, object]:
