@@ -12,8 +12,11 @@ from kvtier.cli import exits
 EXTRAS: Final[dict[str, str]] = {
     "click": "cli",
     "rich": "cli",
+    "aiofiles": "daemon",
     "prometheus_client": "daemon",
     "ray": "daemon",
+    "cryptography": "encryption",
+    "lz4": "disk",
     "numba": "sim",
     "zstandard": "sim",
     "tokenizers": "transformers",

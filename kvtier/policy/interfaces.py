@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, Protocol
 
 
@@ -17,13 +18,46 @@ class Segment:
     nbytes: int
 
 
+class Recompute(Protocol):
+    """How long computing takes on one worker."""
+
+    def seconds(self, past: int, new: int) -> float:
+        """Expected seconds to compute `new` tokens after `past`; convex in `new`, 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreWish:
+    """What a choice depends on beside what is stored.
+
+    recompute: of the worker that asks; None where it is not known, and then everything is loaded.
+    waiting_requests: in its prefill queue.  prefill_wait_s: until it could begin to compute.  deadline_s: for
+    all that is loaded.  mixed: whether the engine can compute the front while the rest is loaded.
+    queued_bytes: by source, what is to be moved for others first.
+    """
+
+    recompute: Recompute | None = None
+    waiting_requests: int = 0
+    prefill_wait_s: float = 0.0
+    deadline_s: float = inf
+    mixed: bool = False
+    queued_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadChoice:
-    """Load the front [0, tokens); the expected seconds for that, low and high."""
+    """Load [compute_front, tokens); the expected seconds for that, low and high.
+
+    compute_front: computed meanwhile, 0 unless the wish was mixed.  why: in words.  kind: tells choices apart
+    whose outcomes are learned apart.  expected_s: of the load, between low and high as a rule.
+    """
 
     tokens: int
     eta_low_s: float
     eta_high_s: float
+    compute_front: int = 0
+    why: str = ""
+    kind: str = ""
+    expected_s: float = 0.0
 
 
 class EvictionPolicy(Protocol):
@@ -48,11 +82,19 @@ class EvictionPolicy(Protocol):
 class RestorePolicy(Protocol):
     """Load or recompute."""
 
-    def choose(self, segments: Sequence[Segment], tokens: int) -> LoadChoice:
+    def choose(self, segments: Sequence[Segment], tokens: int, wish: RestoreWish = ...) -> LoadChoice:
         """How much of the stored front to load. segments: contiguous from 0; tokens: of the request."""
 
-    def observed(self, source: Literal["host", "disk"], nbytes: int, seconds: float) -> None:
-        """A load from `source` took so long."""
+    def observed(
+        self, source: Literal["host", "disk"], nbytes: int, seconds: float, queue_bytes: int = 0
+    ) -> None:
+        """A load from `source` took so long.
+
+        queue_bytes: what was to be moved first when it was asked for.
+        """
+
+    def restored(self, choice: LoadChoice, seconds: float) -> None:
+        """All that was chosen to be loaded was in place after so long."""
 
 
 class AdmissionPolicy(Protocol):

@@ -1,0 +1,76 @@
+"""Everything that was learned about costs, as one value that is written down and read back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from kvtier.errors import ConfigError
+from kvtier.policy import learned_state as read
+from kvtier.policy.achieved_rate import AchievedRate
+from kvtier.policy.cost_restore import CostRestore
+from kvtier.policy.devices import Device
+from kvtier.policy.recompute import ComputeSpec
+
+VERSION: Final = 1
+_MOST_BYTES = 64 << 20
+# Models come and go; what was learned about the one that was asked for longest ago is dropped first.
+_MOST_RATES = 256
+
+
+class Calibration:
+    """The learners of one node: what loads cost, and how fast each model computes on each kind of worker."""
+
+    def __init__(self, restore: CostRestore | None = None) -> None:
+        self.restore = restore if restore is not None else CostRestore()
+        self._rates: dict[str, AchievedRate] = {}
+        # Of models that no worker has asked for yet.
+        self._unread: dict[str, Any] = {}
+
+    def rate(self, model: str, spec: ComputeSpec, device: Device, devices: int = 1) -> AchievedRate:
+        """The learner of a model on workers of this kind. model: its fingerprint, as text.
+
+        What was learned before a restart is in it.
+        """
+        key = f"{model}/{device.name}/{devices}"
+        found = self._rates.pop(key, None)
+        if found is None:
+            found = AchievedRate(spec, device, devices)
+            if key in self._unread:
+                found.restore(self._unread.pop(key), f"rates.{key}")
+        # Last used, last in the table.
+        self._rates[key] = found
+        while len(self._rates) > _MOST_RATES:
+            del self._rates[next(iter(self._rates))]
+        return found
+
+    def to_bytes(self) -> bytes:
+        """All that was learned, as JSON in UTF-8."""
+        learned = {key: rate.state() for key, rate in self._rates.items() if rate.prefills}
+        state = {"version": VERSION, "restore": self.restore.state(), "rates": self._unread | learned}
+        return json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, restore: CostRestore | None = None) -> Calibration:
+        """What `to_bytes` wrote. restore: into which the costs of loads are read.
+
+        Raises ConfigError for another version, and naming the field for anything else that it did not write.
+        """
+        read.require(len(data) <= _MOST_BYTES, "calibration", f"is longer than {_MOST_BYTES} bytes")
+        try:
+            state = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("calibration", f"is not JSON: {error}") from error
+        table = read.mapping(state, "calibration")
+        version = table.get("version")
+        if version != VERSION:
+            raise ConfigError("calibration.version", f"is {version!r}, not {VERSION}", fix="remove the file")
+        read.only(table, "calibration", "version", "restore", "rates")
+        rates = read.mapping(table["rates"], "rates")
+        read.require(len(rates) <= _MOST_RATES, "rates", f"has more than {_MOST_RATES} entries")
+        for key, entry in rates.items():
+            AchievedRate.check(entry, f"rates.{key}")
+        found = cls(restore)
+        found.restore.restore(table["restore"])
+        found._unread = dict(rates)
+        return found

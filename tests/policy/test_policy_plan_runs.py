@@ -1,0 +1,241 @@
+"""Runs out of segments, what all ranks of a group hold, and the policy that plans over them."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.errors import ConfigError
+from kvtier.policy.always_load import AlwaysLoad
+from kvtier.policy.cost_restore import CostRestore
+from kvtier.policy.defaults import make_policies
+from kvtier.policy.interfaces import RestorePolicy, RestoreWish, Segment
+from kvtier.policy.load_cost import LoadLine
+from kvtier.policy.restore_plan import Question, plan_restore
+from kvtier.policy.runs import Run, common_runs, runs_of
+
+MB = 10**6
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Every token takes as long."""
+
+    token_s: float
+
+    def seconds(self, past, new):
+        return new * self.token_s
+
+
+def blocks(*sources, nbytes=MB, tokens=BLOCK):
+    return [Segment(i * tokens, (i + 1) * tokens, s, nbytes) for i, s in enumerate(sources)]
+
+
+def test_neighbours_of_one_source_are_one_run():
+    segments = [*blocks("host", "host", "disk", "disk"), Segment(1024, 1100, "disk", 76 * MB // BLOCK)]
+    tail = Segment(1024, 1152, "disk", MB // 2)
+    assert runs_of(segments[:4]) == (
+        Run(0, 512, BLOCK, (("host", 2 * MB),)),
+        Run(512, 1024, BLOCK, (("disk", 2 * MB),)),
+    )
+    assert runs_of([*segments[:4], tail])[-1] == Run(512, 1152, BLOCK, (("disk", 2.5 * MB),))
+    assert runs_of([]) == ()
+
+
+def test_blocks_of_other_sizes_are_other_runs():
+    two = [Segment(0, 256, "host", 10), Segment(256, 512, "host", 11)]
+    assert len(runs_of(two)) == 2
+    after_a_tail = [
+        Segment(0, 256, "host", 256),
+        Segment(256, 300, "host", 44),
+        Segment(300, 556, "host", 256),
+    ]
+    assert [run.end for run in runs_of(after_a_tail)] == [300, 556]
+    with pytest.raises(ValueError, match="overlap"):
+        runs_of([Segment(0, 256, "host", 10), Segment(200, 456, "host", 10)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["host", "disk"]), st.sampled_from([64, 256]), st.booleans()), max_size=30
+    )
+)
+def test_runs_have_the_cuts_and_the_bytes_of_the_segments(parts):
+    segments, at = [], 0
+    for source, tokens, double in parts:
+        segments.append(Segment(at, at + tokens, source, tokens * (2 if double else 1)))
+        at += tokens
+    runs = runs_of(segments)
+    assert [run.cut(i) for run in runs for i in range(1, run.cuts + 1)] == [s.end for s in segments]
+    assert sum(n for run in runs for _, n in run.loads) == sum(s.nbytes for s in segments)
+    for run in runs:
+        assert run.cut(0) == run.start
+        assert [run.cut_at_most(run.cut(i)) for i in range(run.cuts + 1)] == list(range(run.cuts + 1))
+
+
+@pytest.mark.parametrize("bad", [(5, 5, 1, ()), (-1, 5, 1, ()), (0, 5, 0, ()), (0, 5, 1, (("host", -1.0),))])
+def test_a_run_of_nothing_is_none(bad):
+    with pytest.raises(ValueError, match="is none"):
+        Run(*bad)
+
+
+def test_ranks_share_the_front_that_all_of_them_hold():
+    one = (Run(0, 1024, BLOCK, (("0/host", 4.0),)),)
+    two = (Run(0, 512, BLOCK, (("1/host", 2.0),)), Run(512, 768, BLOCK, (("disk", 1.0),)))
+    assert common_runs([one, two]) == (
+        Run(0, 512, BLOCK, (("0/host", 2.0), ("1/host", 2.0))),
+        Run(512, 768, BLOCK, (("0/host", 1.0), ("disk", 1.0))),
+    )
+    assert common_runs([one, ()]) == () == common_runs([])
+    assert common_runs([one]) == one
+    with pytest.raises(ValueError, match="different steps"):
+        common_runs([one, (Run(0, 1024, 128, (("1/host", 4.0),)),)])
+
+
+def test_one_disk_for_all_ranks_is_shared():
+    def group(*keys):
+        return common_runs([(Run(0, 1024, BLOCK, ((key, 100.0),)),) for key in keys])
+
+    lines = {key: LoadLine(0.0, 100.0) for key in ("disk", "0", "1")}
+    question = Question(1024, Flat(1.0), lines)
+    assert plan_restore(group("disk", "disk"), question).load_s == pytest.approx(2.0)
+    assert plan_restore(group("0", "1"), question).load_s == pytest.approx(1.0)
+
+
+def test_one_slow_rank_decides_for_the_group():
+    runs = common_runs([(Run(0, 1024, BLOCK, ((key, 100.0),)),) for key in ("0", "1")])
+    fast, slow = LoadLine(0.0, 1000.0), LoadLine(0.0, 10.0)
+    assert plan_restore(runs, Question(1024, Flat(0.005), {"0": fast, "1": fast})).way == "load"
+    assert plan_restore(runs, Question(1024, Flat(0.005), {"0": fast, "1": slow})).way == "recompute"
+
+
+# --- the policy ---------------------------------------------------------------------------------------------
+
+
+def learned():
+    policy = CostRestore()
+    random = np.random.default_rng(1)
+    for _ in range(40):
+        nbytes = int(random.integers(1, 500)) * MB
+        policy.observed("host", nbytes, 0.001 + nbytes / 10e9)
+        policy.observed("disk", nbytes, 0.002 + nbytes / 1e9)
+    return policy
+
+
+def test_both_policies_answer_the_same_interface():
+    policies: list[RestorePolicy] = [AlwaysLoad(), CostRestore()]
+    for policy in policies:
+        choice = policy.choose(blocks("host", "disk"), 1000)
+        assert choice.tokens == 512
+        assert 0 < choice.eta_low_s < choice.eta_high_s
+        policy.observed("disk", MB, 0.1, 0)
+        policy.restored(choice, 0.2)
+        assert policy.choose([], 1000).tokens == 0
+        assert policy.choose(blocks("host", "disk"), 300).tokens <= 300
+
+
+def test_the_policy_has_a_name():
+    assert isinstance(make_policies(restore="cost").restore, CostRestore)
+    assert isinstance(make_policies(restore="load").restore, AlwaysLoad)
+
+
+def test_without_a_rate_everything_is_loaded_but_what_would_be_late():
+    policy = learned()
+    segments = blocks(*["disk"] * 10, nbytes=100 * MB)
+    assert policy.choose(segments, 2560).tokens == 2560
+    assert policy.choose(segments, 2560, RestoreWish(mixed=True)).compute_front == 0
+    cut = policy.choose(segments, 2560, RestoreWish(deadline_s=0.5))
+    assert 0 < cut.tokens < 1280
+    assert "would arrive in 0.500 s" in cut.why
+    assert policy.choose(segments, 2560, RestoreWish(deadline_s=0.0)).tokens == 0
+
+
+def test_what_is_quicker_is_done_and_said():
+    policy = learned()
+    segments = blocks(*["disk"] * 10, nbytes=100 * MB)
+    quick, slow = RestoreWish(Flat(0.1 / 2560)), RestoreWish(Flat(10 / 2560))
+    recomputed = policy.choose(segments, 2600, quick)
+    assert recomputed.tokens == 0
+    assert "recomputing all 0.1" in recomputed.why
+    loaded = policy.choose(segments, 2600, slow)
+    assert (loaded.tokens, loaded.compute_front) == (2560, 0)
+    both = policy.choose(segments, 2560, RestoreWish(Flat(1 / 2560), mixed=True))
+    assert both.tokens == 2560
+    assert 1024 <= both.compute_front <= 1536
+    assert both.expected_s == pytest.approx(0.5, rel=0.1)
+    busy = policy.choose(segments, 2600, replace(quick, waiting_requests=50))
+    assert busy.tokens == 2560
+    alone = CostRestore(policy.loads, queue_scale=0.0)
+    assert alone.choose(segments, 2600, replace(quick, waiting_requests=50)).tokens == 0
+
+
+def test_a_queue_in_front_of_the_disk_is_counted():
+    policy = learned()
+    random = np.random.default_rng(2)
+    for _ in range(40):
+        nbytes, queue = int(random.integers(1, 500)) * MB, int(random.integers(1, 3000)) * MB
+        policy.observed("disk", nbytes, 0.002 + (nbytes + queue) / 1e9, queue)
+    segments = blocks(*["disk"] * 10, nbytes=10 * MB)
+    wish = RestoreWish(Flat(1 / 2560))
+    assert policy.choose(segments, 2600, wish).tokens == 2560
+    assert policy.choose(segments, 2600, replace(wish, queued_bytes={"disk": 5000 * MB})).tokens == 0
+
+
+def test_the_interval_of_whole_restores_holds_though_their_parts_are_no_sum():
+    """Loads that turn out half as fast together as each alone, with noise."""
+    policy, random, held = learned(), np.random.default_rng(3), []
+    for _ in range(600):
+        segments = blocks(*["disk"] * int(random.integers(1, 30)), nbytes=40 * MB)
+        choice = policy.choose(segments, len(segments) * BLOCK)
+        seconds = 2 * choice.expected_s * float(np.exp(random.normal(0, 0.2)))
+        held.append(choice.eta_low_s <= seconds <= choice.eta_high_s)
+        policy.restored(choice, seconds)
+    assert 0.75 <= np.mean(held) <= 0.85
+    assert choice.kind == "disk idle"
+
+
+def test_the_interval_is_that_of_the_loads_until_whole_restores_are_known():
+    segments = blocks(*["disk"] * 10, nbytes=10 * MB)
+    guess = CostRestore().choose(segments, 2560)
+    policy = learned()
+    known = policy.choose(segments, 2560)
+    assert known.eta_high_s / known.eta_low_s < guess.eta_high_s / guess.eta_low_s
+    assert known.expected_s == pytest.approx(0.002 + 0.1, rel=0.1)
+    for _ in range(9):
+        policy.restored(known, 5 * known.expected_s)
+    assert policy.choose(segments, 2560).eta_high_s == pytest.approx(known.eta_high_s)
+    for _ in range(30):
+        policy.restored(known, 5 * known.expected_s)
+    assert policy.choose(segments, 2560).eta_high_s == pytest.approx(5 * known.expected_s, rel=0.1)
+
+
+def test_learned_state_comes_back():
+    policy = learned()
+    choice = policy.choose(blocks("disk", "host"), 600)
+    policy.restored(choice, 0.3)
+    again = CostRestore()
+    again.restore(json.loads(json.dumps(policy.state())))
+    assert again.state() == policy.state()
+    assert again.choose(blocks("disk", "host"), 600) == policy.choose(blocks("disk", "host"), 600)
+    before = again.state()
+    for broken in (3, {}, {**before, "restores": {"disk idle": {}}}, {**before, "loads": {"disk": 1}}):
+        with pytest.raises(ConfigError, match="restore"):
+            again.restore(broken)
+    assert again.state() == before
+
+
+def test_nothing_is_learned_from_nonsense():
+    policy = learned()
+    before = policy.state()
+    policy.observed("disk", 0, 1.0)
+    policy.observed("disk", -5, 1.0)
+    policy.observed("disk", 5, math.nan)
+    policy.restored(policy.choose([], 100), 1.0)
+    policy.restored(policy.choose(blocks("disk"), 256), -1.0)
+    assert policy.state() == before
