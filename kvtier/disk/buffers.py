@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import queue
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,3 +68,64 @@ class ScratchPool:
             yield scratch
         finally:
             self._free.put(scratch)
+
+
+class StagingPool:
+    """Page-aligned memory for blocks that are encoded or sealed, used again and again.
+
+    No more than `limit_bytes` is out and kept together, but for one request that is longer than that.  A
+    request beyond it waits for others to end, in order of arrival.  A thread takes one at a time, so the
+    wait ends.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._free: list[Bytes] = []
+        self._out_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes out and kept now."""
+        return self._out_bytes + sum(buffer.nbytes for buffer in self._free)
+
+    @contextmanager
+    def take(self, nbytes: int) -> Iterator[Bytes]:
+        """At least `nbytes` of aligned memory, with anything in it, for the time of the block."""
+        room = self._wait_for(padded(max(nbytes, 1)))
+        try:
+            yield room
+        finally:
+            with self._changed:
+                self._out_bytes -= room.nbytes
+                if self.held_bytes + room.nbytes <= self._limit_bytes:
+                    self._free.append(room)
+                self._changed.notify_all()
+
+    def _wait_for(self, nbytes: int) -> Bytes:
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is ticket and self._may_begin(nbytes))
+                room = self._room(nbytes)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+            self._out_bytes += room.nbytes
+            return room
+
+    def _may_begin(self, nbytes: int) -> bool:
+        return self._out_bytes == 0 or self._out_bytes + nbytes <= self._limit_bytes
+
+    def _room(self, nbytes: int) -> Bytes:
+        """A kept buffer of about this size, or a new one in the place of kept ones."""
+        fitting = [buffer for buffer in self._free if nbytes <= buffer.nbytes <= 2 * nbytes]
+        best = min(fitting, key=lambda buffer: buffer.nbytes, default=None)
+        if best is not None and self._out_bytes + best.nbytes <= max(self._limit_bytes, nbytes):
+            self._free = [buffer for buffer in self._free if buffer is not best]
+            return best
+        while self._free and self.held_bytes + nbytes > self._limit_bytes:
+            del self._free[0]
+        return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)

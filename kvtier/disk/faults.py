@@ -13,6 +13,8 @@ from kvtier.errors import TierError, TierFull, TierUnavailable
 _LOG = logging.getLogger(__name__)
 # What a drive or its driver answers when these bytes are gone, as opposed to the whole device.
 _UNREADABLE = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EBADMSG, errno.EREMOTEIO})
+# SQLite quotes a damaged schema in its messages, which then are no text.
+INDEX_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -47,7 +49,7 @@ class Faults:
         """Turn SQLite's errors within the block into the tier's."""
         try:
             yield
-        except sqlite3.Error as problem:
+        except INDEX_ERRORS as problem:
             if getattr(problem, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
                 full = OSError(errno.ENOSPC, str(problem))
                 raise self.of_device("writing the index", full, 0) from problem

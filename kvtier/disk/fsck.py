@@ -5,12 +5,16 @@ with one that is older than the store, it makes an index from the segments: ever
 `graves` file calls dead, of two writes of one object the later.  Conversations are not in the segments, so
 their names are lost then; their blocks are found by their tokens.  When the graves are lost too, nobody
 can say what was forgotten, and nothing is taken over.
+
+Sealed blocks are checked with the key store.  Without it only their headers are: they count as unchecked, not
+as damaged, and a rebuilt index lists them.  A block whose key was destroyed is not to be served any more,
+whatever else says that it is there.
 """
 
 from __future__ import annotations
 
+import collections
 import os
-import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,17 +23,19 @@ from typing import Literal
 
 import numpy as np
 
+from kvtier.disk.coder import Coder
+from kvtier.disk.faults import INDEX_ERRORS
 from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.graves import Known
 from kvtier.disk.graves import read as read_graves
-from kvtier.disk.header import BlockHeader
 from kvtier.disk.index import Batch, Index, ObjectRow
+from kvtier.disk.keys import EPOCH_SHIFT
 from kvtier.disk.ledger import room_for
 from kvtier.disk.lock import FORMAT, DirectoryLock, sync_directory
 from kvtier.disk.recovery import sift, split_dead
 from kvtier.disk.scan import Found, SegmentReader, scan
 from kvtier.disk.segments import path_of, segment_numbers
-from kvtier.disk.store import EPOCH_SHIFT, INDEX, SEGMENTS
+from kvtier.disk.store import INDEX, SEGMENTS, OpenVault
 from kvtier.errors import ConfigError, TierUnavailable
 from kvtier.objects import ObjectId
 
@@ -46,12 +52,13 @@ IndexState = Literal["sound", "missing", "damaged", "older than the store"]
 class Report:
     """What a check found, and what a repair did.
 
-    objects, object_bytes: listed (or, without an index, to be listed) and intact.  damaged_headers,
-    damaged_payloads: listed, and their bytes are wrong.  entries_without_object: listed where no such object
-    is.  overlaps: listed twice, or over another.  lost_bytes: payload of all these.  quarantined: known to
-    be bad before.  orphans: intact, and not listed though nothing says that they ended: a crash cut their
-    park off, or the index does not know of them.  forgotten: intact, and not to be served any more; their
-    room is free.  foreign: pages that begin like a header of this store and are none.
+    objects, object_bytes: listed (or, without an index, to be listed) and intact; of unchecked ones among
+    them and among the orphans only the header was checked, for the reasons in unchecked_why.
+    damaged_headers, damaged_payloads: listed, and their bytes are wrong.  entries_without_object: listed
+    where no such object is.  overlaps: listed twice, or over another.  lost_bytes: payload of all these.
+    quarantined: known to be bad before.  orphans: intact, and not listed though nothing says that they
+    ended: a crash cut their park off, or the index does not know of them.  forgotten: intact, and not to be
+    served any more; their room is free.  foreign: pages that begin like a header of this store and are none.
     """
 
     directory: str
@@ -68,6 +75,8 @@ class Report:
     overlaps: int = 0
     lost_bytes: int = 0
     quarantined: int = 0
+    unchecked: int = 0
+    unchecked_why: list[str] = field(default_factory=list)
     orphans: int = 0
     orphan_bytes: int = 0
     forgotten: int = 0
@@ -84,10 +93,10 @@ class Report:
 
 @dataclass(slots=True)
 class _Seen:
-    """What the segments hold. file_bytes: length of each; headers: by place, with whether it is intact."""
+    """What the segments hold. file_bytes: length of each; headers: by place."""
 
     file_bytes: dict[int, int] = field(default_factory=dict)
-    headers: dict[tuple[int, int], tuple[BlockHeader, bool]] = field(default_factory=dict)
+    headers: dict[tuple[int, int], Found] = field(default_factory=dict)
     not_ours: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -97,22 +106,29 @@ def fsck(
     repair: bool = False,
     on_progress: OnProgress | None = None,
     ops: FileOps | None = None,
+    open_vault: OpenVault | None = None,
 ) -> Report:
     """Check the directory and answer what was found; with `repair` also mend it.
 
-    Raises ConfigError when the directory is none of kvtier's, TierUnavailable when a process uses it or it
-    cannot be read.
+    open_vault: opens the key store for the id of the store, which is closed again; none is needed for
+    blocks that are not sealed.  Raises ConfigError when the directory is none of kvtier's, TierUnavailable
+    when a process uses it or it cannot be read; whatever open_vault raises.
     """
     if not (directory / FORMAT).exists():
         raise ConfigError(
             "directory", f"{directory} is not a kvtier directory", fix="name the disk.directory of a daemon"
         )
     held = DirectoryLock(directory)
+    vault = None
     try:
-        return _Check(directory, held.store_id, ops or OsFileOps(), on_progress or _silent).run(repair)
-    except (OSError, sqlite3.Error) as problem:
+        vault = None if open_vault is None else open_vault(held.store_id)
+        coder = Coder(held.store_id, vault, 0)
+        return _Check(directory, coder, ops or OsFileOps(), on_progress or _silent).run(repair)
+    except (OSError, *INDEX_ERRORS) as problem:
         raise TierUnavailable(f"{directory} cannot be checked: {problem}") from problem
     finally:
+        if vault is not None:
+            vault.close()
         held.release()
 
 
@@ -123,9 +139,9 @@ def _silent(_done: int, _total: int) -> None:
 class _Check:
     """One run over one directory, whose lock is held."""
 
-    def __init__(self, directory: Path, store_id: bytes, ops: FileOps, on_progress: OnProgress) -> None:
+    def __init__(self, directory: Path, coder: Coder, ops: FileOps, on_progress: OnProgress) -> None:
         self._directory = directory
-        self._store_id = store_id
+        self._coder = coder
         self._ops = ops
         self._on_progress = on_progress
         self._known: Known | None = None
@@ -133,7 +149,7 @@ class _Check:
 
     def run(self, repair: bool) -> Report:
         report = self._report
-        self._known = read_graves(str(self._directory), self._ops, self._store_id)
+        self._known = read_graves(str(self._directory), self._ops, self._coder.store_id)
         report.graves = "sound" if self._known is not None else "missing"
         index = self._open_index()
         try:
@@ -145,8 +161,9 @@ class _Check:
         finally:
             if index is not None and not (repair and report.index == "sound"):
                 index.close()
+        self._count_unchecked(orphans, seen)
         report.orphans = len(orphans)
-        report.orphan_bytes = sum(row.stored_bytes for row in orphans)
+        report.orphan_bytes = sum(row.meta.nbytes for row in orphans)
         if report.index != "sound":
             report.objects, report.object_bytes = report.orphans, report.orphan_bytes
             if repair:
@@ -165,14 +182,17 @@ class _Check:
             return None
         try:
             index = Index(path)
-        except sqlite3.Error as problem:
+        except INDEX_ERRORS as problem:
             report.index, report.index_problems = "damaged", [str(problem)]
             return None
         try:
             report.index_problems = index.problems()
             report.conversations = sum(len(part) for part in index.records(_ROWS_AT_ONCE))
+            index.segments()
+            # SQLite's own check does not know what may be in a row.
+            collections.deque(index.objects(), maxlen=0)
             older = self._known is not None and index.epoch() < self._known.next_sequence >> EPOCH_SHIFT
-        except sqlite3.Error as problem:
+        except INDEX_ERRORS as problem:
             report.index_problems.append(str(problem))
             older = False
         if not report.index_problems and not older:
@@ -201,27 +221,31 @@ class _Check:
         return seen
 
     def _look_into(self, number: int, reader: SegmentReader, seen: _Seen, before: int, total: int) -> None:
-        for found in scan(reader, self._store_id, lambda done: self._on_progress(before + done, total)):
+        longest = max(seen.file_bytes.values())
+        for found in scan(reader, self._coder, longest, lambda done: self._on_progress(before + done, total)):
             if isinstance(found, Found):
-                seen.headers[number, found.at] = (found.header, found.intact)
+                seen.headers[number, found.at] = found
             else:
                 seen.not_ours.add((number, found.at))
         self._report.foreign = len(seen.not_ours)
 
     def _living(self, seen: _Seen) -> list[ObjectRow]:
-        """Intact objects that nothing calls dead, the latest write of each."""
-        intact = [(place, header) for place, (header, whole) in seen.headers.items() if whole]
+        """Intact and unchecked objects that nothing calls dead, the latest write of each."""
+        keyless = sum(found.payload == "keyless" for found in seen.headers.values())
+        usable = ("intact", "unchecked")
+        there = [(at, found) for at, found in seen.headers.items() if found.payload in usable]
+        self._report.forgotten += keyless
         if self._known is None:
-            self._report.forgotten += len(intact)
+            self._report.forgotten += len(there)
             return []
-        sequences = np.array([header.sequence for _, header in intact], dtype=np.uint64)
+        sequences = np.array([found.header.sequence for _, found in there], dtype=np.uint64)
         newest: dict[ObjectId, ObjectRow] = {}
-        for (place, header), gone in zip(intact, self._known.dead(sequences).tolist(), strict=True):
-            row = _row(header, *place)
-            older = newest.get(header.meta.object_id)
+        for (place, found), gone in zip(there, self._known.dead(sequences).tolist(), strict=True):
+            row = _row(found, *place)
+            older = newest.get(row.meta.object_id)
             self._report.forgotten += gone
             if not gone and (older is None or older.sequence < row.sequence):
-                newest[header.meta.object_id] = row
+                newest[row.meta.object_id] = row
         return list(newest.values())
 
     # -- comparing with a sound index
@@ -236,7 +260,7 @@ class _Check:
         for row in rows:
             if row.sequence in misplaced:
                 remove.append(row.sequence)
-                outside = row.at + room_for(row.meta.nbytes) > seen.file_bytes.get(row.segment, 0)
+                outside = row.at + room_for(row.stored_bytes) > seen.file_bytes.get(row.segment, 0)
                 report.entries_without_object += outside
                 report.overlaps += not outside
                 report.lost_bytes += row.meta.nbytes
@@ -250,14 +274,19 @@ class _Check:
 
     def _compare_row(self, row: ObjectRow, seen: _Seen, remove: list[int], quarantine: list[int]) -> None:
         report, place = self._report, (row.segment, row.at)
-        header, intact = seen.headers.get(place, (None, False))
-        expected = BlockHeader(row.meta, row.sequence, self._store_id, row.stored_bytes, row.codec)
-        if header == expected and intact:
+        found = seen.headers.get(place)
+        expected = found is not None and _row(found, *place) == row
+        payload = found.payload if found is not None and expected else "damaged"
+        if payload in ("intact", "unchecked"):
             report.objects += 1
             report.object_bytes += row.meta.nbytes
+            self._count_unchecked([row], seen)
+            return
+        if payload == "keyless":
+            remove.append(row.sequence)
             return
         report.lost_bytes += row.meta.nbytes
-        if header == expected:
+        if expected:
             report.damaged_payloads += 1
             quarantine.append(row.sequence)
         elif place in seen.not_ours:
@@ -266,6 +295,12 @@ class _Check:
         else:
             report.entries_without_object += 1
             remove.append(row.sequence)
+
+    def _count_unchecked(self, rows: list[ObjectRow], seen: _Seen) -> None:
+        there = [seen.headers[row.segment, row.at] for row in rows]
+        reasons = [found.why for found in there if found.payload == "unchecked"]
+        self._report.unchecked += len(reasons)
+        self._report.unchecked_why = sorted({*self._report.unchecked_why, *reasons})
 
     # -- repairing
 
@@ -289,7 +324,7 @@ class _Check:
             index.apply(Batch(add_segments=sorted(seen.file_bytes.items())))
             for part in _parts(sorted(rows, key=lambda row: row.sequence)):
                 index.apply(Batch(add=part))
-            latest = max((header.sequence for header, _ in seen.headers.values()), default=0)
+            latest = max((found.header.sequence for found in seen.headers.values()), default=0)
             known = self._known.next_sequence if self._known is not None else 0
             index.next_epoch(max(latest, known) >> EPOCH_SHIFT)
         finally:
@@ -307,8 +342,10 @@ class _Check:
         sync_directory(self._directory)
 
 
-def _row(header: BlockHeader, segment: int, at: int) -> ObjectRow:
-    return ObjectRow(header.meta, header.sequence, segment, at, header.stored_bytes, header.codec)
+def _row(found: Found, segment: int, at: int) -> ObjectRow:
+    header, sealed = found.header, found.header.seal is not None
+    stored = (header.stored_bytes, header.codec)
+    return ObjectRow(header.meta, header.sequence, segment, at, *stored, sealed=sealed)
 
 
 def _parts(rows: list[ObjectRow]) -> Iterator[list[ObjectRow]]:

@@ -8,17 +8,23 @@ the index, and an index can be rebuilt from the segments alone.
     0      8      magic
     8      2      version
     10     2      length of the body
-    12     4      features that a reader must know (no bit has a meaning in version 1)
+    12     4      features that a reader must know: 1, the block is sealed
     16     16     id of the store
     32     8      sequence number of the write
     40     8      payload length
     48     8      stored length, after the codec
-    56     8      checksum of the payload
-    64     32     reserved, zero
+    56     8      checksum of the payload; masked in a sealed block
+    64     12     nonce of a sealed block
+    76     16     tag of a sealed block
+    92     4      reserved, zero
     96     ...    body: a msgpack map with names, keys and positions, then zeros
     4088   8      xxh3-64 of the 4088 bytes before
 
 All numbers are little-endian.
+
+A sealed block's stored bytes are encrypted, after the codec.  Its tag covers them and all of this page but
+the tag and the page's own sum, so a block under another header, or a header changed, fails.  `mask` (see
+`coder.py`) keeps the checksum of what is sealed from those who can read the drive.
 """
 
 from __future__ import annotations
@@ -33,20 +39,22 @@ import xxhash
 
 from kvtier.checksum import NAME as CHECKSUM_NAME
 from kvtier.checksum import Buffer
+from kvtier.disk.codecs import RAW
 from kvtier.errors import CorruptObject
 from kvtier.objects import ObjectId, ObjectMeta, Root
 
 HEADER_BYTES = 4096
 VERSION = 1
-RAW = "raw"
 
 MAGIC = b"KVTBLK\r\n"
-_FIXED = struct.Struct("<8sHHI16sQQQQ32s")
+_FIXED = struct.Struct("<8sHHI16sQQQQ12s16s4s")
 _SUM = struct.Struct("<Q")
 _SUM_AT = HEADER_BYTES - _SUM.size
 _BODY_ROOM = _SUM_AT - _FIXED.size
-_KNOWN_FEATURES = 0
-_RESERVED = bytes(32)
+_TAG_AT, _TAG_END = 76, 92
+_SEALED = 1
+_KNOWN_FEATURES = _SEALED
+_RESERVED = bytes(4)
 
 
 class HeaderError(CorruptObject):
@@ -66,11 +74,23 @@ class HeaderUnsupported(HeaderError):
 
 
 @dataclass(frozen=True, slots=True)
+class Seal:
+    """How a block is sealed. nonce: 12 bytes; tag: 16 bytes, zeros until they are known."""
+
+    nonce: bytes
+    tag: bytes
+
+
+UNSEALED = Seal(bytes(12), bytes(16))
+
+
+@dataclass(frozen=True, slots=True)
 class BlockHeader:
     """What a header says.
 
-    meta: the object, its checksum known.  sequence: grows with every write of the store and is never
-    used twice.  store_id: 16 bytes, one per directory.  stored_bytes: length on disk, without padding.
+    meta: the object, its checksum known; masked in a sealed block.  sequence: grows with every write of
+    the store and is never used twice.  store_id: 16 bytes, one per directory.  stored_bytes: length on disk,
+    without padding.
     """
 
     meta: ObjectMeta
@@ -79,6 +99,7 @@ class BlockHeader:
     stored_bytes: int
     codec: str = RAW
     checksum_name: str = CHECKSUM_NAME
+    seal: Seal | None = None
 
 
 def encode(header: BlockHeader) -> bytes:
@@ -87,16 +108,19 @@ def encode(header: BlockHeader) -> bytes:
     body: bytes = msgpack.packb(_body(header))
     if len(body) > _BODY_ROOM:
         raise ValueError(f"tenant, shard and codec names of {meta.object_id} do not fit into a header page")
+    seal = header.seal or UNSEALED
     fixed = _FIXED.pack(
         MAGIC,
         VERSION,
         len(body),
-        0,
+        0 if header.seal is None else _SEALED,
         header.store_id,
         header.sequence,
         meta.nbytes,
         header.stored_bytes,
         meta.checksum,
+        seal.nonce,
+        seal.tag,
         _RESERVED,
     )
     page = (fixed + body).ljust(_SUM_AT, b"\0")
@@ -111,7 +135,7 @@ def decode(page: Buffer, *, check: bool = True) -> BlockHeader:
     raw = bytes(page)
     if len(raw) != HEADER_BYTES or not raw.startswith(MAGIC):
         raise NotAHeader("no block header here")
-    _, version, body_bytes, features, store_id, sequence, nbytes, stored, payload_sum, reserved = (
+    _, version, body_bytes, features, store_id, sequence, nbytes, stored, payload_sum, *rest = (
         _FIXED.unpack_from(raw)
     )
     if version > VERSION:
@@ -120,7 +144,9 @@ def decode(page: Buffer, *, check: bool = True) -> BlockHeader:
         )
     if check and _SUM.unpack_from(raw, _SUM_AT)[0] != xxhash.xxh3_64_intdigest(raw[:_SUM_AT]):
         raise HeaderDamaged("the header's checksum does not fit")
-    if features & ~_KNOWN_FEATURES or reserved != _RESERVED:
+    nonce, tag, reserved = rest
+    seal = Seal(nonce, tag) if features & _SEALED else None
+    if features & ~_KNOWN_FEATURES or reserved != _RESERVED or (seal is None and any(nonce + tag)):
         raise HeaderUnsupported(f"block header with unknown features {features:#x}", fix="use a newer kvtier")
     if version < 1 or body_bytes > _BODY_ROOM:
         raise HeaderDamaged("version or body length out of bounds")
@@ -132,7 +158,14 @@ def decode(page: Buffer, *, check: bool = True) -> BlockHeader:
         stored_bytes=stored,
         codec=_field(fields, "codec", str),
         checksum_name=_field(fields, "checksum", str),
+        seal=seal,
     )
+
+
+def associated(page: Buffer) -> bytes:
+    """What of a header page a sealed block's tag covers: all but the tag and the page's own sum."""
+    raw = bytes(page)
+    return raw[:_TAG_AT] + raw[_TAG_END:_SUM_AT]
 
 
 def _body(header: BlockHeader) -> dict[str, object]:

@@ -12,7 +12,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from kvtier.disk.faults import INDEX_ERRORS
 from kvtier.objects import ObjectId, ObjectMeta, Root
 
 _SCHEMA = """
@@ -25,23 +27,31 @@ CREATE TABLE IF NOT EXISTS objects (
     shard TEXT NOT NULL, root INTEGER NOT NULL, parent_key BLOB NOT NULL, start INTEGER NOT NULL,
     tokens INTEGER NOT NULL, first_valid INTEGER NOT NULL, nbytes INTEGER NOT NULL,
     checksum INTEGER NOT NULL, codec TEXT NOT NULL, stored_bytes INTEGER NOT NULL,
-    segment INTEGER NOT NULL, at INTEGER NOT NULL, quarantined INTEGER NOT NULL DEFAULT 0);
+    segment INTEGER NOT NULL, at INTEGER NOT NULL, quarantined INTEGER NOT NULL DEFAULT 0,
+    sealed INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS conversations (
     tenant TEXT NOT NULL, conversation TEXT NOT NULL, version INTEGER NOT NULL, data BLOB NOT NULL,
     PRIMARY KEY (tenant, conversation)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
-_ADD_OBJECT = "INSERT INTO objects VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,0)"
+_ADD_OBJECT = "INSERT INTO objects VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,0,?)"
 _PUT_RECORD = """INSERT INTO conversations VALUES (?,?,?,?) ON CONFLICT (tenant, conversation)
     DO UPDATE SET version = excluded.version, data = excluded.data WHERE excluded.version >= version"""
 _DROP_RECORD = "DELETE FROM conversations WHERE tenant = ? AND conversation = ? AND version <= ?"
 _PUT_STATE = "INSERT INTO state VALUES (?,?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 _EPOCH = "store.epoch"
+# What SQLite stored may come back as something else when bits of its file have changed.
+_OBJECT = (int, bytes, int, str, int, bytes, *(int,) * 5, str, *(int,) * 5)
+_ROOT = (int, bytes, str, bytes, str, int)
+_RECORD = (str, str, int, bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRow:
-    """An object and where it is: byte `at` of a segment, where its header starts."""
+    """An object and where it is: byte `at` of a segment, where its header starts.
+
+    The checksum of a sealed object is masked, as in its header.
+    """
 
     meta: ObjectMeta
     sequence: int
@@ -50,6 +60,7 @@ class ObjectRow:
     stored_bytes: int
     codec: str
     quarantined: bool = False
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +97,13 @@ class Index:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             # One process owns the directory, so SQLite need not share its own index of the WAL.
+            self._db.text_factory = _text
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
             self._roots = {root: number for number, root in self._read_roots()}
-        except sqlite3.Error:
+        except INDEX_ERRORS:
             self._db.close()
             raise
 
@@ -133,7 +145,8 @@ class Index:
     def segments(self) -> dict[int, int]:
         """Length in bytes of each segment."""
         with self._lock:
-            return dict(self._db.execute("SELECT segment, nbytes FROM segments"))
+            rows = self._db.execute("SELECT segment, nbytes FROM segments")
+            return dict(_checked(row, (int, int)) for row in rows)
 
     def objects(self) -> Iterator[ObjectRow]:
         """Every object in the order in which they were written. For recovery, before other threads run."""
@@ -141,10 +154,10 @@ class Index:
         # A block's key is its children's parent key, and in every group and shard the same: kept once.
         keys: dict[bytes, bytes] = {}
         for row in self._db.execute("SELECT * FROM objects ORDER BY sequence"):
-            sequence, block_key, group, shard, root, parent_key, start, tokens = row[:8]
+            sequence, block_key, group, shard, root, parent_key, start, tokens = _checked(row, _OBJECT)[:8]
             if root not in roots:
                 raise sqlite3.IntegrityError(f"object {sequence} names an unknown root")
-            first_valid, nbytes, checksum, codec, stored_bytes, segment, at, quarantined = row[8:]
+            first_valid, nbytes, checksum, codec, stored_bytes, segment, at, bad, sealed = row[8:]
             meta = ObjectMeta(
                 object_id=ObjectId(keys.setdefault(block_key, block_key), group, sys.intern(shard)),
                 root=roots[root],
@@ -155,7 +168,8 @@ class Index:
                 nbytes=nbytes,
                 checksum=_unsigned(checksum),
             )
-            yield ObjectRow(meta, sequence, segment, at, stored_bytes, sys.intern(codec), bool(quarantined))
+            codec = sys.intern(codec)
+            yield ObjectRow(meta, sequence, segment, at, stored_bytes, codec, bool(bad), bool(sealed))
 
     def record(self, tenant: str, conversation: str) -> ConversationRecord | None:
         """One conversation's record."""
@@ -163,7 +177,7 @@ class Index:
             row = self._db.execute(
                 "SELECT * FROM conversations WHERE tenant = ? AND conversation = ?", (tenant, conversation)
             ).fetchone()
-        return None if row is None else ConversationRecord(*row)
+        return None if row is None else ConversationRecord(*_checked(row, _RECORD))
 
     def records(self, batch: int) -> Iterator[list[ConversationRecord]]:
         """Every conversation's record, in batches; what changes meanwhile may be seen or not."""
@@ -177,14 +191,14 @@ class Index:
                 ).fetchall()
             if not rows:
                 return
-            yield [ConversationRecord(*row) for row in rows]
+            yield [ConversationRecord(*_checked(row, _RECORD)) for row in rows]
             tenant, conversation = rows[-1][:2]
 
     def state(self, name: str) -> bytes | None:
         """The value stored under a name."""
         with self._lock:
             row = self._db.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        return None if row is None else bytes(_checked(row, (bytes,))[0])
 
     def close(self) -> None:
         """Fold the WAL into the file and close it."""
@@ -192,9 +206,8 @@ class Index:
             self._db.close()
 
     def _read_roots(self) -> Iterator[tuple[int, Root]]:
-        for number, key, tenant, fingerprint, fidelity, block_tokens in self._db.execute(
-            "SELECT * FROM roots"
-        ):
+        for row in self._db.execute("SELECT * FROM roots"):
+            number, key, tenant, fingerprint, fidelity, block_tokens = _checked(row, _ROOT)
             yield number, Root(key, tenant, fingerprint, fidelity, block_tokens)
 
     def _write(self, batch: Batch) -> None:
@@ -230,6 +243,7 @@ class Index:
             row.stored_bytes,
             row.segment,
             row.at,
+            row.sealed,
         )
 
     def _root_number(self, root: Root) -> int:
@@ -242,6 +256,19 @@ class Index:
             )
             self._roots[root] = number
         return number
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as problem:
+        raise sqlite3.DatabaseError(f"a text is damaged: {problem}") from problem
+
+
+def _checked(row: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Any, ...]:
+    if tuple(map(type, row)) != types:
+        raise sqlite3.DatabaseError("a row is damaged: its values are of other types")
+    return row
 
 
 def _signed(value: int) -> int:

@@ -12,25 +12,35 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from kvtier.disk.buffers import padded
+from kvtier.disk.codecs import RAW
 from kvtier.disk.extents import ExtentAllocator
 from kvtier.disk.header import HEADER_BYTES
+from kvtier.disk.index import ObjectRow
 from kvtier.errors import ObjectExists, SlotLeased, StaleSlot
 from kvtier.leases import LeaseBook
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State, check_move
 from kvtier.tier import Slot, TierUsage
 
+if TYPE_CHECKING:
+    from kvtier.disk.sealing import DataKey
 
-def room_for(nbytes: int) -> int:
-    """Bytes on disk of an object of `nbytes`: a header page and whole pages of payload."""
-    return HEADER_BYTES + padded(nbytes)
+
+def room_for(stored_bytes: int) -> int:
+    """Bytes on disk of an object stored in `stored_bytes`: a header page and whole pages of payload."""
+    return HEADER_BYTES + padded(stored_bytes)
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One slot in use. pins: I/O calls of this process that touch its room now."""
+    """One slot in use.
+
+    pins: I/O calls of this process that touch its room now.  codec, stored_bytes, sealed: how its payload
+    stands on disk, once it is written.  key: what it was sealed with, until it is committed.
+    """
 
     slot_id: int
     generation: int
@@ -39,6 +49,10 @@ class Entry:
     at: int
     room: int
     state: State
+    stored_bytes: int
+    codec: str = RAW
+    sealed: bool = False
+    key: DataKey | None = None
     writer: str = ""
     pins: int = 0
     written: bool = False
@@ -97,7 +111,7 @@ class Ledger:
         place = self.extents.allocate(room)
         if place is None:
             return None
-        entry = self._enter(meta, self._generation, *place, State.WRITING)
+        entry = self._enter(meta, self._generation, place, State.WRITING, meta.nbytes)
         self._generation += 1
         entry.writer = holder
         self._leases.hold(entry.slot_id, holder)
@@ -120,11 +134,22 @@ class Ledger:
             self._leases.withdraw(entry.slot_id)
         self._unwrite(entry)
 
+    def shrink(self, entry: Entry) -> None:
+        """Give the room back that a written entry does not need, since its payload became smaller."""
+        room = room_for(entry.stored_bytes)
+        spare = entry.room - room
+        if spare:
+            self.extents.free(entry.segment, entry.at + room, spare)
+            entry.room = room
+            self._used -= spare
+            self._filling -= spare
+
     def publish(self, entries: Iterable[Entry]) -> None:
         """Make written entries visible; they are in the index now."""
         for entry in entries:
             entry.move(State.DURABLE)
             entry.committing = False
+            entry.key = None
             entry.in_index = True
             self._filling -= entry.room
             self._objects += 1
@@ -209,15 +234,19 @@ class Ledger:
 
     # -- ending
 
-    def quarantine(self, entry: Entry) -> None:
-        """A check failed: the object is not found any more; its room is kept until removed or healed."""
+    def quarantine(self, entry: Entry) -> bool:
+        """A check failed: the object is not found any more; its room is kept until removed or healed.
+
+        Answers False, and does nothing, when it was removed or quarantined meanwhile.
+        """
         if entry.state is not State.DURABLE:
-            return
+            return False
         entry.move(State.QUARANTINED)
         del self._names[entry.meta.object_id]
         self._objects -= 1
         self._quarantined[entry.meta.object_id] = entry
         self._changes.quarantine.append(entry)
+        return True
 
     def quarantined(self, object_id: ObjectId) -> Entry | None:
         """The quarantined entry of that name, if there is one."""
@@ -278,12 +307,17 @@ class Ledger:
         """What the next reservation gets."""
         return self._generation
 
-    def adopt(self, meta: ObjectMeta, generation: int, segment: int, at: int, *, quarantined: bool) -> None:
-        """Enter an object that the index lists. Its room must be kept out of the extents by the owner."""
-        state = State.QUARANTINED if quarantined else State.DURABLE
-        entry = self._enter(meta, generation, segment, at, state)
+    def adopt(self, row: ObjectRow) -> None:
+        """Enter an object that the index lists, its checksum unmasked.
+
+        Its room must be kept out of the extents by the owner.
+        """
+        meta = row.meta
+        state = State.QUARANTINED if row.quarantined else State.DURABLE
+        entry = self._enter(meta, row.sequence, (row.segment, row.at), state, row.stored_bytes)
+        entry.codec, entry.sealed = row.codec, row.sealed
         entry.in_index = True
-        if quarantined:
+        if row.quarantined:
             self._quarantined[meta.object_id] = entry
         else:
             self._names[meta.object_id] = entry
@@ -291,13 +325,15 @@ class Ledger:
 
     # -- inside
 
-    def _enter(self, meta: ObjectMeta, generation: int, segment: int, at: int, state: State) -> Entry:
+    def _enter(
+        self, meta: ObjectMeta, generation: int, place: tuple[int, int], state: State, stored_bytes: int
+    ) -> Entry:
         if not self._free_ids:
             self._free_ids.append(len(self._slots))
             self._slots.append(None)
         slot_id = heapq.heappop(self._free_ids)
-        room = room_for(meta.nbytes)
-        entry = Entry(slot_id, generation, meta, segment, at, room, state)
+        room = room_for(stored_bytes)
+        entry = Entry(slot_id, generation, meta, *place, room, state, stored_bytes)
         self._slots[slot_id] = entry
         self._used += room
         return entry

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvtier.errors import ConfigError, TierUnavailable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LOCK = "LOCK"
 FORMAT = "FORMAT"
 _NEW_FORMAT = "FORMAT.new"
@@ -18,7 +18,7 @@ _NOT_OURS_BUT_FINE = frozenset({"lost+found", _LOCK, _NEW_FORMAT})
 
 
 class DirectoryLock:
-    """Holds a data directory for this process, and knows its store id.
+    """Holds a data directory for this process, and knows its store id and whether it has sealed blocks.
 
     Creates the directory and its format file when they are not there.  Raises ConfigError when the
     directory holds something else, TierUnavailable when another process holds it, when a newer version
@@ -38,7 +38,7 @@ class DirectoryLock:
             ) from problem
         try:
             self._take()
-            self.store_id = _format(directory)
+            self.store_id, self.sealed = _format(directory)
         except OSError as problem:
             os.close(self._fd)
             raise TierUnavailable(f"directory {directory} cannot be used: {problem}") from problem
@@ -54,6 +54,12 @@ class DirectoryLock:
             return False
         then = os.fstat(self._fd)
         return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+
+    def note_sealed(self) -> None:
+        """Say in the format file, durably, that blocks may be sealed: before the first one is."""
+        if not self.sealed:
+            _write_format(self.directory, self.store_id, sealed=True)
+            self.sealed = True
 
     def release(self) -> None:
         """Let another process have the directory."""
@@ -84,30 +90,33 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _format(directory: Path) -> bytes:
-    """The store id in the directory's format file, which is made when it is not there."""
+def _format(directory: Path) -> tuple[bytes, bool]:
+    """Store id, and whether blocks are sealed, from the format file, which is made when it is not there."""
     path = directory / FORMAT
     if not path.exists():
-        _create_format(directory)
+        _write_format(directory, secrets.token_bytes(16), sealed=False)
+        sync_directory(directory.parent)
     try:
         said = json.loads(path.read_bytes())
         version = said["version"]
         store_id = bytes.fromhex(said["store_id"])
+        sealed = bool(said.get("sealed", False))
     except (ValueError, KeyError, TypeError) as problem:
         raise TierUnavailable(
             f"{path} cannot be understood: {problem}",
             fix="restore the file, or start with an empty directory",
         ) from problem
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise TierUnavailable(
-            f"directory {directory} has format version {version}; this kvtier knows up to {FORMAT_VERSION}",
-            fix="use the kvtier that wrote it, or a newer one, or another directory",
+            f"directory {directory} has format version {version}; this kvtier knows {FORMAT_VERSION}",
+            fix="use the kvtier that wrote it, or another directory, or empty this one",
         )
-    return store_id
+    return store_id, sealed
 
 
-def _create_format(directory: Path) -> None:
-    text = json.dumps({"kvtier": "disk", "version": FORMAT_VERSION, "store_id": secrets.token_hex(16)})
+def _write_format(directory: Path, store_id: bytes, *, sealed: bool) -> None:
+    said = {"kvtier": "disk", "version": FORMAT_VERSION, "store_id": store_id.hex(), "sealed": sealed}
+    text = json.dumps(said)
     new = directory / _NEW_FORMAT
     with open(new, "w", encoding="ascii") as file:
         file.write(text + "\n")
@@ -115,7 +124,6 @@ def _create_format(directory: Path) -> None:
         os.fsync(file.fileno())
     os.rename(new, directory / FORMAT)
     sync_directory(directory)
-    sync_directory(directory.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import resource
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,13 +13,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvtier.disk.buffers import PAGE
+from kvtier.disk.codecs import CODECS, RAW, CodecMissing
 from kvtier.disk.graves import Known
-from kvtier.disk.header import RAW
 from kvtier.disk.index import ObjectRow
 from kvtier.disk.ledger import Ledger, room_for
 from kvtier.errors import ConfigError
 from kvtier.objects import ObjectId
 
+_LOG = logging.getLogger(__name__)
 _SPARE_FILES = 64
 
 
@@ -46,15 +49,16 @@ def sift(rows: Iterable[ObjectRow], found_bytes: dict[int, int]) -> Recovered:
     """Part usable rows from those that cannot be right.
 
     found_bytes: length at which each segment's file was found.  Lost is what lies outside of its segment
-    or beyond where its file ended, what has a codec that is not known here, an older write of an object
-    that is there twice, and of two that overlap the older one.
+    or beyond where its file ended, what has a codec that is not known here or lengths that cannot be, an
+    older write of an object that is there twice, and of two that overlap the older one.
     """
     recovered = Recovered()
+    longest = max(found_bytes.values(), default=0)
     newest: dict[tuple[ObjectId, bool], ObjectRow] = {}
     for row in rows:
-        end = row.at + room_for(row.meta.nbytes)
+        end = row.at + room_for(row.stored_bytes)
         inside = row.at >= 0 and row.at % PAGE == 0 and end <= found_bytes.get(row.segment, 0)
-        if not inside or row.codec != RAW:
+        if not inside or not lengths_can_be(row.codec, row.stored_bytes, row.meta.nbytes, longest):
             recovered.lost.append(row.sequence)
             continue
         name = (row.meta.object_id, row.quarantined)
@@ -65,6 +69,17 @@ def sift(rows: Iterable[ObjectRow], found_bytes: dict[int, int]) -> Recovered:
             newest[name] = row
     _drop_overlaps(sorted(newest.values(), key=lambda row: (row.segment, row.at)), recovered)
     return recovered
+
+
+def lengths_can_be(codec: str, stored_bytes: int, nbytes: int, longest: int) -> bool:
+    """Whether a write can have had these lengths.
+
+    Room is taken for the whole payload before it is encoded, so none is longer than a segment, and
+    `longest`, the length of the longest, bounds what reading takes of memory.
+    """
+    if codec == RAW:
+        return stored_bytes == nbytes
+    return codec in CODECS and 0 <= stored_bytes < nbytes and room_for(nbytes) <= longest
 
 
 def _drop_overlaps(rows: list[ObjectRow], recovered: Recovered) -> None:
@@ -79,7 +94,16 @@ def _drop_overlaps(rows: list[ObjectRow], recovered: Recovered) -> None:
 
 
 def _overlap(before: ObjectRow, after: ObjectRow) -> bool:
-    return before.segment == after.segment and before.at + room_for(before.meta.nbytes) > after.at
+    return before.segment == after.segment and before.at + room_for(before.stored_bytes) > after.at
+
+
+def warn_of_missing_codecs(rows: Iterable[ObjectRow]) -> None:
+    """Say once which blocks cannot be read here, though nothing is wrong with them."""
+    for name, count in Counter(row.codec for row in rows).items():
+        try:
+            CODECS[name].check_installed()
+        except CodecMissing as problem:
+            _LOG.warning("%d blocks of the codec %s cannot be read: %s", count, name, problem)
 
 
 @contextmanager
@@ -98,8 +122,8 @@ def fill_ledger(ledger: Ledger, rows: list[ObjectRow], segments: dict[int, int])
     """Enter the rows, in order of place, and make everything between them free."""
     used: dict[int, list[tuple[int, int]]] = {segment: [] for segment in segments}
     for row in rows:
-        ledger.adopt(row.meta, row.sequence, row.segment, row.at, quarantined=row.quarantined)
-        used[row.segment].append((row.at, room_for(row.meta.nbytes)))
+        ledger.adopt(row)
+        used[row.segment].append((row.at, room_for(row.stored_bytes)))
     for segment, nbytes in segments.items():
         ledger.extents.add_segment(segment, nbytes, used[segment])
 

@@ -11,14 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from kvtier.checksum import NAME as CHECKSUM_NAME
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
 from kvtier.disk.buffers import PAGE
+from kvtier.disk.codecs import CODECS, RAW, CodecMissing
+from kvtier.disk.coder import Coder, KeyGone
 from kvtier.disk.fileops import Bytes, FileOps
-from kvtier.disk.header import HEADER_BYTES, MAGIC, RAW, BlockHeader, HeaderError, decode
+from kvtier.disk.header import HEADER_BYTES, MAGIC, BlockHeader, HeaderError, decode
 from kvtier.disk.ledger import room_for
+from kvtier.disk.recovery import lengths_can_be
+from kvtier.errors import CorruptObject
 from kvtier.objects import Root
 
 _WINDOW_BYTES = 4 << 20
@@ -28,13 +34,19 @@ _MAGIC_WORD = np.frombuffer(MAGIC, dtype="<u8")[0]
 OnBytes = Callable[[int], None]
 
 
+NO_KEYS = "sealed, key store not given"
+# Of a payload: as it was written; damaged; not to be looked at here; of a key that was destroyed.
+PayloadState: TypeAlias = Literal["intact", "damaged", "unchecked", "keyless"]
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A header of this store at byte `at`; intact: its payload is there and right."""
+    """A header of this store at byte `at`, and the state of its payload. why: it could not be checked."""
 
     header: BlockHeader
     at: int
-    intact: bool
+    payload: PayloadState
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,16 @@ class SegmentReader:
             at += words.size * PAGE
         return self.nbytes
 
+    def read(self, at: int, into: Bytes) -> bool:
+        """Fill `into` from `at` on; False when the file ends before."""
+        done = 0
+        while done < into.nbytes:
+            part = self._ops.preadv(self._fd, [into[done:]], at + done)
+            if part == 0:
+                return False
+            done += part
+        return True
+
     def payload_fits(self, at: int, nbytes: int, checksum: int | None) -> bool:
         """Whether the `nbytes` from `at` on are there and have this checksum."""
         if at + nbytes > self.nbytes:
@@ -99,34 +121,66 @@ class SegmentReader:
             self._end += done
 
 
-def scan(reader: SegmentReader, store_id: bytes, on_bytes: OnBytes) -> Iterator[Found | NotOurs]:
-    """Everything in the file that looks like a header, in order of place. Raises OSError."""
+def scan(reader: SegmentReader, coder: Coder, longest: int, on_bytes: OnBytes) -> Iterator[Found | NotOurs]:
+    """Everything in the file that looks like a header, in order of place. Raises OSError, TierUnavailable.
+
+    longest: length of the longest segment; no payload is longer.
+    """
     roots: dict[Root, Root] = {}
     at = reader.next_header(0)
     while at + PAGE <= reader.nbytes:
-        found = examine(reader, at, store_id)
+        found = examine(reader, at, coder, longest)
         if isinstance(found, Found):
             found = replace(found, header=_with_shared_root(found.header, roots))
         yield found
-        whole = isinstance(found, Found) and found.intact
-        at += room_for(found.header.meta.nbytes) if isinstance(found, Found) and whole else PAGE
+        # Only where the payload is known to be whole can nothing else be in its place.
+        whole = isinstance(found, Found) and found.payload == "intact"
+        at += room_for(found.header.stored_bytes) if isinstance(found, Found) and whole else PAGE
         on_bytes(min(at, reader.nbytes))
         at = reader.next_header(at)
     on_bytes(reader.nbytes)
 
 
-def examine(reader: SegmentReader, at: int, store_id: bytes) -> Found | NotOurs:
-    """What the page at `at` is. Raises OSError."""
+def examine(reader: SegmentReader, at: int, coder: Coder, longest: int) -> Found | NotOurs:
+    """What the page at `at` is. Raises OSError, TierUnavailable."""
+    page = reader.bytes_at(at, PAGE).tobytes()
     try:
-        header = decode(reader.bytes_at(at, PAGE))
+        header = decode(page)
     except HeaderError as problem:
         return NotOurs(at, str(problem))
-    if header.store_id != store_id:
+    if header.store_id != coder.store_id:
         return NotOurs(at, "of another store")
-    if header.codec != RAW:
-        return NotOurs(at, f"of the unknown codec {header.codec!r}")
-    intact = reader.payload_fits(at + HEADER_BYTES, header.meta.nbytes, header.meta.checksum)
-    return Found(header, at, intact)
+    if header.codec not in CODECS or header.checksum_name != CHECKSUM_NAME:
+        return NotOurs(at, f"of the unknown codec {header.codec!r} or checksum {header.checksum_name!r}")
+    if header.seal is not None and coder.vault is None:
+        return Found(header, at, "unchecked", NO_KEYS)
+    try:
+        fits = _payload_fits(reader, at + HEADER_BYTES, header, page, coder, longest)
+    except KeyGone:
+        return Found(header, at, "keyless")
+    except CodecMissing as problem:
+        return Found(header, at, "unchecked", problem.message)
+    except CorruptObject:
+        fits = False
+    return Found(header, at, "intact" if fits else "damaged")
+
+
+def _payload_fits(
+    reader: SegmentReader, at: int, header: BlockHeader, page: bytes, coder: Coder, longest: int
+) -> bool:
+    nbytes, stored_bytes = header.meta.nbytes, header.stored_bytes
+    if not lengths_can_be(header.codec, stored_bytes, nbytes, longest):
+        return False
+    if header.codec == RAW and header.seal is None:
+        return reader.payload_fits(at, nbytes, header.meta.checksum)
+    if at + stored_bytes > reader.nbytes:
+        return False
+    with coder.room_to_unpack(header.codec, stored_bytes) as room:
+        if not reader.read(at, room[:stored_bytes]):
+            return False
+        payload: Bytes = np.empty(nbytes, dtype=np.uint8)
+        coder.unpack(header, page, room, payload)
+    return coder.fits(header, payload)
 
 
 def _with_shared_root(header: BlockHeader, roots: dict[Root, Root]) -> BlockHeader:

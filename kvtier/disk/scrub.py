@@ -2,7 +2,8 @@
 
 One read of at most a MiB at a time, in order of place, at a given pace, and behind every read that
 somebody waits for.  Where it stands is kept in the index, so that a restart goes on from there.  What
-fails its check is quarantined like by any other read.
+fails its check is quarantined like by any other read.  A block that is encoded or sealed is gathered as a
+whole, in memory of its length and its payload's, and unpacked to be checked.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
 from kvtier.disk.buffers import BOUNCE_BYTES, PAGE, Scratch, padded
+from kvtier.disk.codecs import RAW, CodecMissing
 from kvtier.disk.faults import is_unreadable
 from kvtier.disk.fileops import Bytes
 from kvtier.disk.header import HEADER_BYTES
 from kvtier.disk.ledger import Entry
 from kvtier.disk.pacing import Pace
 from kvtier.disk.store import Commit, Store
-from kvtier.errors import CorruptObject, TierError
+from kvtier.errors import CorruptObject, TierError, TierUnavailable
 from kvtier.states import State
 
 _LOG = logging.getLogger(__name__)
@@ -46,11 +50,17 @@ class ScrubStats:
 
 @dataclass(slots=True)
 class _Current:
-    """The object that is being read; its room is pinned. done: payload bytes that are through."""
+    """The object that is being read; its room is pinned.
+
+    done: stored bytes that are through.  total: sum of their pieces' hashes.  gathered: the stored bytes of
+    an object that has to be unpacked.
+    """
 
     entry: Entry
+    page: bytes = b""
     done: int = 0
     total: int = 0
+    gathered: Bytes | None = None
 
 
 class Scrubber:
@@ -94,7 +104,11 @@ class Scrubber:
             self.stats.found_bad += 1
             self._on_bad(current.entry, problem)
             self._end(current)
-        except OSError as problem:
+        except CodecMissing as problem:
+            # Said once at the opening, and to whoever reads such a block.
+            _LOG.debug("%s is not checked: %s", current.entry.meta.object_id, problem)
+            self._end(current)
+        except (OSError, TierUnavailable) as problem:
             _LOG.warning("the scrub pauses: %s", problem)
             self._end(current)
             return _SICK_DEVICE_S
@@ -154,16 +168,35 @@ class Scrubber:
             self._end(current)
             return
         if current.done == 0:
-            store.check_header(entry, self._read(entry, 0, PAGE, now_s).tobytes())
-        nbytes = min(_PIECE_BYTES, entry.meta.nbytes - current.done)
+            current.page = self._read(entry, 0, PAGE, now_s).tobytes()
+            store.check_header(entry, current.page)
+            if entry.codec != RAW or entry.sealed:
+                room_bytes = store.coder.unpack_bytes(entry.codec, entry.stored_bytes)
+                current.gathered = np.empty(room_bytes, dtype=np.uint8)
+        nbytes = min(_PIECE_BYTES, entry.stored_bytes - current.done)
         if nbytes:
             piece = self._read(entry, HEADER_BYTES + current.done, padded(nbytes), now_s)[:nbytes]
-            current.total += piece_sum(piece, current.done // PIECE_BYTES, nbytes)
+            if current.gathered is None:
+                current.total += piece_sum(piece, current.done // PIECE_BYTES, nbytes)
+            else:
+                current.gathered[current.done : current.done + nbytes] = piece
             current.done += nbytes
-        if current.done == entry.meta.nbytes:
-            if combine([current.total], entry.meta.nbytes) != entry.meta.checksum:
-                raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
+        if current.done == entry.stored_bytes:
+            self._check(current)
             self._end(current)
+
+    def _check(self, current: _Current) -> None:
+        """Raise CorruptObject unless what was read is the payload that it should be."""
+        entry, coder = current.entry, self._store.coder
+        if current.gathered is None:
+            fits = combine([current.total], entry.meta.nbytes) == entry.meta.checksum
+        else:
+            payload: Bytes = np.empty(entry.meta.nbytes, dtype=np.uint8)
+            header = self._store.check_header(entry, current.page)
+            coder.unpack(header, current.page, current.gathered, payload)
+            fits = coder.fits(header, payload)
+        if not fits:
+            raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
 
     def _read(self, entry: Entry, offset: int, nbytes: int, now_s: float) -> Bytes:
         into = self._scratch.bounce[:nbytes]

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvtier.disk.buffers import PAGE
+from kvtier.disk.coder import Coder
 from kvtier.disk.faults import Faults
 from kvtier.disk.fileops import FileOps
 from kvtier.disk.graves import Graves, Known
 from kvtier.disk.graves import read as read_graves
-from kvtier.disk.header import RAW, BlockHeader, decode
+from kvtier.disk.header import BlockHeader, decode
 from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
+from kvtier.disk.keys import EPOCH_SHIFT, Keys
 from kvtier.disk.ledger import Changes, Entry, Ledger
 from kvtier.disk.lock import DirectoryLock, sync_directory
-from kvtier.disk.recovery import fill_ledger, sift, split_dead, without_collector
+from kvtier.disk.recovery import fill_ledger, sift, split_dead, warn_of_missing_codecs, without_collector
 from kvtier.disk.segments import Segments
-from kvtier.errors import CorruptObject, TierError, TierUnavailable
-from kvtier.objects import ObjectMeta
+from kvtier.errors import CorruptObject, StaleSlot, TierError, TierUnavailable
 from kvtier.states import State
+
+if TYPE_CHECKING:
+    from kvtier.disk.vault import Vault
 
 _LOG = logging.getLogger(__name__)
 INDEX = "index.sqlite"
 SEGMENTS = "segments"
-EPOCH_SHIFT = 40
+
+# Opens the key store that belongs to the store with this id.
+OpenVault: TypeAlias = "Callable[[bytes], Vault]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class Store:
         *,
         scratch: int,
         direct: bool,
+        open_vault: OpenVault | None,
+        staging_bytes: int,
     ) -> None:
         self.lock = threading.Lock()
         self.faults = Faults()
@@ -68,6 +77,12 @@ class Store:
         self._ops = ops
         self._index_lock = threading.Lock()
         self._held = DirectoryLock(directory)
+        try:
+            self._keys = self._open_keys(directory, open_vault)
+        except BaseException:
+            self._held.release()
+            raise
+        self.coder = Coder(self._held.store_id, self._keys.vault, staging_bytes)
         self.segments = Segments(str(directory / SEGMENTS), ops, scratch=scratch, direct=direct)
         self._graves = Graves(str(directory), ops, self._held.store_id)
         try:
@@ -75,21 +90,35 @@ class Store:
         except BaseException:
             self.segments.close()
             self._graves.close()
+            self._keys.close()
             self._held.release()
             raise
 
-    def header(self, meta: ObjectMeta, sequence: int) -> BlockHeader:
-        """The header of an object in this directory."""
-        return BlockHeader(meta, sequence, self._held.store_id, meta.nbytes)
+    def _open_keys(self, directory: Path, open_vault: OpenVault | None) -> Keys:
+        vault = None if open_vault is None else open_vault(self._held.store_id)
+        try:
+            return Keys(vault, directory, sealed=self._held.sealed)
+        except BaseException:
+            if vault is not None:
+                vault.close()
+            raise
 
-    def check_header(self, entry: Entry, page: bytes) -> None:
-        """Raise CorruptObject unless the page is the header of just this write of this object."""
+    def check_header(self, entry: Entry, page: bytes) -> BlockHeader:
+        """The header, when it is that of just this write of this object; else raise CorruptObject."""
         header = decode(page)
-        if header != self.header(entry.meta, entry.generation):
+        expected = self.coder.header(
+            entry.meta,
+            entry.generation,
+            codec=entry.codec,
+            stored_bytes=entry.stored_bytes,
+            sealed=entry.sealed,
+        )
+        if (header.seal is not None) != entry.sealed or replace(header, seal=None) != expected:
             raise CorruptObject(
                 f"{header.meta.object_id}, write {header.sequence}, is where {entry.meta.object_id},"
                 f" write {entry.generation}, should be"
             )
+        return header
 
     def check_open(self) -> None:
         """Raise TierUnavailable after `close`. Call it with `lock` held."""
@@ -113,9 +142,11 @@ class Store:
                 self.index = Index(path)
                 try:
                     sync_directory(directory)
-                    due, found = self._open_segments(on_disk)
                     with without_collector():
-                        self._adopt(capacity_bytes, due, found, known)
+                        rows = list(self.index.objects())
+                        self._keys.check(rows)
+                        due, found = self._open_segments(on_disk)
+                        self._adopt(capacity_bytes, rows, (due, found), known)
                 except BaseException:
                     self.index.close()
                     raise
@@ -143,23 +174,37 @@ class Store:
         return due, found
 
     def _adopt(
-        self, capacity_bytes: int, due: dict[int, int], found: dict[int, int], known: Known | None
+        self,
+        capacity_bytes: int,
+        rows: Sequence[ObjectRow],
+        segments: tuple[dict[int, int], dict[int, int]],
+        known: Known | None,
     ) -> None:
-        latest = known.next_sequence >> EPOCH_SHIFT if known else 0
+        """Fill the books. segments: their lengths, due and found."""
+        due, found = segments
+        latest = max(known.next_sequence >> EPOCH_SHIFT if known else 0, self._keys.latest_epoch)
         if self.index.epoch() < latest:
             # Which of its conversations were forgotten since, nobody can say.
             dropped = self.index.drop_records()
             _LOG.error("the index is older than the store: %d conversations dropped", dropped)
         epoch = self.index.next_epoch(latest)
-        self.ledger = Ledger(capacity_bytes, epoch << EPOCH_SHIFT)
-        rows, dead = split_dead(list(self.index.objects()), known)
+        self._keys.begin(epoch)
+        if self._keys.vault is not None:
+            self._held.note_sealed()
+        # The first number of an opening is its mark's in the key store.
+        self.ledger = Ledger(capacity_bytes, (epoch << EPOCH_SHIFT) + 1)
+        rows, dead = split_dead(rows, known)
+        rows, unreadable = self._keys.split(rows)
         recovered = sift(rows, found)
-        fill_ledger(self.ledger, recovered.rows, due)
+        warn_of_missing_codecs(recovered.rows)
+        fill_ledger(self.ledger, [self.coder.unmasked(row) for row in recovered.rows], due)
         self.lost_at_open = len(recovered.lost)
         if recovered.lost:
             _LOG.warning("%d objects of the index are not in its segments", self.lost_at_open)
-        if recovered.lost or dead:
-            self.index.apply(Batch(remove=[*recovered.lost, *dead]))
+        gone = [*recovered.lost, *dead, *unreadable]
+        if gone:
+            self.index.apply(Batch(remove=gone))
+        self._keys.reconcile(recovered.rows)
         self._graves.start((row.sequence for row in recovered.rows), self.ledger.next_generation)
         self._delete_empty_segments()
 
@@ -176,7 +221,10 @@ class Store:
             self.index.close()
             self.segments.close()
             self._graves.close()
-            self._held.release()
+            try:
+                self._keys.close()
+            finally:
+                self._held.release()
 
     # -- durability
 
@@ -196,16 +244,24 @@ class Store:
             self.flushes += len(touched)
 
     def list_all(self, commits: Sequence[Commit]) -> list[TierError | None]:
-        """List several commits in one transaction; answers for each what went wrong with it.
+        """Keep the keys of several commits and list them, each in one transaction; answers what went wrong.
 
-        When the one transaction fails, each has its own, so that one that cannot be listed takes no other
-        with it.
+        When the one transaction of the index fails, each commit has its own, so that one that cannot be
+        listed takes no other with it.
         """
+        keyless = self._keys.keep(entry for commit in commits for entry in commit.entries)
+        if keyless:
+            return [self._list_unless(keyless, commit) for commit in commits]
         try:
             self.list_in_index(_together(commits))
         except TierError as problem:
             return [problem] if len(commits) == 1 else [self._list_alone(commit) for commit in commits]
         return [None] * len(commits)
+
+    def _list_unless(self, keyless: frozenset[int], commit: Commit) -> TierError | None:
+        if any(entry.generation in keyless for entry in commit.entries):
+            return StaleSlot("the tenant's keys were destroyed while its blocks were being written")
+        return self._list_alone(commit)
 
     def _list_alone(self, commit: Commit) -> TierError | None:
         try:
@@ -220,6 +276,7 @@ class Store:
         The entries are visible when it returns, and flushed before it is called.
         """
         entries = commit.entries
+        rows = [self._row(entry) for entry in entries]
         with self._index_lock:
             with self.lock:
                 for entry in entries:
@@ -228,7 +285,7 @@ class Store:
                         self.ledger.discard(bad)
                 changes = self.ledger.take_changes()
             batch = Batch(
-                add=[_row(entry) for entry in entries],
+                add=rows,
                 remove=[entry.generation for entry in changes.drop],
                 quarantine=[entry.generation for entry in changes.quarantine],
                 records=commit.records,
@@ -247,8 +304,22 @@ class Store:
                         self.ledger.publish(entries)
                     else:
                         self.ledger.changes_failed(changes)
+            ended = [*(entry.generation for entry in changes.drop), *changes.given_up]
+            self._keys.ended(ended, now=commit.forget)
             if changes.drop:
                 self._delete_empty_segments()
+
+    def _row(self, entry: Entry) -> ObjectRow:
+        meta = self.coder.masked(entry.meta, entry.generation) if entry.sealed else entry.meta
+        return ObjectRow(
+            meta,
+            entry.generation,
+            entry.segment,
+            entry.at,
+            entry.stored_bytes,
+            entry.codec,
+            sealed=entry.sealed,
+        )
 
     def _bury(self, changes: Changes, *, forget: bool) -> None:
         """Note which writes ended. Before the index is told: what it drops is then known to be dead."""
@@ -331,7 +402,3 @@ def _together(commits: Sequence[Commit]) -> Commit:
         state=state,
         forget=any(commit.forget for commit in commits),
     )
-
-
-def _row(entry: Entry) -> ObjectRow:
-    return ObjectRow(entry.meta, entry.generation, entry.segment, entry.at, entry.meta.nbytes, RAW)

@@ -10,6 +10,10 @@ hundred bytes an object, and a WAL of some MiB).  Free room is not moved togethe
 free extent.  Opened with a smaller limit than before, nothing new is reserved until enough segments are
 empty and have been deleted; until then used_bytes may exceed capacity_bytes.
 
+Codecs and keys.  A write names a lossless codec; a block that it does not make smaller by a page is stored
+raw.  With a key store every block is sealed, too.  What is neither goes straight from and to the caller's
+memory; the rest through a bounded pool.
+
 Wrong bytes.  A read checks the header (store, object, model, sequence, lengths) and the payload's
 checksum, so neither a wrong index nor a lost write is served.  What fails the check is quarantined: not
 found any more, its room kept out of use until the object is removed or written again.
@@ -21,19 +25,21 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from kvtier.checksum import Buffer, checksum
 from kvtier.disk.buffers import byte_array
+from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.faults import is_unreadable
 from kvtier.disk.fileops import Bytes, FileOps, OsFileOps
 from kvtier.disk.grouping import Group
-from kvtier.disk.header import encode
+from kvtier.disk.header import BlockHeader, encode
 from kvtier.disk.index import ConversationRecord
 from kvtier.disk.ledger import Entry, batches, room_for
 from kvtier.disk.recovery import check_sizes
 from kvtier.disk.scrub import Scrubber, ScrubStats, ScrubThread
-from kvtier.disk.store import Commit, Store
+from kvtier.disk.store import Commit, OpenVault, Store
 from kvtier.errors import CorruptObject, StaleSlot, TierError, TierFull
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State
@@ -42,6 +48,7 @@ from kvtier.tier import Slot, Tier, TierUsage
 _LOG = logging.getLogger(__name__)
 _SPARE_SCRATCH = 4
 _ANNOUNCED_AT_ONCE = 1024
+_LONGEST_CODEC = max(CODECS, key=len)
 
 OnEach = Callable[[Slot, TierError | None], None]
 
@@ -77,10 +84,14 @@ class DiskTier(Tier):
     directory: made when it is not there; belongs to this object until `close`.  capacity_bytes: limit of
     the segment files together.  segment_bytes: length of one, a multiple of 4096; no object is longer.
     writers, readers: threads of write_many and read_many.  direct: whether to try O_DIRECT.  ops: the
-    system calls.  check: False switches every check of read() off, for tests and benchmarks only.
+    system calls.  check: False switches checks of read() off, for tests and benchmarks only.  open_vault:
+    opens the key store for the id of this store; blocks written from then on are sealed, and the vault
+    belongs to this object.  staging_bytes: memory for blocks that are encoded or sealed, or one such block
+    if that is more.
 
-    Raises TierUnavailable when the directory is in use, unusable or of a newer version, ConfigError for
-    sizes that cannot work and for a directory that holds something else.
+    Raises TierUnavailable when the directory is in use, unusable or of another version, and when its blocks
+    are sealed and the key store is missing or older; ConfigError for sizes that cannot work and for a
+    directory that holds something else; whatever open_vault raises.
     """
 
     name = "disk"
@@ -97,12 +108,21 @@ class DiskTier(Tier):
         direct: bool = True,
         ops: FileOps | None = None,
         check: bool = True,
+        open_vault: OpenVault | None = None,
+        staging_bytes: int = 256 << 20,
     ) -> None:
         check_sizes(capacity_bytes, segment_bytes)
         self.directory = directory
         scratch = writers + readers + _SPARE_SCRATCH
         self._store = Store(
-            directory, capacity_bytes, segment_bytes, ops or OsFileOps(), scratch=scratch, direct=direct
+            directory,
+            capacity_bytes,
+            segment_bytes,
+            ops or OsFileOps(),
+            scratch=scratch,
+            direct=direct,
+            open_vault=open_vault,
+            staging_bytes=staging_bytes,
         )
         self._lock = self._store.lock
         self._ledger = self._store.ledger
@@ -119,7 +139,7 @@ class DiskTier(Tier):
 
     def reserve(self, meta: ObjectMeta, *, holder: str) -> Slot:
         """See Tier.reserve. Raises ValueError when the object's names do not fit into a header."""
-        encode(self._store.header(replace(meta, checksum=0), 0))
+        encode(BlockHeader(replace(meta, checksum=0), 0, bytes(16), meta.nbytes, _LONGEST_CODEC))
         room = room_for(meta.nbytes)
         if room > self._longest:
             raise TierFull(
@@ -136,8 +156,14 @@ class DiskTier(Tier):
             if not self._store.make_room(room):
                 raise TierFull(f"no free extent of {room} bytes on disk", needed_bytes=room)
 
-    def write(self, slot: Slot, data: Buffer) -> None:
-        """See Tier.write. On an I/O error the slot is given back: TierFull or TierUnavailable."""
+    def write(self, slot: Slot, data: Buffer, codec: str = RAW, item_bytes: int = 2) -> None:
+        """See Tier.write. On an I/O error the slot is given back: TierFull or TierUnavailable.
+
+        codec: one of `CODECS`; item_bytes: width of the numbers in `data`, for codecs that look at them.
+        Raises CodecMissing when the codec's package is not installed; `check_codec` tells that beforehand.
+        """
+        if codec not in CODECS:
+            raise ValueError(f"there is no codec {codec!r}")
         payload = byte_array(data)
         if payload.nbytes != slot.nbytes:
             raise ValueError(f"{payload.nbytes} bytes for a slot of {slot.nbytes}")
@@ -146,7 +172,7 @@ class DiskTier(Tier):
             entry = self._ledger.writing(slot)
             self._ledger.pin(entry)
         try:
-            self._write_entry(entry, payload)
+            self._write_entry(entry, payload, codec, item_bytes)
         except OSError as problem:
             with self._lock:
                 if entry.state is State.WRITING:
@@ -185,6 +211,7 @@ class DiskTier(Tier):
             for entry, (_, said) in zip(entries, slots, strict=True):
                 entry.committing = True
                 entry.meta = replace(entry.meta, checksum=said)
+                self._ledger.shrink(entry)
         try:
             commit = Commit(entries, records, state or {}, forget)
             if entries:
@@ -285,14 +312,20 @@ class DiskTier(Tier):
     # -- several at once
 
     def write_many(
-        self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
+        self,
+        items: Sequence[tuple[Slot, Buffer]],
+        on_each: OnEach | None = None,
+        *,
+        codec: str = RAW,
+        item_bytes: int = 2,
     ) -> list[Future[None]]:
         """Write several slots, `writers` at a time; the futures raise what `write` does.
 
         on_each is called in the writing thread with (slot, None or the TierError) as each ends.  The
         buffers must stay as they are until then.
         """
-        return [self._write_pool.submit(_each, self.write, slot, data, on_each) for slot, data in items]
+        write = partial(self.write, codec=codec, item_bytes=item_bytes)
+        return [self._write_pool.submit(_each, write, slot, data, on_each) for slot, data in items]
 
     def read_many(
         self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
@@ -355,19 +388,23 @@ class DiskTier(Tier):
 
     def _quarantine(self, entry: Entry, problem: CorruptObject) -> None:
         with self._lock:
-            self._ledger.quarantine(entry)
+            if not self._ledger.quarantine(entry):
+                return
             self._quarantines += 1
         _LOG.warning("quarantined: %s", problem)
 
-    def _write_entry(self, entry: Entry, payload: Bytes) -> None:
+    def _write_entry(self, entry: Entry, payload: Bytes, codec: str, item_bytes: int) -> None:
         meta = entry.meta
         if meta.checksum is None:
             meta = replace(meta, checksum=checksum(payload))
-        header = encode(self._store.header(meta, entry.generation))
-        self._store.segments.write_block(entry.segment, entry.at, header, payload)
-        with self._lock:
-            entry.written = True
-            self._user_bytes += payload.nbytes
+        store = self._store
+        with store.coder.pack(meta, entry.generation, payload, codec, item_bytes) as packed:
+            store.segments.write_block(entry.segment, entry.at, packed.page, packed.body)
+            with self._lock:
+                entry.stored_bytes, entry.codec = packed.body.nbytes, packed.codec
+                entry.key, entry.sealed = packed.key, packed.key is not None
+                entry.written = True
+                self._user_bytes += payload.nbytes
 
     def _ready(self, slot: Slot) -> Entry:
         entry = self._ledger.writing(slot)
@@ -383,17 +420,25 @@ class DiskTier(Tier):
         return self._store.list_all(commits)
 
     def _read_entry(self, entry: Entry, target: Bytes) -> None:
+        store = self._store
+        if entry.codec == RAW and not entry.sealed:
+            page = self._read_block(entry, target)
+            if self._check:
+                store.check_header(entry, page)
+        else:
+            with store.coder.room_to_unpack(entry.codec, entry.stored_bytes) as room:
+                page = self._read_block(entry, room[: entry.stored_bytes])
+                store.coder.unpack(store.check_header(entry, page), page, room, target)
+        if self._check and checksum(target) != entry.meta.checksum:
+            raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
+
+    def _read_block(self, entry: Entry, into: Bytes) -> bytes:
         try:
-            page = self._store.segments.read_block(entry.segment, entry.at, target)
+            return self._store.segments.read_block(entry.segment, entry.at, into)
         except OSError as problem:
             if is_unreadable(problem):
                 raise CorruptObject(f"{entry.meta.object_id} cannot be read: {problem}") from problem
             raise self._store.faults.unavailable(f"reading failed: {problem}") from problem
-        if not self._check:
-            return
-        self._store.check_header(entry, page)
-        if checksum(target) != entry.meta.checksum:
-            raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
 
 
 def _each(call: Callable[[Slot, Buffer], None], slot: Slot, data: Buffer, on_each: OnEach | None) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kvtier.checksum import checksum
 from kvtier.disk.fileops import Bytes, OsFileOps
+from kvtier.disk.store import OpenVault
 from kvtier.disk.tier import DiskTier
-from kvtier.testing.tier_kit import TierKit, default_meta, put
+from kvtier.disk.vault import Vault
+from kvtier.testing.tier_kit import TierKit, content, default_meta, found, get, put
 from kvtier.tier import Slot
 
 SEGMENT_BYTES = 1 << 20
 CAPACITY_BYTES = 4 << 20
 NBYTES = 70_001
+MASTER_KEY = bytes(range(32))
 
 
 class FaultyOps(OsFileOps):
@@ -54,19 +60,79 @@ class FaultyOps(OsFileOps):
 
 
 class Bench:
-    """A tier in a directory with faulty system calls, that can be closed, spoiled and opened again."""
+    """A tier in a directory with faulty system calls, that can be closed, spoiled and opened again.
 
-    def __init__(self, directory: Path) -> None:
+    master_key: of a key store beside the directory; without one, nothing is sealed.
+    """
+
+    def __init__(self, directory: Path, master_key: bytes | None = None) -> None:
         self.directory = directory
+        self.master_key = master_key
         self.kit = TierKit(make=self.open)
         self.ops = FaultyOps()
         self.tier = self.open()
 
     def open(self, *, capacity_bytes: int = CAPACITY_BYTES, check: bool = True) -> DiskTier:
         self.tier = DiskTier(
-            self.directory, capacity_bytes, segment_bytes=SEGMENT_BYTES, ops=self.ops, check=check
+            self.directory,
+            capacity_bytes,
+            segment_bytes=SEGMENT_BYTES,
+            ops=self.ops,
+            check=check,
+            open_vault=self.open_vault,
         )
         return self.tier
+
+    @property
+    def open_vault(self) -> OpenVault | None:
+        if self.master_key is None:
+            return None
+        key, folder = self.master_key, self.directory.parent / "vault"
+        return lambda store_id: Vault(folder, store_id, key)
+
+    def fill(self, index: int, data: bytes, codec: str) -> Slot:
+        """Store `data` as object `index`, the way an owner of a codec does."""
+        slot = self.tier.reserve(default_meta(index, len(data)), holder="w")
+        self.tier.write(slot, data, codec)
+        self.tier.commit([(slot, checksum(data))])
+        return found(self.tier, default_meta(index, len(data)).object_id)
+
+    def read(self, index: int) -> bytes:
+        return get(self.tier, found(self.tier, default_meta(index, NBYTES).object_id))
+
+    def there(self) -> set[int]:
+        """Which of the first ten objects are there; each must hold its `numbers`."""
+        indexes = {n for n in range(10) if self.find(n) is not None}
+        for n in indexes:
+            assert self.read(n) == self.numbers(n)
+        return indexes
+
+    def forget(self, *indexes: int) -> None:
+        for n in indexes:
+            self.tier.remove(default_meta(n, NBYTES).object_id)
+        self.tier.commit_with_records([], [], forget=True)
+
+    def copy_data(self) -> Path:
+        """A copy of everything but the keys; the tier is closed for it, and opened again."""
+        self.tier.close()
+        copy = self.directory.parent / "copy"
+        shutil.copytree(self.directory, copy)
+        self.open()
+        return copy
+
+    def put_back(self, copy: Path) -> None:
+        """Put the copy in the place of everything but the keys."""
+        self.tier.close()
+        shutil.rmtree(self.directory)
+        shutil.copytree(copy, self.directory)
+        self.open()
+
+    @staticmethod
+    def numbers(seed: int, nbytes: int = NBYTES) -> bytes:
+        """Like bf16: every second byte is noise, and the others take few values."""
+        data = np.frombuffer(content(seed, nbytes), dtype=np.uint8).copy()
+        data[1::2] = 60 + (data[1::2] & 3)
+        return data.tobytes()
 
     def reopen(self, *, capacity_bytes: int = CAPACITY_BYTES, check: bool = True) -> DiskTier:
         self.tier.close()
@@ -100,6 +166,15 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     made = Bench(tmp_path / "store")
+    yield made
+    made.ops.fail.clear()
+    made.tier.close()
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Iterator[Bench]:
+    """A bench whose blocks are sealed."""
+    made = Bench(tmp_path / "sealed" / "store", MASTER_KEY)
     yield made
     made.ops.fail.clear()
     made.tier.close()

@@ -1,4 +1,4 @@
-"""The disk tier does what every tier promises, with O_DIRECT and through the page cache."""
+"""The disk tier does what every tier promises: with O_DIRECT, through the page cache, encoded, sealed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from kvtier.checksum import Buffer
 from kvtier.disk.header import HEADER_BYTES
+from kvtier.disk.store import OpenVault
 from kvtier.disk.tier import DiskTier
+from kvtier.disk.vault import Vault
 from kvtier.testing.tier_contract import TierContract, TierKit
 from kvtier.testing.tier_machine import tier_machine
 from kvtier.tier import Slot, Tier
@@ -19,9 +22,27 @@ CAPACITY_BYTES = 4 << 20
 SEGMENT_BYTES = 1 << 20
 
 
-def _kit(directory: Path, *, direct: bool) -> TierKit:
+class CodedTier(DiskTier):
+    """Encodes what it is given, without being asked."""
+
+    def write(self, slot: Slot, data: Buffer, codec: str = "planes-zstd", item_bytes: int = 2) -> None:
+        super().write(slot, data, codec, item_bytes)
+
+
+def _open_vault(directory: Path) -> OpenVault:
+    return lambda store_id: Vault(directory.parent / "vault", store_id, bytes(32))
+
+
+def _kit(directory: Path, *, direct: bool = True, sealed: bool = False) -> TierKit:
     def make() -> DiskTier:
-        return DiskTier(directory, CAPACITY_BYTES, segment_bytes=SEGMENT_BYTES, direct=direct)
+        tier = CodedTier if sealed else DiskTier
+        return tier(
+            directory,
+            CAPACITY_BYTES,
+            segment_bytes=SEGMENT_BYTES,
+            direct=direct,
+            open_vault=_open_vault(directory) if sealed else None,
+        )
 
     def reopen(tier: Tier) -> Tier:
         tier.close()
@@ -48,6 +69,12 @@ class TestBufferedDiskTier(TierContract):
     @pytest.fixture
     def kit(self, tmp_path: Path) -> TierKit:
         return _kit(tmp_path / "store", direct=False)
+
+
+class TestSealedDiskTier(TierContract):
+    @pytest.fixture
+    def kit(self, tmp_path: Path) -> TierKit:
+        return _kit(tmp_path / "store", sealed=True)
 
 
 def _fresh() -> DiskTier:

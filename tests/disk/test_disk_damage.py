@@ -117,7 +117,7 @@ def flip_bits(damage: Damage) -> None:
     for _ in range(damage.draw.randint(1, 8)):
         segment, lo, hi = damage.block()
         at = damage.draw.randrange(lo, hi)
-        old = damage.read(segment, at, 1)[0]
+        old = (damage.read(segment, at, 1) or b"\0")[0]
         damage.overwrite(segment, at, bytes([old ^ 1 << damage.draw.randrange(8)]))
 
 

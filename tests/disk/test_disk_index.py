@@ -169,14 +169,14 @@ def test_a_foreign_directory_is_refused_and_untouched(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     DirectoryLock(tmp_path).release()
     said = json.loads((tmp_path / "FORMAT").read_text())
-    (tmp_path / "FORMAT").write_text(json.dumps({**said, "version": 2}))
-    with pytest.raises(TierUnavailable, match="format version 2"):
+    (tmp_path / "FORMAT").write_text(json.dumps({**said, "version": 3}))
+    with pytest.raises(TierUnavailable, match="format version 3"):
         DirectoryLock(tmp_path)
-    with pytest.raises(TierUnavailable, match="format version 2"):
+    with pytest.raises(TierUnavailable, match="format version 3"):
         DirectoryLock(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 1, "store_id": "zz"}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 2, "store_id": "zz"}'])
 def test_a_broken_format_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "FORMAT").write_text(text)
     with pytest.raises(TierUnavailable, match="cannot be understood"):

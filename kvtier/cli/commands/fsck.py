@@ -13,6 +13,7 @@ from kvtier.cli import exits, options
 
 if TYPE_CHECKING:
     from kvtier.disk.fsck import OnProgress, Report
+    from kvtier.disk.store import OpenVault
 
 _SAY_EVERY_S = 5.0
 
@@ -20,9 +21,26 @@ _SAY_EVERY_S = 5.0
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--repair", is_flag=True, help="Mend the index, or make it anew from the segments.")
+@click.option(
+    "--keys-directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The key store of sealed blocks; without it only their headers are checked.",
+)
+@click.option(
+    "--key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The master key of the key store.",
+)
 @options.json_option
 @click.pass_context
-def fsck(ctx: click.Context, directory: Path, repair: bool, as_json: bool) -> None:
+def fsck(
+    ctx: click.Context,
+    directory: Path,
+    repair: bool,
+    keys_directory: Path | None,
+    key_file: Path | None,
+    as_json: bool,
+) -> None:
     """Check a directory of the disk tier while no daemon uses it.
 
     Reads every segment, and compares with the index.  Exit code 0 when all is there, 1 when there is
@@ -33,8 +51,9 @@ def fsck(ctx: click.Context, directory: Path, repair: bool, as_json: bool) -> No
     from kvtier.disk.fsck import fsck as check
     from kvtier.errors import TierUnavailable
 
+    open_vault = _vault_opener(keys_directory, key_file)
     try:
-        report = check(directory, repair=repair, on_progress=_progress())
+        report = check(directory, repair=repair, on_progress=_progress(), open_vault=open_vault)
     except TierUnavailable as problem:
         sys.stderr.write(f"kvtier: {one_line(str(problem))}\n")
         ctx.exit(exits.USAGE)
@@ -43,6 +62,21 @@ def fsck(ctx: click.Context, directory: Path, repair: bool, as_json: bool) -> No
     else:
         _print_report(report)
     ctx.exit(exits.OK if report.is_clean else exits.ANSWER_IS_NO)
+
+
+def _vault_opener(keys_directory: Path | None, key_file: Path | None) -> OpenVault | None:
+    """What opens the key store; None when none is named. Raises click.UsageError, ConfigError."""
+    from kvtier.disk.master_key import read_master_key
+    from kvtier.disk.vault import Vault
+
+    if keys_directory is None and key_file is None:
+        return None
+    if keys_directory is None or key_file is None:
+        raise click.UsageError("--keys-directory and --key-file go together")
+    if not Vault.exists(keys_directory):
+        raise click.UsageError(f"{keys_directory} holds no key store")
+    folder, master_key = keys_directory, read_master_key(key_file)
+    return lambda store_id: Vault(folder, store_id, master_key)
 
 
 def _progress() -> OnProgress:
@@ -73,6 +107,7 @@ def _print_report(report: Report) -> None:
             ("segments", f"{report.segments} ({output.size(report.segment_bytes)})"),
             ("objects", f"{report.objects:,} ({output.size(report.object_bytes)}) intact"),
             ("conversations", f"{report.conversations:,}"),
+            ("not checked", ": ".join([f"{report.unchecked:,}", *report.unchecked_why])),
             ("damaged", f"{report.damaged_headers:,} headers, {report.damaged_payloads:,} payloads"),
             ("listed and not there", f"{report.entries_without_object:,}"),
             ("overlaps", f"{report.overlaps:,}"),
