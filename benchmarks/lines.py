@@ -68,13 +68,13 @@ def rate_line(name: str, nbytes: int, limits: Sequence[float], works: Sequence[f
     )
 
 
-def micros_line(name: str, samples: Sequence[float], aim_us: float | None = None, **detail: Any) -> Line:
-    """Microseconds: the median; the 99th percentile beside it. limit: what is aimed at."""
+def micros_line(name: str, samples: Sequence[float], limit_us: float | None = None, **detail: Any) -> Line:
+    """Microseconds: the median; the 99th percentile beside it."""
     ordered = sorted(samples)
     median = statistics.median(ordered) * 1e6
     p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e6
-    ratio = round(median / aim_us, 3) if aim_us else None
-    return Line(name, round(median, 1), "us", aim_us, ratio, {"p99_us": round(p99, 1), **detail})
+    ratio = round(median / limit_us, 3) if limit_us else None
+    return Line(name, round(median, 1), "us", limit_us, ratio, {"p99_us": round(p99, 1), **detail})
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -271,6 +271,8 @@ class Agent:
             failed=list(result.failed),
             bytes=result.bytes,
             seconds=result.seconds,
+            error_squares=result.loss.error_squares,
+            value_squares=result.loss.value_squares,
         )
         self._outbox.append((era, answer))
         self._nudge()
@@ -316,9 +318,16 @@ def submit(engine: CopyEngine, message: Copy, use: Use, on_done: Callable[[CopyR
         for item in message.items
     )
     verify = message.checksums if message.direction == "gather" else message.verify
-    engine.submit(
-        CopyBatch(message.job, message.batch, message.direction, use.binding, items, verify), on_done
+    batch = CopyBatch(
+        message.job,
+        message.batch,
+        message.direction,
+        use.binding,
+        items,
+        verify,
+        fidelity=message.fidelity,
     )
+    engine.submit(batch, on_done)
 
 
 def _refused(message: Copy, reason: str) -> Copied:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from kvtier.config_checks import check
-from kvtier.config_fields import FIELDS, SECTIONS, Field, describe_type
-from kvtier.config_schema import Config, Origin
+from kvtier.config_fields import FIELDS, SECTIONS, TENANT_FIELDS, TENANTS, Field, describe_type
+from kvtier.config_schema import Config, Origin, TenantConfig
 from kvtier.config_units import parse_bytes, parse_seconds
 from kvtier.errors import ConfigError
 
@@ -71,9 +71,9 @@ def _from_file(path: str | Path | None) -> Iterator[tuple[str, Any]]:
     if path is None:
         return
     for section, table in _read(Path(path)).items():
-        if section not in SECTIONS:
-            close = difflib.get_close_matches(section, SECTIONS, n=1)
-            known = f"known are {', '.join(SECTIONS)}"
+        if section not in (*SECTIONS, TENANTS):
+            close = difflib.get_close_matches(section, (*SECTIONS, TENANTS), n=1)
+            known = f"known are {', '.join((*SECTIONS, TENANTS))}"
             raise ConfigError(
                 section, f"is not a section ({path})", fix=f"did you mean [{close[0]}]?" if close else known
             )
@@ -81,8 +81,23 @@ def _from_file(path: str | Path | None) -> Iterator[tuple[str, Any]]:
             raise ConfigError(
                 section, f"is a section, not a value ({path})", fix=f"write [{section}] above its settings"
             )
+        if section == TENANTS:
+            yield from _of_tenants(table, path)
+            continue
         for key, value in table.items():
             yield f"{section}.{key}", value
+
+
+def _of_tenants(tables: Mapping[str, Any], path: str | Path) -> Iterator[tuple[str, Any]]:
+    for tenant, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"{TENANTS}.{tenant}",
+                f"is a section, not a value ({path})",
+                fix=f"write [{TENANTS}.{tenant}] above its settings",
+            )
+        for key, value in table.items():
+            yield f"{TENANTS}.{tenant}.{key}", value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,11 +120,27 @@ def _field(name: str) -> Field:
     field = FIELDS.get(name)
     if field is not None:
         return field
+    if name.startswith(f"{TENANTS}."):
+        return _tenant_field(name)
     section = name.partition(".")[0]
     siblings = [known for known in FIELDS if known.startswith(f"{section}.")]
     close = difflib.get_close_matches(name, siblings or FIELDS, n=1)
     known = f"known are {', '.join(siblings)}" if siblings else f"known sections are {', '.join(SECTIONS)}"
     raise ConfigError(name, "is not a setting", fix=f"did you mean {close[0]}?" if close else known)
+
+
+def _tenant_field(name: str) -> Field:
+    """Of a setting like tenants.acme.codec; a tenant's name may have dots in it."""
+    tenant, key = _tenant_and_key(name)
+    field = TENANT_FIELDS.get(key)
+    if field is None or not tenant:
+        raise ConfigError(name, "is not a setting", fix=f"a tenant's settings are {', '.join(TENANT_FIELDS)}")
+    return replace(field, name=name)
+
+
+def _tenant_and_key(name: str) -> tuple[str, str]:
+    tenant, _, key = name.removeprefix(f"{TENANTS}.").rpartition(".")
+    return tenant, key
 
 
 def _convert(field: Field, value: Any, *, lax: bool) -> Any:
@@ -127,9 +158,9 @@ def _convert(field: Field, value: Any, *, lax: bool) -> Any:
 
 
 def _from_text(field: Field, text: str, lax: bool) -> Any:
-    if text[:1].isdigit() and field.key.endswith("_bytes"):
+    if text[:1].isdigit() and field.is_size:
         return parse_bytes(text)
-    if text[:1].isdigit() and field.key.endswith("_s"):
+    if text[:1].isdigit() and field.is_time:
         seconds = parse_seconds(text)
         return int(seconds) if seconds.is_integer() else seconds
     if lax and get_origin(get_args(field.annotation)[0]) is tuple:
@@ -138,9 +169,9 @@ def _from_text(field: Field, text: str, lax: bool) -> Any:
 
 
 def _how_to_write(field: Field) -> str:
-    if field.key.endswith("_bytes"):
+    if field.is_size:
         return 'write a number of bytes, or a text like "8GiB"'
-    if field.key.endswith("_s"):
+    if field.is_time:
         return 'write seconds, or a text like "500ms", "10s" or "2d"'
     return f"it is {describe_type(field)}: {field.description}"
 
@@ -153,4 +184,11 @@ def _build(given: Mapping[str, Any], origins: dict[str, Origin]) -> Config:
         )
         for section in SECTIONS
     }
-    return Config(**sections, origins=origins)
+    tenants: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        if name.startswith(f"{TENANTS}."):
+            tenant, key = _tenant_and_key(name)
+            tenants.setdefault(tenant, {})[key] = value
+    return Config(
+        **sections, tenants={name: TenantConfig(**table) for name, table in tenants.items()}, origins=origins
+    )

@@ -16,6 +16,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first setting that cannot work, alone or with the others."""
     _check_folders(config)
     _check_sizes(config)
+    _check_keys(config)
     _check_metrics(config)
     _check_ray(config)
     if config.access.token_file:
@@ -39,8 +40,11 @@ def _check_folders(config: Config) -> None:
         "node.runtime_dir": config.node.runtime_dir,
         "node.state_dir": config.node.state_dir,
         "disk.directory": config.disk_directory,
+        "disk.keys_directory": config.keys_directory,
         "ray.temp_dir": config.ray_temp_dir,
     }
+    if config.disk.key_file:
+        folders["disk.key_file"] = config.disk.key_file
     if config.log.stimulus_log != "off":
         folders["log.stimulus_log"] = config.log.stimulus_log
     for field, value in folders.items():
@@ -74,6 +78,31 @@ def _check_sizes(config: Config) -> None:
             "disk.segment_bytes",
             f"{config.disk.segment_bytes} is more than disk.capacity_bytes ({config.disk.capacity_bytes})",
             fix="make segments smaller or the capacity larger",
+        )
+
+
+def _check_keys(config: Config) -> None:
+    """Keys beside the data would be in its backups, and protect nothing."""
+    keys, data = (os.path.realpath(path) for path in (config.keys_directory, config.disk_directory))
+    if not config.disk.key_file:
+        if config.disk.keys_directory:
+            raise ConfigError(
+                "disk.keys_directory",
+                "is of no use without disk.key_file",
+                fix="name the master key's file, or take it out",
+            )
+        return
+    if os.path.commonpath([keys, data]) in (keys, data):
+        raise ConfigError(
+            "disk.keys_directory",
+            f"{config.keys_directory!r} and disk.directory ({config.disk_directory!r}) lie in one another",
+            fix="name a folder that is not backed up with the data",
+        )
+    if os.path.commonpath([os.path.realpath(config.disk.key_file), data]) == data:
+        raise ConfigError(
+            "disk.key_file",
+            f"{config.disk.key_file!r} lies in disk.directory",
+            fix="keep the master key away from the data",
         )
 
 

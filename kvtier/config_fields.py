@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 import msgspec
 
-from kvtier.config_schema import Config, Section
+from kvtier.config_schema import Config, Section, TenantConfig
 from kvtier.config_units import format_bytes
 
 _PLAIN = {int: "integer", str: "text", bool: "true or false", float: "seconds", tuple: "list of integers"}
@@ -27,7 +27,17 @@ class Field:
     @property
     def key(self) -> str:
         """Name within the section."""
-        return self.name.partition(".")[2]
+        return self.name.removeprefix(f"{self.section}.").rpartition(".")[2]
+
+    @property
+    def is_size(self) -> bool:
+        """Whether it is a number of bytes, in all or for a time, that may be written "8GiB"."""
+        return self.key.endswith("_bytes") or "bytes_per_" in self.key
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is a number of seconds, that may be written "500ms"."""
+        return self.key.endswith("_s") and not self.is_size
 
 
 def _schema() -> Iterator[Field]:
@@ -44,6 +54,12 @@ def _description(annotation: Any) -> str:
     raise AssertionError(f"{annotation} has no description")
 
 
+# Of every table [tenants.NAME], by key.
+TENANTS: Final = "tenants"
+TENANT_FIELDS: Final[dict[str, Field]] = {
+    key: Field(f"{TENANTS}.NAME.{key}", annotation, _description(annotation), TENANTS)
+    for key, annotation in get_type_hints(TenantConfig, include_extras=True).items()
+}
 FIELDS: Final[dict[str, Field]] = {field.name: field for field in _schema()}
 SECTIONS: Final[tuple[str, ...]] = tuple(dict.fromkeys(field.section for field in FIELDS.values()))
 
@@ -51,7 +67,8 @@ SECTIONS: Final[tuple[str, ...]] = tuple(dict.fromkeys(field.section for field i
 def describe_type(field: Field) -> str:
     """The type and bounds of a setting, for people."""
     text = _describe(field.annotation)
-    return text.replace("integer", "size") if field.key.endswith("_bytes") else text
+    text = text.replace("integer", "size") if field.is_size else text
+    return text if field.is_time else text.replace("seconds", "number")
 
 
 def _describe(annotation: Any) -> str:

@@ -63,10 +63,26 @@ class HostConfig(Section, frozen=True):
         int,
         Meta(ge=0, description="Memory that the arena always leaves to the rest of the machine or cgroup."),
     ] = 2 * GiB
+    spill_above: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="Share of the arena above which what only it holds is written to disk ahead of need; "
+            "1 writes only when room is needed.",
+        ),
+    ] = 0.7
     prefault: Annotated[
         bool,
         Meta(description="Touch all pages at the start, in the background: a first touch costs ten copies."),
     ] = True
+    huge_pages: Annotated[
+        Literal["auto", "off"],
+        Meta(
+            description='Huge pages for the arena: "auto" asks for them where '
+            "/sys/kernel/mm/transparent_hugepage/shmem_enabled allows; the status says what was got."
+        ),
+    ] = "auto"
     numa: Annotated[
         Literal["auto", "off"], Meta(description='One sub-arena for each NUMA node ("auto"), or one for all.')
     ] = "auto"
@@ -99,6 +115,41 @@ class DiskConfig(Section, frozen=True):
         int,
         Meta(ge=0, description="Pace at which all that is stored is read again and checked; 0 never does."),
     ] = 16 * MiB
+    written_bytes_per_day: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Hard bound on what the drive is written in any 24 hours, headers and padding "
+            "included; 0 sets none. Beyond it parks stay in host memory, and say why.",
+        ),
+    ] = 0
+    codec: Annotated[
+        Literal["raw", "lz4", "planes-lz4", "planes-zstd"],
+        Meta(description="Lossless codec of blocks whose park and tenant name none."),
+    ] = "raw"
+    key_file: Annotated[
+        str,
+        Meta(
+            description="File with the master key (32 bytes, or 64 hexadecimal digits) under which all that "
+            "is stored is encrypted; empty: nothing is. Without it nothing of the store can be read."
+        ),
+    ] = ""
+    keys_directory: Annotated[
+        str,
+        Meta(
+            description="Folder of the wrapped keys of all blocks, away from disk.directory and its backups; "
+            "empty: `keys` under node.state_dir."
+        ),
+    ] = ""
+
+
+class TenantConfig(Section, frozen=True):
+    """What one tenant has otherwise: the table [tenants.NAME]."""
+
+    codec: Annotated[
+        Literal["", "raw", "lz4", "planes-lz4", "planes-zstd"],
+        Meta(description="Lossless codec of the tenant's blocks on disk; empty: disk.codec."),
+    ] = ""
 
 
 class GpuConfig(Section, frozen=True):
@@ -115,6 +166,15 @@ class GpuConfig(Section, frozen=True):
             ge=64 << 10, le=1 * GiB, description="Bytes of one batch: what cannot be cancelled once it began."
         ),
     ] = 32 * MiB
+    batches_in_flight: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="Batches that one park or restore has under way: while one ends, others copy. "
+            "All of them bound how soon it can be cut off.",
+        ),
+    ] = 4
 
 
 class BlocksConfig(Section, frozen=True):
@@ -188,7 +248,32 @@ class RayConfig(Section, frozen=True):
     """The Ray cluster below the daemon."""
 
     address: Annotated[
-        str, Meta(description="Cluster to join as a guest (host:port); empty: a private one for this node.")
+        str,
+        Meta(
+            description="Cluster to join (host:port), a private one of kvtier's or as a guest; empty: begin a "
+            "private one."
+        ),
+    ] = ""
+    listen: Annotated[
+        str,
+        Meta(
+            description="IP address of this machine at which a private cluster is heard by its other nodes; "
+            "empty: loopback, for this node alone."
+        ),
+    ] = ""
+    token_file: Annotated[
+        str,
+        Meta(
+            description="File with the token of the Ray cluster (32 characters or more), the same on all its "
+            "nodes; empty: a private cluster makes one, a guest has Ray's own settings."
+        ),
+    ] = ""
+    gcs_storage: Annotated[
+        str,
+        Meta(
+            description="Where a private cluster's head keeps its state: a folder for Ray's embedded store, or "
+            "host:port of a Redis; empty: in memory, lost with the head."
+        ),
     ] = ""
     temp_dir: Annotated[
         str,
@@ -245,12 +330,18 @@ class Config(Section, frozen=True):
     metrics: MetricsConfig = MetricsConfig()
     ray: RayConfig = RayConfig()
     log: LogConfig = LogConfig()
+    tenants: dict[str, TenantConfig] = {}
     origins: dict[str, Origin] = {}
 
     @property
     def disk_directory(self) -> str:
         """Folder of the disk store, whether or not it was named."""
         return self.disk.directory or f"{self.node.state_dir}/disk"
+
+    @property
+    def keys_directory(self) -> str:
+        """Folder of the wrapped keys, whether or not it was named."""
+        return self.disk.keys_directory or f"{self.node.state_dir}/keys"
 
     @property
     def ray_temp_dir(self) -> str:

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from kvtier.config import effective
-from kvtier.config_fields import FIELDS, Field, describe_type
-from kvtier.config_schema import Config
+from kvtier.config_fields import FIELDS, TENANT_FIELDS, TENANTS, Field, describe_type
+from kvtier.config_schema import Config, TenantConfig
 from kvtier.config_units import format_bytes
 
 _ON_EACH_MACHINE = {
@@ -34,20 +34,37 @@ def to_toml(config: Config, *, every: bool = True) -> str:
             section = field.section
         lines.append(f"# {field.description} ({setting.origin})")
         lines.append(f"{field.key} = {_toml_value(field, setting.value)}")
+    lines += _tenants(config, bool(lines))
     return "".join(f"{line}\n" for line in lines)
+
+
+def _tenants(config: Config, follows: bool) -> list[str]:
+    """The tables of the tenants, with what each has otherwise."""
+    lines: list[str] = []
+    for tenant, settings in config.tenants.items():
+        name = json.dumps(tenant, ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines += [""] * (follows or bool(lines)) + [f"[{TENANTS}.{name}]"]
+        for field in TENANT_FIELDS.values():
+            origin = config.origins.get(f"{TENANTS}.{tenant}.{field.key}")
+            if origin is not None:
+                lines.append(f"# {field.description} ({origin})")
+                lines.append(f"{field.key} = {_toml_value(field, getattr(settings, field.key))}")
+    return lines
 
 
 def reference() -> str:
     """All settings as Markdown tables, one for each section."""
     lines: list[str] = []
     section = ""
-    for field in FIELDS.values():
+    for field in (*FIELDS.values(), *TENANT_FIELDS.values()):
         if field.section != section:
             section = field.section
-            lines += [""] * bool(lines) + [f"### [{section}]", "", "| setting | type | default | meaning |"]
+            title = f"{section}.NAME" if section == TENANTS else section
+            lines += [""] * bool(lines) + [f"### [{title}]", "", "| setting | type | default | meaning |"]
             lines.append("| --- | --- | --- | --- |")
         kind, default = describe_type(field), _default_text(field)
-        lines.append(f"| `{field.key}` | {kind} | {default} | {field.description} |")
+        key = field.name.rpartition(".")[2]
+        lines.append(f"| `{key}` | {kind} | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +76,7 @@ def _toml_value(field: Field, value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(str(item) for item in value)}]"
-    if isinstance(value, int) and field.key.endswith("_bytes"):
+    if isinstance(value, int) and field.is_size:
         return f'"{format_bytes(value)}"'
     return repr(value)
 
@@ -67,4 +84,6 @@ def _toml_value(field: Field, value: Any) -> str:
 def _default_text(field: Field) -> str:
     if field.name in _ON_EACH_MACHINE:
         return _ON_EACH_MACHINE[field.name]
+    if field.section == TENANTS:
+        return f"`{_toml_value(field, getattr(TenantConfig(), field.name.rpartition('.')[2]))}`"
     return f"`{_toml_value(field, effective(Config())[field.name].value)}`"

@@ -19,6 +19,8 @@ from kvtier.receipts import (
 
 Role: TypeAlias = Literal["client", "events", "disk", "gpu", "copy"]
 Mode: TypeAlias = Literal["worker", "shared"]
+# Lossless codecs of the disk tier that a park or a tenant may ask for.
+CODECS: tuple[str, ...] = ("raw", "lz4", "planes-lz4", "planes-zstd")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -111,7 +113,8 @@ class Park(Message, frozen=True, tag="park"):
 
     tokens: packed uint32, little-endian.  after_tokens: position of tokens[0].  request: the worker's
     number for its page binding.  held_from: for each layer group the first position that the pool still
-    holds.  private_from: for share='conversation', from which token on nothing is shared.
+    holds.  private_from: for share='conversation', from which token on nothing is shared.  codec: one of
+    CODECS, for what of the conversation is written to disk from now on; '' for what was asked before.
     """
 
     worker: str
@@ -131,6 +134,7 @@ class Park(Message, frozen=True, tag="park"):
     keep_for_s: float | None = None
     timeout_s: float = 30.0
     pages: list[bytes] = []
+    codec: str = ""
 
 
 class ParkStarted(Message, frozen=True, tag="park_started"):

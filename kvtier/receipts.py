@@ -41,6 +41,7 @@ class ParkReceipt:
 
     released: the pages may be reused.  tokens: the conversation can be restored up to here at `level`.
     stored/shared: objects copied now / found already stored.  version: of the conversation's record.
+    relative_error: of what was stored now at a lossy fidelity: rms of the error over rms of the values.
     """
 
     conversation: str
@@ -52,6 +53,7 @@ class ParkReceipt:
     objects_stored: int = 0
     objects_shared: int = 0
     bytes_stored: int = 0
+    relative_error: float = 0.0
     version: int = 0
     reason: Reason = ""
     detail: str = ""
@@ -134,7 +136,11 @@ class RestoreReceipt:
 
 @dataclass(frozen=True, slots=True)
 class ForgetReceipt:
-    """What was erased, and what stays because another conversation of the tenant names it too."""
+    """What was erased, and what stays because another conversation of the tenant names it too.
+
+    *_bytes: of the objects, each once; *_host_bytes and *_disk_bytes: of their copies in each tier.
+    durable: whether nothing of it can come back, by whatever crash; if not, ask again.
+    """
 
     conversation: str
     tenant: str
@@ -146,6 +152,10 @@ class ForgetReceipt:
     durable: bool = True
     reason: Reason = ""
     detail: str = ""
+    erased_host_bytes: int = 0
+    erased_disk_bytes: int = 0
+    kept_shared_host_bytes: int = 0
+    kept_shared_disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ class State(Enum):
     DURABLE = "durable"
     QUARANTINED = "quarantined"
 
+    # Enum hashes the name, in Python; members are compared by identity, and every move is looked up.
+    __hash__ = object.__hash__
+
 
 ALLOWED: frozenset[tuple[State, State]] = frozenset(
     {

@@ -31,7 +31,10 @@ class WireItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Copy(Message, frozen=True, tag="copy"):
-    """Move these objects between the pages bound to `request` and their slots."""
+    """Move these objects between the pages bound to `request` and their slots.
+
+    fidelity: 'exact', or the lossy codec that the slots' bytes are in.
+    """
 
     job: str
     batch: int
@@ -43,10 +46,14 @@ class Copy(Message, frozen=True, tag="copy"):
     checksums: bool = True
     pages: list[bytes] = []
     last: bool = False
+    fidelity: str = "exact"
 
 
 class Copied(Message, frozen=True, tag="copied"):
-    """A batch ended. checksums: by item, gather only. failed: (index of the item, reason)."""
+    """A batch ended. checksums: by item, gather only. failed: (index of the item, reason).
+
+    error_squares, value_squares: of a gather under a lossy codec, sums over the values that were encoded.
+    """
 
     job: str
     batch: int
@@ -55,6 +62,8 @@ class Copied(Message, frozen=True, tag="copied"):
     failed: list[tuple[int, str]] = []
     bytes: int = 0
     seconds: float = 0.0
+    error_squares: float = 0.0
+    value_squares: float = 0.0
 
 
 class CancelCopies(Message, frozen=True, tag="cancel_copies"):
@@ -144,7 +153,11 @@ class Announce(Message, frozen=True, tag="announce"):
 
 
 class DiskWrite(Message, frozen=True, tag="disk_write"):
-    """Write objects from host slots, then the records, with one flush for all."""
+    """Write objects from host slots, then the records, with one flush for all.
+
+    spill: nobody waits for it, so that every other write goes first.  codecs: for each object the lossless
+    codec that was asked for, '' for the node's own; [] when nothing was asked.
+    """
 
     job: str
     roots: list[WireRoot]
@@ -152,10 +165,15 @@ class DiskWrite(Message, frozen=True, tag="disk_write"):
     slots: list[WireItem]
     records: list[WireRecord] = []
     models: list[tuple[bytes, str]] = []
+    spill: bool = False
+    codecs: list[str] = []
 
 
 class DiskWritten(Message, frozen=True, tag="disk_written"):
-    """Answer to DiskWrite: durable, or nothing of it; reason is one of receipts.Reason."""
+    """Answer to DiskWrite: durable, or nothing of it; reason is one of receipts.Reason.
+
+    retry_after_s: with reason 'wear', when the drive may be written so much again; None: never.
+    """
 
     job: str
     ok: bool
@@ -163,6 +181,7 @@ class DiskWritten(Message, frozen=True, tag="disk_written"):
     detail: str = ""
     bytes: int = 0
     seconds: float = 0.0
+    retry_after_s: float | None = None
 
 
 class DiskRead(Message, frozen=True, tag="disk_read"):
@@ -202,7 +221,12 @@ class DiskRemoved(Message, frozen=True, tag="disk_removed"):
 
 
 class DiskUsage(Message, frozen=True, tag="disk_usage"):
-    """Sent by the disk service after each change, and when its health changes."""
+    """Sent by the disk service after each change, and when its health changes.
+
+    written_bytes: to the drive, headers and padding included, of which user_bytes were payload.  flushes:
+    of files.  scrub_*: what the background check read, found bad, and how often it came to the end.
+    wear_limit_bytes: bytes that may be written in any day, 0 for no bound; wear_left_bytes: now.
+    """
 
     capacity_bytes: int
     used_bytes: int
@@ -211,3 +235,11 @@ class DiskUsage(Message, frozen=True, tag="disk_usage"):
     written_bytes: int
     state: Literal["ready", "degraded"] = "ready"
     detail: str = ""
+    user_bytes: int = 0
+    flushes: int = 0
+    direct_io: bool = True
+    scrub_bytes: int = 0
+    scrub_bad: int = 0
+    scrub_passes: int = 0
+    wear_limit_bytes: int = 0
+    wear_left_bytes: int = 0

@@ -30,11 +30,18 @@ from kvtier.errors import (
 from kvtier.messages import Failed, Hello, Message, Role, Welcome
 from kvtier.paths import NODE_SOCKET
 
-READ_BYTES = 64 << 10
+# Least room for a read, and the longest buffer that is kept between frames. Memory that is taken and given
+# back for each long frame would be faulted in anew each time, which costs more than the frame's copies.
+_ROOM_BYTES = 32 << 10
+_KEPT_BYTES = 1 << 20
 MAX_DESCRIPTORS = 64
 _PREFIX = protocol.LENGTH.size
 _INT_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
+# As numbers: operators of Python's flag types cost more than the rest of a read.
+_CUT = int(socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 _TIMEVAL = struct.Struct("ll")
 _START = "start it with `kvtier up`, or pass the path of its socket"
 
@@ -56,42 +63,64 @@ class FrameBuffer:
     they belong to the last frame that began before the end of their read.
     """
 
-    __slots__ = ("_bytes", "_end", "_fds")
+    __slots__ = ("_begin", "_buffer", "_end", "_fds", "_fed", "_taken", "_wanted")
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
-        self._end = 0
+        self._buffer = bytearray(_ROOM_BYTES)
+        # What came and was not taken is [_begin, _end) of the buffer; it belongs to a frame of _wanted bytes.
+        self._begin = self._end = self._wanted = 0
+        # How much of the stream came and was taken, for descriptors.
+        self._fed = self._taken = 0
         self._fds: list[tuple[int, list[int]]] = []
 
-    def feed(self, data: bytes, fds: list[int]) -> None:
-        """Append what one read gave."""
-        self._bytes += data
-        self._end += len(data)
+    def room(self, nbytes: int = 0) -> memoryview:
+        """Where the next read may put what it gives: `nbytes` or more, and the rest of a frame that began."""
+        nbytes = max(nbytes, _ROOM_BYTES, self._wanted - (self._end - self._begin))
+        if len(self._buffer) - self._end < nbytes:
+            left = self._buffer[self._begin : self._end]
+            if len(left) + nbytes > len(self._buffer):
+                self._buffer = bytearray(len(left) + nbytes)
+            self._buffer[: len(left)] = left
+            self._begin, self._end = 0, len(left)
+        return memoryview(self._buffer)[self._end :]
+
+    def feed(self, nbytes: int, fds: list[int]) -> None:
+        """One read put so many bytes into `room`, and gave these descriptors."""
+        self._end += nbytes
+        self._fed += nbytes
         if fds:
-            self._fds.append((self._end, fds))
+            self._fds.append((self._fed, fds))
 
-    def peek(self) -> bytes | None:
-        """The next whole frame's body, or None. Raises MessageTooLarge for what was announced."""
-        if len(self._bytes) < _PREFIX:
-            return None
-        end = _PREFIX + protocol.body_length(bytes(self._bytes[:_PREFIX]))
-        if len(self._bytes) < end:
-            return None
-        with memoryview(self._bytes) as view:
-            return view[_PREFIX:end].tobytes()
+    def peek(self) -> memoryview | None:
+        """The next whole frame's body, or None. Raises MessageTooLarge for what was announced.
 
-    def take(self, body: bytes) -> list[int]:
+        Good until the next call of `room`.
+        """
+        at, here = self._begin, self._end - self._begin
+        if here < _PREFIX:
+            return None
+        self._wanted = _PREFIX + protocol.body_length(bytes(self._buffer[at : at + _PREFIX]))
+        if here < self._wanted:
+            return None
+        return memoryview(self._buffer)[at + _PREFIX : at + self._wanted]
+
+    def take(self) -> list[int]:
         """Drop the frame that `peek` gave; answers its descriptors, which are the caller's from here on."""
-        del self._bytes[: _PREFIX + len(body)]
-        taken = self._end - len(self._bytes)
+        self._begin += self._wanted
+        self._taken += self._wanted
+        self._wanted = 0
+        if self._begin == self._end:
+            self._begin = self._end = 0
+            if len(self._buffer) > _KEPT_BYTES:
+                self._buffer = bytearray(_ROOM_BYTES)
         found: list[int] = []
-        while self._fds and self._fds[0][0] <= taken:
+        while self._fds and self._fds[0][0] <= self._taken:
             found += self._fds.pop(0)[1]
         return found
 
     def clear(self) -> None:
         """Drop everything and close the descriptors that nobody took."""
-        self._bytes.clear()
+        self._begin = self._end = self._wanted = 0
         while self._fds:
             close_all(self._fds.pop()[1])
 
@@ -211,23 +240,22 @@ class Channel:
     def _pop(self) -> tuple[Message, list[int]] | None:
         try:
             body = self._frames.peek()
-            return None if body is None else (protocol.decode(body), self._frames.take(body))
+            return None if body is None else (protocol.decode(body), self._frames.take())
         except ProtocolError:
             self.close()
             raise
 
     def _fill(self) -> None:
         try:
-            data, fds, cut = receive(self._socket)
+            nbytes, cut = receive(self._socket, self._frames)
         except BlockingIOError:
             return
         except OSError as error:
             raise ChannelLost(f"{self.path} went away: {error.strerror}", fix=_START) from error
-        self._frames.feed(data, fds)
         if cut:
             self.close()
             raise MalformedMessage(f"{self.path} sent more than {MAX_DESCRIPTORS} descriptors at once")
-        if not data:
+        if not nbytes:
             raise ChannelLost(f"{self.path} closed the connection", fix=_START)
 
     def _wait_writable(self, deadline_s: float) -> None:
@@ -238,17 +266,19 @@ class Channel:
             raise ChannelTimeout(f"{self.path} takes no more messages", fix="see `kvtier status`")
 
 
-def receive(connected: socket.socket) -> tuple[bytes, list[int], bool]:
-    """One read: bytes (none at the end), the descriptors with them, and whether some of these were cut off.
+def receive(connected: socket.socket, into: FrameBuffer) -> tuple[int, bool]:
+    """One read: the number of bytes (0 at the end), and whether some of the descriptors were cut off.
 
     Raises OSError; BlockingIOError when a non-blocking socket has nothing.
     """
-    data, ancillary, flags, _ = connected.recvmsg(READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
+    room = into.room()
+    nbytes, ancillary, flags, _ = connected.recvmsg_into([room], _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+    fds: list[int] = []
     for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) - len(content) % _INT_BYTES])
-    return data, fds.tolist(), bool(flags & socket.MSG_CTRUNC)
+        if (level, kind) == _RIGHTS:
+            fds += array.array("i", content[: len(content) - len(content) % _INT_BYTES])
+    into.feed(nbytes, fds)
+    return nbytes, flags & _CUT != 0
 
 
 def expect(answer: Message, kind: type[Answer], path: str) -> Answer:

@@ -22,6 +22,7 @@ from kvtier.errors import DaemonNotFound, KvtierError, MalformedMessage, Protoco
 from kvtier.handles import QUIET_S, ParkHandle, RestoreHandle
 from kvtier.link import Link, LinkSettings, Prepared
 from kvtier.messages import (
+    CODECS,
     Detach,
     Done,
     DropPlan,
@@ -123,14 +124,19 @@ class Worker:
         extras: Sequence[tuple[int, bytes]] = (),
         fidelity: str = "exact",
         after: Front = NO_FRONT,
+        codec: str = "",
         timeout_s: Duration = 30.0,
     ) -> ParkHandle:
         """Store the KV of `tokens`, which lies in `pages`, under the conversation's name.
 
         tokens: all of them, as `keys.pack_tokens` takes them.  pages: page ids in order of position, one
         list or one for each layer group, or a Binding.  share, private_from: 'conversation' shares nothing
-        from token private_from on.  extras: (position, digest) of LoRA, images, cache salts.  after: a known
-        front, whose tokens are not sent and not keyed again.  timeout_s: for the asked level to be reached.
+        from token private_from on.  extras: (position, digest) of LoRA, images, cache salts.  fidelity:
+        'exact', or a lossy codec, 'fp8' or 'int8', at about half the bytes: what it stores answers only plans
+        of the same fidelity, and the receipt tells the relative error.  after: a known front, whose tokens
+        are not sent and not keyed again.  codec: lossless, for what of the conversation
+        is written to disk from now on: 'raw', 'lz4', 'planes-lz4' or 'planes-zstd'; '' for what was asked
+        before, or else what the tenant or the node has.  timeout_s: for the asked level to be reached.
 
         The pages must not change before `released` is set on what is returned.  Raises ConfigError,
         TokensError, GeometryError, MessageTooLarge: before anything is sent, or as the node refuses it.
@@ -138,6 +144,8 @@ class Worker:
         limit_s = seconds("timeout_s", timeout_s)
         one_of("level", level, LEVELS)
         one_of("share", share, SHARES)
+        if codec:
+            one_of("codec", codec, CODECS)
         names = (name("conversation", conversation), name("tenant", tenant))
         packed, count = pack(tokens, after)
         binding = self._pool.bind(pages, count)
@@ -168,6 +176,7 @@ class Worker:
             keep_for_s=optional_seconds("keep_for_s", keep_for_s),
             timeout_s=limit_s,
             pages=[] if use.copies_here else page_bytes(binding),
+            codec=codec,
         )
         self._begin(attachment, use, (message, ParkStarted), self._call_timeout_s)
         return ParkHandle(use, lambda: self._cancel(attachment, use))
@@ -186,7 +195,8 @@ class Worker:
     ) -> WorkerPlan:
         """What of `tokens` is stored, and how to bring it back; what it names is held for lease_s.
 
-        conversation: None looks up by prefix alone.  after: a front found before, to look on from there.
+        conversation: None looks up by prefix alone.  fidelity: that it was parked at.  after: a front found
+        before, to look on from there.
         Give a plan that will not be restored to `drop`.  Raises ConfigError, TokensError, MessageTooLarge.
         """
         known = "" if conversation is None else name("conversation", conversation)

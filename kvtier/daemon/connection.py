@@ -97,13 +97,12 @@ class Connection:
 
     def _fill(self) -> bool:
         try:
-            data, fds, cut = receive(self._socket)
+            nbytes, cut = receive(self._socket, self._frames)
         except BlockingIOError:
             return False
         except OSError:
-            data, fds, cut = b"", [], False
-        self._frames.feed(data, fds)
-        if not data or cut:
+            nbytes, cut = 0, False
+        if not nbytes or cut:
             self.close()
             return False
         return True
@@ -111,7 +110,7 @@ class Connection:
     def _deliver(self) -> None:
         try:
             while not self.closed and (body := self._frames.peek()) is not None:
-                message, fds = protocol.decode(body), self._frames.take(body)
+                message, fds = protocol.decode(body), self._frames.take()
                 self.on_message(message, fds)
         except ProtocolError as error:
             # Whoever sent this does not speak the protocol: say so, and be rid of it.
@@ -139,7 +138,7 @@ class Connection:
     def _await_room(self, wanted: bool) -> None:
         if wanted is not self._awaiting_room:
             self._awaiting_room = wanted
-            self._loop.watch_writable(self._socket.fileno(), self._ready, wanted)
+            self._loop.watch_writable(self._socket.fileno(), wanted)
 
 
 class Listener:

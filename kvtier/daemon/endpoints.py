@@ -7,9 +7,10 @@ from typing import Protocol, TypeVar
 
 from kvtier.config import Config
 from kvtier.daemon.http import HealthServer
-from kvtier.daemon.metrics import Histogram, NodeMetrics, TierMetrics, make_registry
+from kvtier.daemon.metrics import DiskMetrics, Histogram, NodeMetrics, TierMetrics, make_registry
 from kvtier.node.core import NodeCore
 from kvtier.node.state import BUCKETS_S
+from kvtier.tier_messages import DiskUsage
 
 Answer = TypeVar("Answer")
 
@@ -80,8 +81,25 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
         errors=dict(counters.errors),
         restore_s=Histogram(BUCKETS_S, tuple(counters.restore_s.counts), counters.restore_s.sum_s),
         backpressure_s=counters.backpressure_s,
-        disk_written_bytes=core.state.disk.written_bytes,
+        disk=_disk(core.state.disk.said),
+        spilled_bytes=counters.spilled_bytes,
+        host_dirty_bytes=core.state.dirty_bytes,
+        log_lost=core.state.log_lost,
         workers=len(report.workers),
         conversations=report.conversations,
         waiting_parks=report.waiting_parks,
+    )
+
+
+def _disk(said: DiskUsage) -> DiskMetrics:
+    return DiskMetrics(
+        written_bytes=said.written_bytes,
+        user_bytes=said.user_bytes,
+        flushes=said.flushes,
+        direct_io=said.direct_io,
+        scrub_bytes=said.scrub_bytes,
+        scrub_bad=said.scrub_bad,
+        scrub_passes=said.scrub_passes,
+        wear_limit_bytes=said.wear_limit_bytes,
+        wear_left_bytes=said.wear_left_bytes,
     )

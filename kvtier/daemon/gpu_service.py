@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.05
 _CALL_S = 2.0
 _RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
-# Batches that one worker may have at once: enough to keep the copy going while the next is on its way.
-_BATCHES = 4
+# Jobs whose batches a worker may have at once: a restore does not wait for a park's to end.
+_JOBS = 2
 
 
 MakeEngine: TypeAlias = Callable[[SlotMemory], CopyEngine]
@@ -253,7 +253,8 @@ class GpuService:
     # --- copies -----------------------------------------------------------------------------------------
 
     def _new_desk(self) -> CopyDesk:
-        bounds = Bounds(max_batches=_BATCHES, max_bytes=_BATCHES * self._config.gpu.batch_bytes)
+        batches = _JOBS * self._config.gpu.batches_in_flight
+        bounds = Bounds(max_batches=batches, max_bytes=batches * self._config.gpu.batch_bytes)
         return CopyDesk(self._carry_out, self._cancel, self._tell_node, bounds)
 
     def _carry_out(self, copy: Copy) -> None:
@@ -271,6 +272,7 @@ class GpuService:
                 binding,
                 tuple(copy_item(item) for item in copy.items),
                 verify=copy.verify or copy.direction == "gather",
+                fidelity=copy.fidelity,
             )
             ended = partial(self._ended, node, copy.worker)
             node.engine.submit(batch, lambda result: self._loop.call(partial(ended, result)))
@@ -291,6 +293,8 @@ class GpuService:
             failed=list(result.failed),
             bytes=result.bytes,
             seconds=result.seconds,
+            error_squares=result.loss.error_squares,
+            value_squares=result.loss.value_squares,
         )
         self._finish(answer)
 

@@ -28,4 +28,5 @@ def make_host(config: Config, epoch: int, on_ready: Callable[[int, int], None]) 
         on_ready=on_ready,
         first_generation=epoch,
         fault_in=settings.prefault,
+        huge_pages=settings.huge_pages == "auto",
     )

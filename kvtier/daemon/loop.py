@@ -8,37 +8,42 @@ from __future__ import annotations
 
 import collections
 import os
-import selectors
+import select
 import threading
 import time
 from collections.abc import Callable
+
+# Descriptors that one wait answers with; the others come with the next one.
+_READY_MOST = 256
 
 
 class Loop:
     """Calls back when a descriptor is ready, when asked from another thread, and every `tick_s`."""
 
     def __init__(self, tick_s: float, on_tick: Callable[[], None]) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
         self._tick_s = tick_s
         self._on_tick = on_tick
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._running = True
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
+        self.watch(self._wake_fd, self._woken)
 
     def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
         """Call back whenever the descriptor is readable."""
-        self._selector.register(fd, selectors.EVENT_READ, on_readable)
+        self._epoll.register(fd, select.EPOLLIN)
+        self._watched[fd] = on_readable
 
-    def watch_writable(self, fd: int, on_readable: Callable[[], None], wanted: bool) -> None:
+    def watch_writable(self, fd: int, wanted: bool) -> None:
         """Also call back when the descriptor, which is watched already, is writable; or no longer."""
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
-        self._selector.modify(fd, events, on_readable)
+        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
 
     def unwatch(self, fd: int) -> None:
         """Stop watching. Must come before the descriptor is closed."""
-        self._selector.unregister(fd)
+        del self._watched[fd]
+        self._epoll.unregister(fd)
 
     def call(self, work: Callable[[], None]) -> None:
         """Have the loop's thread do this soon; nothing happens once it ended. From any thread."""
@@ -56,10 +61,11 @@ class Loop:
         next_tick_s = time.monotonic() + self._tick_s
         while self._running:
             wait_s = max(0.0, next_tick_s - time.monotonic())
-            for key, _ in self._selector.select(wait_s):
-                # A callback before this one may have ended what this one is about.
-                if self._selector.get_map().get(key.fd) is key:
-                    key.data()
+            ready = [(fd, self._watched[fd]) for fd, _ in self._epoll.poll(wait_s, _READY_MOST)]
+            for fd, call_back in ready:
+                # One before may have ended what this one is about, and a new one may have its number.
+                if self._watched.get(fd) is call_back:
+                    call_back()
             if time.monotonic() >= next_tick_s:
                 self._on_tick()
                 next_tick_s = time.monotonic() + self._tick_s
@@ -67,7 +73,7 @@ class Loop:
     def close(self) -> None:
         """Give back the loop's own descriptors; what it watches is its owner's. After `run` has ended."""
         with self._lock:
-            self._selector.close()
+            self._epoll.close()
             os.close(self._wake_fd)
             self._wake_fd = -1
 

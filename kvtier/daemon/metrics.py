@@ -46,6 +46,21 @@ class TierMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskMetrics:
+    """The disk service's own counts, since it started. wear_limit_bytes: 0 without a bound."""
+
+    written_bytes: int = 0
+    user_bytes: int = 0
+    flushes: int = 0
+    direct_io: bool = False
+    scrub_bytes: int = 0
+    scrub_bad: int = 0
+    scrub_passes: int = 0
+    wear_limit_bytes: int = 0
+    wear_left_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeMetrics:
     """A node at one instant; counts are since its start.
 
@@ -64,7 +79,10 @@ class NodeMetrics:
     errors: Mapping[str, float] = field(default_factory=dict)
     restore_s: Histogram = Histogram()
     backpressure_s: float = 0.0
-    disk_written_bytes: float = 0.0
+    disk: DiskMetrics = DiskMetrics()
+    spilled_bytes: float = 0.0
+    host_dirty_bytes: int = 0
+    log_lost: int = 0
     workers: int = 0
     conversations: int = 0
     waiting_parks: int = 0
@@ -96,8 +114,15 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "kvtier_backpressure_seconds", "Time that parks waited for room.", now.backpressure_s
         )
+        yield from _disk(now.disk)
         yield CounterMetricFamily(
-            "kvtier_disk_written_bytes", "Bytes written to the drive.", now.disk_written_bytes
+            "kvtier_spilled_bytes", "KV that host memory wrote to disk.", now.spilled_bytes
+        )
+        yield GaugeMetricFamily(
+            "kvtier_host_dirty_bytes", "Bytes in host memory that the disk lacks.", now.host_dirty_bytes
+        )
+        yield CounterMetricFamily(
+            "kvtier_stimulus_log_lost_entries", "Entries that the stimulus log lacks.", now.log_lost
         )
         yield GaugeMetricFamily("kvtier_workers", "Attached workers.", now.workers)
         yield GaugeMetricFamily("kvtier_conversations", "Parked conversations.", now.conversations)
@@ -124,6 +149,28 @@ def _tiers(tiers: tuple[TierMetrics, ...]) -> Iterator[Metric]:
         for tier, value in zip(tiers, values, strict=True):
             family.add_metric([tier.name], value)
         yield family
+
+
+def _disk(disk: DiskMetrics) -> Iterator[Metric]:
+    for name, text, value in (
+        ("written_bytes", "Bytes written to the drive, headers and padding included.", disk.written_bytes),
+        ("user_bytes", "KV that was written to the drive.", disk.user_bytes),
+        ("flushes", "Flushes of the store's files.", disk.flushes),
+        ("scrub_bytes", "Bytes that the background check read.", disk.scrub_bytes),
+        ("scrub_bad", "Objects that the background check found bad.", disk.scrub_bad),
+        ("scrub_passes", "How often the background check came to the end.", disk.scrub_passes),
+    ):
+        yield CounterMetricFamily(f"kvtier_disk_{name}", text, value)
+    for name, text, level in (
+        ("direct_io", "1 when the page cache is bypassed.", float(disk.direct_io)),
+        (
+            "wear_limit_bytes",
+            "Bytes that may be written in 24 hours; 0: no bound.",
+            disk.wear_limit_bytes,
+        ),
+        ("wear_left_bytes", "Bytes of them that may be written now.", disk.wear_left_bytes),
+    ):
+        yield GaugeMetricFamily(f"kvtier_disk_{name}", text, level)
 
 
 def _with(known: tuple[str, ...], counts: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier import __version__, paths
 from kvtier.config import Config
@@ -20,6 +20,7 @@ from kvtier.daemon.connection import Connection, Listener, Peer, access_of, fail
 from kvtier.daemon.host_memory import make_host
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.daemon.question import Question
+from kvtier.daemon.stimulus_log import StimulusLog
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
 from kvtier.messages import Attach, Attached, Hello, Message
 from kvtier.node.core import NodeCore
@@ -47,6 +48,8 @@ Answer = TypeVar("Answer")
 # Leases and deadlines are looked at this often.
 _TICK_S = 0.02
 _SERVICES = ("disk", "gpu")
+# What waits to be logged has this long at the end.
+_LOG_GRACE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -71,7 +74,7 @@ class NodeService:
         self._pool_fds: dict[str, list[int]] = {}
         self._arriving_fds: list[int] = []
         self._serial = 0
-        self._journal: BinaryIO | None = None
+        self._log: StimulusLog | None = None
         self._endpoints: HealthServer | None = None
 
     # --- life -------------------------------------------------------------------------------------------
@@ -145,11 +148,15 @@ class NodeService:
         settings = NodeSettings(
             node=config.node.name,
             batch_bytes=config.gpu.batch_bytes,
+            batches_in_flight=config.gpu.batches_in_flight,
             plan_lease_s=config.leases.plan_s,
             copy_lease_s=config.leases.copy_s,
             verify=config.host.verify == "always",
             software=__version__,
             disk_expected=config.disk.enabled,
+            spill_above=config.host.spill_above,
+            host_pages=self._host.pages,
+            tenant_codecs=tuple((name, t.codec) for name, t in sorted(config.tenants.items()) if t.codec),
         )
         self._core = NodeCore(
             settings,
@@ -164,11 +171,12 @@ class NodeService:
         self._tell: Callable[[float, Stimulus], list[Send]] = self._core.handle
         if config.log.stimulus_log == "off":
             return
-        self._journal = open(config.log.stimulus_log, "ab")  # noqa: SIM115  (closed with the service)
-        undo.callback(self._journal.close)
+        self._log = StimulusLog(Path(config.log.stimulus_log))
+        self._log.open()
+        undo.callback(self._log.close, _LOG_GRACE_S)
         digest = hashlib.sha256(secret).hexdigest()
         origin = Origin(settings, digest, seed, self._epoch, tuple(sizes), self._host.generation_slots)
-        self._tell = JournaledCore(self._core, origin, self._journal.write).handle
+        self._tell = JournaledCore(self._core, origin, self._log.write).handle
 
     def _close(self) -> None:
         """In the loop's thread, after its end."""
@@ -180,8 +188,8 @@ class NodeService:
         for fds in self._pool_fds.values():
             close_all(fds)
         self._host.close()
-        if self._journal is not None:
-            self._journal.close()
+        if self._log is not None:
+            self._log.close(_LOG_GRACE_S)
 
     # --- connections ------------------------------------------------------------------------------------
 
@@ -251,6 +259,9 @@ class NodeService:
 
     def _tick(self) -> None:
         self._handle(Tick())
+        if self._log is not None and self._log.ended:
+            # From here on nothing is logged, so that no replay has to know of it.
+            self._core.state.log_ended, self._core.state.log_lost = self._log.ended, self._log.lost
         for link in [link for link in self._links.values() if link.gone]:
             if not self._may_copy(link):
                 self._forget(link)

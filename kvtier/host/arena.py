@@ -73,6 +73,8 @@ class ArenaView:
         try:
             for fd, nbytes in zip(fds[:-1], sizes[:-1], strict=True):
                 parts.append(_adopt(fd, nbytes, _FIXED_LENGTH, writable=True))
+                # Where its creator got huge pages, they are mapped as such; elsewhere it changes nothing.
+                sysmem.want_huge(parts[-1].memory)
             table = _adopt(fds[-1], sizes[-1], _READ_ONLY, writable=False)
         except (TierUnavailable, OSError):
             _close_all(parts, ())
@@ -126,11 +128,19 @@ class Arena(ArenaView):
     """The creator's side: it owns the memory and writes the generations.
 
     sizes: bytes of each sub-arena, multiples of 4096.  max_slots: entries of the table.  numa_nodes: the
-    node for each sub-arena, or none where the machine has one.  Nothing is faulted in yet: see `populate`.
+    node for each sub-arena, or none where the machine has one.  huge_pages: whether to ask for them; what
+    was got says `pages`, for people.  Nothing is faulted in yet: see `populate`.
     Raises TierUnavailable when the kernel refuses the memory.
     """
 
-    def __init__(self, sizes: Sequence[int], *, max_slots: int, numa_nodes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        max_slots: int,
+        numa_nodes: Sequence[int] = (),
+        huge_pages: bool = True,
+    ) -> None:
         self.sizes = (*sizes, max_slots * WORD_BYTES)
         self._published = 0
         made: list[_Mapping] = []
@@ -152,6 +162,7 @@ class Arena(ArenaView):
             raise TierUnavailable(f"no shared memory of {sum(sizes)} bytes: {error}") from error
         super().__init__(made[:-1], made[-1])
         self._fds = tuple(fds)
+        self.pages = self._ask_for_huge_pages() if huge_pages else ""
         if len(numa_nodes) > 1:
             for part, node_id in zip(self._parts, numa_nodes, strict=True):
                 sysmem.prefer_node(part.memory, node_id)
@@ -168,6 +179,15 @@ class Arena(ArenaView):
             sysmem.populate(memory)
         except OSError as error:
             raise TierUnavailable(str(error), fix="lower host.capacity_bytes") from error
+
+    def _ask_for_huge_pages(self) -> str:
+        """They are faulted in as such, for all who map them; without them copies are a little slower."""
+        setting = sysmem.shared_huge_pages()
+        if setting in ("never", "deny"):
+            return f"no huge pages: shmem_enabled is {setting}"
+        if not all([sysmem.want_huge(part.memory) for part in self._parts]):
+            return "no huge pages: the kernel refused"
+        return "huge pages"
 
     def publish(self, slot_id: int, generation: int) -> None:
         """Name the slot's present owner to everybody; 0 for nobody. Nothing when closed."""

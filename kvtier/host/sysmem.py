@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 PAGE_BYTES = 4096
+SHMEM_SETTING = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 _MPOL_PREFERRED = 1
 _NR_MBIND = {"x86_64": 237, "aarch64": 235}
@@ -35,6 +38,23 @@ def populate(memory: Bytes) -> None:
     if code != errno.EINVAL:
         raise OSError(code, f"cannot fault in {memory.nbytes} bytes: {os.strerror(code)}")
     touch(memory)
+
+
+def shared_huge_pages(setting: Path = SHMEM_SETTING) -> str:
+    """What the kernel does about huge pages of shared memory: 'never' where it has no such setting.
+
+    'always' and 'force' give them to everybody, 'advise' and 'within_size' to whoever asks.
+    """
+    try:
+        words = setting.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return "never"
+    return words.partition("[")[2].partition("]")[0] or "never"
+
+
+def want_huge(memory: Bytes) -> bool:
+    """Ask for huge pages in a shared mapping; answers whether the kernel took it as advice."""
+    return bool(_libc.madvise(memory.ctypes.data, memory.nbytes, _MADV_HUGEPAGE) == 0)
 
 
 def touch(memory: Bytes) -> None:

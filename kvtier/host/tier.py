@@ -34,7 +34,8 @@ class HostTier(Tier):
     from the first step on; if not, everything is ready at once, and whoever writes first pays ten copies.
     on_ready(sub_arena, ready_bytes): called from that thread when more is ready; nothing more is given out
     then before the owner calls `grow`, so that an owner which logs its calls has it in its log.  Without
-    it the tier grows by itself.  max_slots and first_generation: see HostSlots.
+    it the tier grows by itself.  max_slots and first_generation: see HostSlots.  huge_pages: whether to ask
+    for them, where the kernel has them.
     """
 
     name = "host"
@@ -52,6 +53,7 @@ class HostTier(Tier):
         step_bytes: int = STEP_BYTES,
         max_slots: int | None = None,
         first_generation: int = 1,
+        huge_pages: bool = True,
     ) -> None:
         check_capacity(capacity_bytes, headroom_bytes, limit or memory_limit())
         if numa_nodes is None:
@@ -59,7 +61,7 @@ class HostTier(Tier):
         sizes = split_capacity(capacity_bytes, max(1, len(numa_nodes)), ALIGN_BYTES)
         slots = default_max_slots(capacity_bytes) if max_slots is None else max_slots
         self._lock = threading.Lock()
-        self._arena = Arena(sizes, max_slots=slots, numa_nodes=numa_nodes)
+        self._arena = Arena(sizes, max_slots=slots, numa_nodes=numa_nodes, huge_pages=huge_pages)
         self._slots = HostSlots(
             sizes,
             ready_bytes=[0] * len(sizes),
@@ -86,6 +88,11 @@ class HostTier(Tier):
     def sizes(self) -> tuple[int, ...]:
         """Bytes behind each of `fds`."""
         return self._arena.sizes
+
+    @property
+    def pages(self) -> str:
+        """What pages the memory has, for people; '' when no huge ones were asked for."""
+        return self._arena.pages
 
     @property
     def generation_slots(self) -> int:

@@ -35,6 +35,7 @@ from transformers import DynamicCache
 from kvtier.arguments import DEFAULT_TENANT
 from kvtier.errors import FingerprintError, TokensError
 from kvtier.fingerprint import Fingerprint
+from kvtier.geometry import EXACT
 from kvtier.handles import ParkHandle
 from kvtier.integrations.chat_session import ChatSession, ParkLevel, Reply, Share
 from kvtier.integrations.dynamic_cache import CacheShape, cache_shape
@@ -74,6 +75,8 @@ class TransformersKV:
         tenant: str = DEFAULT_TENANT,
         level: ParkLevel = "host",
         share: Share = "prefix",
+        fidelity: str = EXACT,
+        codec: str = "",
         returns_in_s: float | None = None,
         keep_for_s: float | None = None,
     ) -> ParkHandle:
@@ -81,7 +84,8 @@ class TransformersKV:
 
         token_ids: the sequence from the first token on.  It may be longer than the cache, as it is by one
         after `generate`; what the cache does not hold is not parked.  The model may go on with the cache at
-        once: it puts new tensors in the place of these and writes into none of them.  Raises GeometryError
+        once: it puts new tensors in the place of these and writes into none of them.  fidelity, codec: see
+        `Worker.park`.  Raises GeometryError
         for caches that are not plain (static, quantized, offloaded, batched), TokensError.
         """
         tokens, binding = self.shape.export(cache, len(token_ids))
@@ -92,6 +96,8 @@ class TransformersKV:
             tenant=tenant,
             level=level,
             share=share,
+            fidelity=fidelity,
+            codec=codec,
             returns_in_s=returns_in_s,
             keep_for_s=keep_for_s,
         )
@@ -102,11 +108,13 @@ class TransformersKV:
         token_ids: Sequence[int],
         *,
         tenant: str = DEFAULT_TENANT,
+        fidelity: str = EXACT,
         deadline_s: float = 30.0,
     ) -> Restored:
         """A cache with as long a front of token_ids as is stored, but never all of them.
 
         token_ids: the whole sequence to go on from, new message included.  Compute token_ids[tokens:] next.
+        fidelity: that it was parked at.
         A miss is an empty cache and the reason in the receipt.  Raises TokensError for an empty list.
         """
         if len(token_ids) == 0:
@@ -114,7 +122,7 @@ class TransformersKV:
         wanted = token_ids[:-1]
         if len(wanted) == 0:
             return self._miss(RestoreReceipt(conversation, tenant, 0, 0, reason="no_match"))
-        plan = self.worker.plan(conversation, wanted, tenant=tenant)
+        plan = self.worker.plan(conversation, wanted, tenant=tenant, fidelity=fidelity)
         if plan.load_tokens == 0:
             return self._miss(
                 RestoreReceipt(conversation, tenant, 0, 0, reason=plan.reason, detail=plan.detail)

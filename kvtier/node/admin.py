@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import takewhile
 
 from kvtier.messages import (
@@ -100,7 +101,7 @@ class Admin:
         self._parks.forget(name)
         known = state.conversations.get(name)
         erased, shared = self._split(name)
-        if known is None and not erased:
+        if known is None and not erased and name not in state.ended:
             receipt = ForgetReceipt(message.conversation, message.tenant, found=False)
             state.send(peer, Forgotten(id=message.id, receipt=receipt))
             return
@@ -113,6 +114,10 @@ class Admin:
             erased_bytes=sum(s.meta.nbytes for s in erased),
             kept_shared_objects=len(shared),
             kept_shared_bytes=sum(s.meta.nbytes for s in shared),
+            erased_host_bytes=_host_bytes(state, erased),
+            erased_disk_bytes=_disk_bytes(erased),
+            kept_shared_host_bytes=_host_bytes(state, shared),
+            kept_shared_disk_bytes=_disk_bytes(shared),
         )
         self._erase(peer, message, receipt, erased)
 
@@ -135,13 +140,9 @@ class Admin:
         def done(ok: bool, detail: str) -> None:
             answer = receipt
             if not ok:
-                answer = ForgetReceipt(
-                    message.conversation,
-                    message.tenant,
-                    found=True,
-                    durable=False,
-                    reason="disk_error",
-                    detail=detail,
+                # It is out of host memory, and comes true on disk as soon as that works again.
+                answer = replace(
+                    receipt, erased_disk_bytes=0, durable=False, reason="disk_error", detail=detail
                 )
             state.send(peer, Forgotten(id=message.id, receipt=answer))
 
@@ -153,6 +154,14 @@ class Admin:
         self._disk.erase(erased, (message.tenant, message.conversation), done)
         for stored in erased:
             state.forget_object(stored.meta.object_id)
+
+
+def _host_bytes(state: NodeState, objects: list[Stored]) -> int:
+    return sum(s.meta.nbytes for s in objects if state.in_host(s.meta.object_id))
+
+
+def _disk_bytes(objects: list[Stored]) -> int:
+    return sum(s.on_disk.nbytes for s in objects if s.on_disk is not None)
 
 
 def _is_there(state: NodeState, block: Block) -> bool:

@@ -19,13 +19,17 @@ class Stored:
 
     meta: of the copy in host memory, or else of the one on disk.  on_disk: of the copy on disk; another
     park of the same tokens may have other bytes, or more rows of a sliding window.  writing: the disk job
-    that writes it, or ''.  pins: plans, restores and parks that count on it.
+    that writes it, or ''.  pins: plans, restores and parks that count on it.  holds: plans that
+    count on its copy in host memory; for these nobody copies yet, so they need no lease.  dirty_bytes: room
+    of a host copy that the disk lacks, as the node's sum has it.
     """
 
     meta: ObjectMeta
     on_disk: ObjectMeta | None = None
     writing: str = ""
     pins: int = 0
+    holds: int = 0
+    dirty_bytes: int = 0
 
     @property
     def durable(self) -> bool:

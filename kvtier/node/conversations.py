@@ -25,9 +25,10 @@ class Head(NamedTuple):
 class Conversation:
     """One parked conversation. heads: branches, the newest last. Times are Unix seconds.
 
-    durable: keys of ends that the disk has all of.  earlier: such ends that were continued, by turns which
-    the disk does not have yet; after power loss the conversation ends there.  recorded: the disk has, or may
-    have, a record of it that this node wrote or read.
+    codec: the one that was asked for on disk, or ''.  durable: keys of ends that the disk has all of.
+    earlier: such ends that were continued, by turns which the disk does not have yet; after power loss the
+    conversation ends there.  recorded: the disk has, or may have, a record of it that this node wrote or
+    read.
     """
 
     tenant: str
@@ -38,6 +39,7 @@ class Conversation:
     durable: set[bytes] = field(default_factory=set)
     returns_at_s: float | None = None
     keep_until_s: float | None = None
+    codec: str = ""
     recorded: bool = False
 
     @property
@@ -95,6 +97,7 @@ class Conversation:
         self.heads = [*(h for h in record.heads if h.key not in keys), *self.heads][-at_most:]
         self.durable |= record.durable
         self.version = max(self.version, record.version) + 1
+        self.codec = self.codec or record.codec
         self.recorded = True
 
     def privates(self) -> list[Private | None]:
@@ -112,6 +115,7 @@ class Conversation:
                 "heads": [list(h) for h in self.ends],
                 "returns_at_s": self.returns_at_s,
                 "keep_until_s": self.keep_until_s,
+                "codec": self.codec,
             }
         )
         return packed
@@ -132,6 +136,7 @@ def from_bytes(tenant: str, name: str, version: int, data: bytes) -> Conversatio
         durable={head.key for head in heads},
         returns_at_s=fields.get("returns_at_s"),
         keep_until_s=fields.get("keep_until_s"),
+        codec=fields.get("codec", ""),
         recorded=True,
     )
 

@@ -75,6 +75,7 @@ class Copies:
                 verify=self._state.settings.verify,
                 pages=job.pages,
                 last=last,
+                fidelity=pairs[0][0].root.fidelity,
             ),
         )
 

@@ -40,6 +40,7 @@ from kvtier.node.reports import status_report
 from kvtier.node.restores import RestoreJob, Restores
 from kvtier.node.room import Room
 from kvtier.node.settings import NodeSettings
+from kvtier.node.spills import Spills
 from kvtier.node.state import NodeState
 from kvtier.policy.interfaces import Policies
 from kvtier.receipts import StatusReport
@@ -83,7 +84,8 @@ class NodeCore:
         self._grown_bytes = [0] * len(arena_bytes)
         self._copies = Copies(state)
         self._disk = DiskSide(state)
-        room = Room(state, self._disk)
+        self._spills = Spills(state, self._disk)
+        room = Room(state, self._disk, self._spills)
         self._parks = Parks(state, self._copies, self._disk, room)
         self._plans = Plans(state, self._parks)
         self._restores = Restores(state, self._copies, self._disk, room, self._plans)
@@ -112,15 +114,17 @@ class NodeCore:
         elif isinstance(stimulus, Tick):
             self._tick()
         if not isinstance(stimulus, EventsJoined) and not self._was_question(stimulus):
-            self._parks.advance_all()
+            # Somebody waits for a restore: it is asked for, and finds room, first.
             self._restores.advance_all()
+            self._parks.advance_all()
             self._plans.advance_all()
             self._disk.tidy_records()
+            self._spills.ahead()
         return state.out
 
     def busy(self) -> bool:
         """Whether anything is under way that time can end."""
-        return bool(self._copies.all()) or self.state.host.next_end_s() is not None
+        return bool(self._copies.all()) or self.state.next_end_s() is not None
 
     def status(self) -> StatusReport:
         """The node at this instant."""

@@ -27,7 +27,10 @@ class Piece(NamedTuple):
 def longest(
     blocks: Sequence[Block], geometry: Geometry, shard: str, source_of: SourceOf, at_most: int
 ) -> list[Piece]:
-    """The pieces to restore the longest front of at most `at_most` tokens; empty when there is none."""
+    """The pieces to restore the longest front of at most `at_most` tokens, in the order of their blocks.
+
+    Empty when there is none.
+    """
     front = _full_front(blocks, geometry, shard, source_of, at_most)
     for count in range(len(front), 0, -1):
         rest = _pieces_at(blocks[:count], geometry, shard, source_of)
@@ -40,8 +43,11 @@ def longest(
 
 
 def restored_end(pieces: Sequence[Piece]) -> int:
-    """Position after the last token of the pieces."""
-    return max((p.stored.meta.start + p.stored.meta.tokens for p in pieces), default=0)
+    """Position after the last token of pieces in the order of `longest`."""
+    if not pieces:
+        return 0
+    last = pieces[-1].stored.meta
+    return last.start + last.tokens
 
 
 def _full_front(
@@ -53,10 +59,13 @@ def _full_front(
     for index, block in enumerate(blocks):
         if block.end > at_most:
             break
-        pieces = [_piece(block, index, shape, part, source_of) for shape, part in groups]
-        if None in pieces:
-            break
-        front.append([piece for piece in pieces if piece is not None])
+        pieces: list[Piece] = []
+        for shape, part in groups:
+            piece = _piece(block, index, shape, part, source_of)
+            if piece is None:
+                return front
+            pieces.append(piece)
+        front.append(pieces)
     return front
 
 

@@ -2,7 +2,9 @@
 
 The service may carry out what it is sent in any order.  So a request is held back as long as a write under
 way names one of its objects or records: else a removal could overtake the write of the same object, and
-what was forgotten would be back.  Requests behind one that is held back wait with it.
+what was forgotten would be back.  Others may go before a write that is held back, unless they name the same
+things: a park does not wait for the spill of another conversation.  Nothing goes before a removal that is
+held back, since what is behind it may count on the room.
 """
 
 from __future__ import annotations
@@ -10,24 +12,36 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from kvtier.node.blocks import Stored
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
 from kvtier.tier_messages import DiskRemove, DiskWrite
 
+
+class Written(NamedTuple):
+    """What became of a write. retry_after_s: when it may be tried again, where that is known."""
+
+    ok: bool
+    reason: str = ""
+    detail: str = ""
+    retry_after_s: float | None = None
+
+
 # Who waits for a write: told whether it is durable, and why not.
-WriteDone: TypeAlias = Callable[[bool, str, str], None]
+WriteDone: TypeAlias = Callable[[Written], None]
 RemoveDone: TypeAlias = Callable[[bool, str], None]
-Purpose: TypeAlias = Literal["park", "spill", "record"]
+# 'spill': its room in host memory is needed; 'ahead': it may be soon.
+Purpose: TypeAlias = Literal["park", "spill", "ahead", "record"]
 
 
 @dataclass(slots=True)
 class WriteRequest:
     """Objects with the metas and slots that they had when the write was asked for.
 
-    names: object ids, and (tenant, conversation) of records.  retried: the disk was full once already.
+    names: object ids, and (tenant, conversation) of records.  host_bytes, disk_bytes: room of the objects.
+    retried: the disk was full once already.
     """
 
     message: DiskWrite
@@ -37,7 +51,14 @@ class WriteRequest:
     names: frozenset[Hashable]
     purpose: Purpose
     done: WriteDone
+    host_bytes: int
+    disk_bytes: int
     retried: bool = False
+
+    @property
+    def spills(self) -> bool:
+        """Whether host memory, and nobody else, wants it."""
+        return self.purpose in ("spill", "ahead")
 
 
 @dataclass(slots=True)
@@ -68,15 +89,29 @@ class DiskRequests:
         """To be sent before all others, in this order."""
         self._queue.extendleft(reversed(requests))
 
-    def sendable(self) -> Iterator[Request]:
+    def sendable(self) -> list[Request]:
         """Requests that may be sent now, in order; each counts as sent."""
-        while self._queue and not self._is_held_back(self._queue[0]):
+        going: list[Request] = []
+        staying: deque[Request] = deque()
+        held: set[Hashable] = set()
+        while self._queue:
             request = self._queue.popleft()
-            if isinstance(request, WriteRequest):
-                self._writes[request.message.job] = request
-            else:
-                self._removals[request.message.job] = request
-            yield request
+            if not (self._is_held_back(request) or not request.names.isdisjoint(held)):
+                self._count_as_sent(request)
+                going.append(request)
+                continue
+            staying.append(request)
+            held |= request.names
+            if isinstance(request, RemoveRequest):
+                break
+        self._queue.extendleft(reversed(staying))
+        return going
+
+    def _count_as_sent(self, request: Request) -> None:
+        if isinstance(request, WriteRequest):
+            self._writes[request.message.job] = request
+        else:
+            self._removals[request.message.job] = request
 
     def written(self, job: str) -> WriteRequest | None:
         """The write that was answered; None when nobody waits for it."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from math import inf
+
+import msgspec
 
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId, Stored
@@ -16,8 +19,9 @@ from kvtier.node.disk_requests import (
     Request,
     WriteDone,
     WriteRequest,
+    Written,
 )
-from kvtier.node.state import NodeState, count, disk_bytes
+from kvtier.node.state import NodeState, count, disk_bytes, room_bytes
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
 from kvtier.tier_messages import (
@@ -44,39 +48,56 @@ class DiskSide:
     def usable(self) -> bool:
         """Whether writes are worth asking for."""
         disk = self._state.disk
-        return disk.ready and disk.health == "ready"
+        return disk.ready and disk.said.state == "ready"
+
+    def wear_left_bytes(self) -> float:
+        """What the drive may still be written today, as far as its service has said."""
+        said = self._state.disk.said
+        return said.wear_left_bytes if said.wear_limit_bytes else inf
 
     def writes_running(self) -> bool:
         """Whether a write is under way whose end makes host memory evictable."""
         return any(write.objects for write in self._requests.writes())
 
-    def spilling_bytes(self) -> int:
-        """Host memory that becomes evictable when the spills under way have ended."""
-        spills = (w for w in self._requests.writes() if w.purpose == "spill")
-        return sum(meta.nbytes for write in spills for meta in write.metas)
+    def spilling(self) -> list[int]:
+        """For each spill under way the host memory that becomes evictable when it has ended."""
+        return [write.host_bytes for write in self._requests.writes() if write.spills]
 
     # --- writing ----------------------------------------------------------------------------------------
 
     def write(
-        self, objects: Sequence[Stored], records: Sequence[Conversation], purpose: Purpose, done: WriteDone
+        self,
+        objects: Sequence[Stored],
+        records: Sequence[Conversation],
+        purpose: Purpose,
+        done: WriteDone,
+        codec: str = "",
     ) -> None:
-        """Make objects that lie in host memory durable, then the records; `done` is told."""
+        """Make objects that lie in host memory durable, then the records; `done` is told.
+
+        codec: of all the objects; '' for what their conversations and tenants want.
+        """
         state = self._state
         if not self.usable():
-            done(False, "no_disk", state.disk.detail or "this node has no working disk tier")
+            done(Written(False, "no_disk", state.disk.said.detail or "this node has no working disk tier"))
             return
-        if objects and not self._make_room(sum(disk_bytes(s.meta) for s in objects)):
-            done(False, "disk_full", "everything on disk is in use")
+        if objects and not self._make_room(sum(disk_bytes(s.meta) for s in objects), purpose):
+            done(Written(False, "disk_full", "everything on disk is in use"))
             return
         # A less complete copy on disk has the same name, so it goes first.
         self.remove([s for s in objects if s.on_disk is not None])
         # What had to go for them may have been the last of a conversation.
         alive = [c for c in records if state.conversations.get(c.id) is c]
-        self._requests.add(self._write_request(objects, alive, purpose, done))
+        self._requests.add(self._write_request(objects, alive, purpose, done, codec))
         self._send_requests()
 
     def _write_request(
-        self, objects: Sequence[Stored], records: Sequence[Conversation], purpose: Purpose, done: WriteDone
+        self,
+        objects: Sequence[Stored],
+        records: Sequence[Conversation],
+        purpose: Purpose,
+        done: WriteDone,
+        codec: str = "",
     ) -> WriteRequest:
         state = self._state
         job = state.next_id("w")
@@ -91,10 +112,25 @@ class DiskSide:
             conversation.recorded = True
             state.records_changed.pop(conversation.id, None)
         metas = [s.meta for s in objects]
-        message = self._write_message(job, metas, slots, records)
+        wishes = [codec or state.codec_of(meta) for meta in metas]
+        message = msgspec.structs.replace(
+            self._write_message(job, metas, slots, records),
+            spill=purpose in ("spill", "ahead"),
+            codecs=wishes if any(wishes) else [],
+        )
         ids: list[Hashable] = [meta.object_id for meta in metas]
         names = frozenset([*ids, *(c.id for c in records)])
-        return WriteRequest(message, list(objects), metas, slots, names, purpose, done)
+        return WriteRequest(
+            message,
+            list(objects),
+            metas,
+            slots,
+            names,
+            purpose,
+            done,
+            host_bytes=sum(map(room_bytes, metas)),
+            disk_bytes=sum(map(disk_bytes, metas)),
+        )
 
     def _write_message(
         self, job: str, metas: Sequence[ObjectMeta], slots: Sequence[Slot], records: Sequence[Conversation]
@@ -109,15 +145,6 @@ class DiskSide:
             records=[WireRecord(c.tenant, c.name, c.version, c.to_bytes()) for c in records],
             models=sorted(models.items()),
         )
-
-    def spill(self, objects: Sequence[Stored], done: WriteDone) -> None:
-        """Write what host memory wants to be rid of; room comes when it is done."""
-        state = self._state
-        blocks = [state.tree.get(s.meta.object_id.block_key) for s in objects]
-        names = sorted({name for block in blocks if block is not None for name in block.names})
-        # With the records, what is spilled has its conversation's name after a restart too.
-        records = [state.conversations[name] for name in names if name in state.conversations]
-        self.write(objects, records, "spill", done)
 
     def save_record(self, conversation: Conversation) -> None:
         """Keep a changed record, when the disk works; nobody waits for it."""
@@ -135,14 +162,14 @@ class DiskSide:
         self._end_write(write, message.ok)
         if not message.ok:
             count(self._state.counters.errors, message.reason or "disk_error")
-        elif write.purpose == "spill":
+        elif write.spills:
             self._state.counters.spilled_bytes += sum(meta.nbytes for meta in write.metas)
-        write.done(message.ok, message.reason or "disk_error", message.detail)
+        write.done(Written(message.ok, message.reason or "disk_error", message.detail, message.retry_after_s))
         self._send_requests()
 
     def _retry(self, write: WriteRequest) -> bool:
         """The disk has less room than was thought: evict as much as is to be written, and try once more."""
-        going = self._evict(sum(disk_bytes(meta) for meta in write.metas))
+        going = self._evict(write.disk_bytes, write.purpose)
         if not going:
             return False
         write.retried = True
@@ -201,9 +228,12 @@ class DiskSide:
             self._send_requests()
 
     def remove_unnamed(self, metas: Sequence[ObjectMeta]) -> None:
-        """Remove what the disk holds and nobody names."""
+        """Remove what the disk holds and nobody names, for good: it may have been forgotten meanwhile."""
         stored = [self._state.tree.stored(meta.object_id) for meta in metas]
-        self.remove(s for s in stored if s is not None)
+        going = self._drop_copies(s for s in stored if s is not None)
+        if going:
+            self._requests.add(*self._removal(going, {}, durable=True))
+            self._send_requests()
 
     def _drop_copies(self, objects: Iterable[Stored]) -> list[ObjectMeta]:
         state = self._state
@@ -258,34 +288,30 @@ class DiskSide:
 
     # --- room on disk -----------------------------------------------------------------------------------
 
-    def _make_room(self, needed_bytes: int) -> bool:
+    def _make_room(self, needed_bytes: int, purpose: Purpose) -> bool:
         """Evict from disk until the new objects fit under its limit."""
         state = self._state
-        coming = sum(disk_bytes(meta) for w in self._requests.writes() for meta in w.metas)
+        coming = sum(write.disk_bytes for write in self._requests.writes())
         over = state.disk_held_bytes + coming + needed_bytes - state.disk.capacity_bytes
         if over <= 0:
             return True
-        going = self._evict(over)
+        going = self._evict(over, purpose)
         self._requests.add(*self._removal(going, {}, durable=False))
         return bool(going)
 
-    def _evict(self, nbytes: int) -> list[ObjectMeta]:
-        """Take the least worth out of the disk; nothing when that is not enough."""
+    def _evict(self, nbytes: int, purpose: Purpose) -> list[ObjectMeta]:
+        """Take the least worth out of the disk; nothing when that is not enough.
+
+        For what is written ahead of need only what host memory does not hold too: else the disk's copies of
+        both would take turns for ever.
+        """
         state = self._state
-        evictable = sum(
-            disk_bytes(s.on_disk)
-            for block in state.tree
-            for s in block.parts.values()
-            if s.on_disk is not None and not (s.pins or s.writing)
-        )
-        if evictable < nbytes:
-            return []
         going: list[Stored] = []
         freed = 0
         for key in state.policies.disk.victims(state.now_s):
             block = state.tree.get(key)
             parts = [] if block is None else [s for s in block.parts.values() if s.on_disk is not None]
-            if any(s.pins or s.writing for s in parts):
+            if any(s.pins or s.writing or (purpose == "ahead" and self._hosted(s)) for s in parts):
                 continue
             freed += sum(disk_bytes(s.on_disk) for s in parts if s.on_disk is not None)
             going += parts
@@ -298,6 +324,9 @@ class DiskSide:
             return []
         state.counters.evicted_objects += len(going)
         return self._drop_copies(going)
+
+    def _hosted(self, stored: Stored) -> bool:
+        return self._state.in_host(stored.meta.object_id)
 
     # --- coming and going -------------------------------------------------------------------------------
 
@@ -321,12 +350,7 @@ class DiskSide:
         if peer != disk.peer:
             return
         disk.capacity_bytes = message.capacity_bytes
-        disk.used_bytes = message.used_bytes
-        disk.objects = message.objects
-        disk.quarantined = message.quarantined
-        disk.written_bytes = message.written_bytes
-        disk.health = message.state
-        disk.detail = message.detail
+        disk.said = message
 
     def lost(self) -> None:
         """The disk service's connection closed: what it was doing is over, its slots are in limbo."""
@@ -346,7 +370,7 @@ class DiskSide:
         if isinstance(request, WriteRequest):
             for stored in request.objects:
                 stored.writing = ""
-            request.done(False, "no_disk", "the disk service went away")
+            request.done(Written(False, "no_disk", "the disk service went away"))
         elif request.done is not None:
             request.done(False, "the disk service went away")
 
@@ -359,5 +383,5 @@ class DiskSide:
             self._state.send(self._state.disk.peer, request.message)
 
 
-def _nobody_waits(ok: bool, reason: str, detail: str) -> None:
+def _nobody_waits(result: Written) -> None:
     """For writes of records that will be written again when the conversation goes on."""

@@ -1,7 +1,8 @@
 """The log of everything that a node's core was told, and its replay.
 
 Each entry is a msgpack map: the time, the stimulus, and a digest of the instructions that it led to.  An
-entry at each start of the node holds what its core was made with.  Replaying a log makes the core again,
+entry at each start of the node holds what its core was made with; one that says why the log goes no further
+stands where it could not be kept any more, and until the next start.  Replaying a log makes the core again,
 gives it the stimuli at their times, and compares the digests: any difference is a bug, or another version.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO
 
 import msgpack
 import msgspec
 
 from kvtier.errors import KvtierError
+from kvtier.messages import Message, StatusIs
 from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, EventsJoined, Left, ProcessEnded, Received, Send, Stimulus, Tick
 from kvtier.node.host_memory import HostMemory
@@ -78,13 +80,33 @@ def digest(sends: Iterable[Send]) -> bytes:
     """8 bytes that stand for a list of instructions."""
     hasher = hashlib.sha256()
     for send in sends:
-        hasher.update(msgpack.packb([send.peer, encode(send.message), send.fds]))
+        message = send.message
+        said = [send.peer, type(message).__name__, _decided(message), send.fds]
+        hasher.update(msgspec.msgpack.encode(said))
     return hasher.digest()[:8]
 
 
+def _decided(message: Message) -> dict[str, Any]:
+    """All fields: on the wire a default is left out only where it is the same object.
+
+    Without what the core was told beside its stimuli: where the metrics are.
+    """
+    if isinstance(message, StatusIs):
+        message = msgspec.structs.replace(message, report=replace(message.report, metrics_url=""))
+    return msgspec.structs.asdict(message)
+
+
+def ending(why: str) -> bytes:
+    """The last entry of a log that could not be kept any further."""
+    packed: bytes = msgpack.packb({"ended": why})
+    return packed
+
+
 def read(stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    """The entries of a log; an entry that a crash cut short ends it."""
-    yield from msgpack.Unpacker(stream, max_buffer_size=1 << 30)
+    """The entries of a log; an entry that a crash cut short ends it. Those of `ending` are left out."""
+    for entry in msgpack.Unpacker(stream, max_buffer_size=1 << 30):
+        if not (isinstance(entry, dict) and "ended" in entry):
+            yield entry
 
 
 def replay(

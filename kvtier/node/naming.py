@@ -36,7 +36,7 @@ def droppable(state: NodeState, tail: Block, by: Block) -> bool:
             return False
     for part, stored in tail.parts.items():
         better = by.parts.get(part)
-        if better is None or stored.writing or stored.pins:
+        if better is None or stored.writing or stored.pins or stored.holds:
             return False
         if stored.on_disk is not None and not better.durable:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -21,8 +22,9 @@ class ParkJob(CopyJob):
     nbytes, disk_nbytes: of all metas, in host memory and on disk.  rounds: how often
     others took something before all was there.  held: entries that the job keeps from leaving the disk.
     head: the conversation's new end.  replaces: keys of blocks where earlier ends are continued by this park.
-    failure: why nothing will be kept.  lowered: why disk will not be reached.  gathered: everything is in
-    host memory.  recorded: the conversation's record is on disk.
+    failure: why nothing will be kept.  lowered: why disk will not be reached.  retry_after_s: when that may
+    be otherwise, where it is known.  gathered: everything is in host memory.  recorded: the conversation's
+    record is on disk.  error_squares, value_squares: what a lossy codec lost, and of what, summed up.
     """
 
     message: Park = field(kw_only=True)
@@ -45,8 +47,11 @@ class ParkJob(CopyJob):
     recorded: bool = False
     objects_stored: int = 0
     bytes_stored: int = 0
+    error_squares: float = 0.0
+    value_squares: float = 0.0
     failure: tuple[Reason, str] | None = None
     lowered: tuple[Reason, str] | None = None
+    retry_after_s: float | None = None
     conversation: Conversation | None = None
 
     @property
@@ -54,7 +59,7 @@ class ParkJob(CopyJob):
         """(tenant, conversation)."""
         return (self.message.tenant, self.message.conversation)
 
-    def receipt(self, level: Level, retry_after_s: float | None) -> ParkReceipt:
+    def receipt(self, level: Level) -> ParkReceipt:
         """What became of it."""
         reason, detail = self.failure or self.lowered or ("", "")
         kept = level != "none"
@@ -68,8 +73,9 @@ class ParkJob(CopyJob):
             objects_stored=self.objects_stored,
             objects_shared=max(0, len(self.metas) - self.objects_stored) if kept else 0,
             bytes_stored=self.bytes_stored,
+            relative_error=math.sqrt(self.error_squares / self.value_squares) if self.value_squares else 0.0,
             version=self.conversation.version if self.conversation else 0,
             reason=reason,
             detail=detail,
-            retry_after_s=retry_after_s,
+            retry_after_s=self.retry_after_s,
         )

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from kvtier.errors import KvtierError, TokensError
-from kvtier.messages import Park
+from kvtier.messages import CODECS, Park
 from kvtier.node.blocks import Block, Private
 from kvtier.node.limits import check_seconds
 from kvtier.node.lookup import Query, block_refs, prefix_blocks
@@ -18,8 +18,9 @@ from kvtier.objects import ObjectMeta
 
 def new_job(state: NodeState, message: Park, worker: Worker) -> ParkJob:
     """The job of a Park. Raises the caller's mistakes as KvtierError; nothing has changed then."""
-    if message.fidelity != "exact":
-        raise KvtierError(f"fidelity '{message.fidelity}' is not available", fix="use 'exact'")
+    geometry = worker.geometry.at(message.fidelity)
+    if message.codec and message.codec not in CODECS:
+        raise KvtierError(f"codec '{message.codec}' is not known", fix=f"use one of {', '.join(CODECS)}")
     check_seconds("timeout_s", message.timeout_s)
     query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
     root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
@@ -28,7 +29,7 @@ def new_job(state: NodeState, message: Park, worker: Worker) -> ParkJob:
     refs = block_refs(root, query, private)
     if not refs:
         raise TokensError("there are no tokens to park", fix="give the tokens whose KV the pages hold")
-    metas = needed_objects(root, refs, prefix, worker.geometry, worker.shard, message.held_from)
+    metas = needed_objects(root, refs, prefix, geometry, worker.shard, message.held_from)
     _check_front(state, metas, query.after_tokens, worker, message.held_from)
     return ParkJob(
         state.next_id("p"),

@@ -13,6 +13,7 @@ from kvtier.node import naming
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation, Head
 from kvtier.node.copies import Copies, Pair
+from kvtier.node.disk_requests import Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_job import ParkJob
 from kvtier.node.park_request import new_job
@@ -230,6 +231,8 @@ class Parks:
             written.append(stored)
             job.objects_stored += 1
             job.bytes_stored += meta.nbytes
+        job.error_squares += message.error_squares
+        job.value_squares += message.value_squares
         state.counters.parked_bytes += sum(meta.nbytes for meta, _ in pairs)
         todo = [stored for stored in written if not stored.durable]
         if todo and job.message.level == "disk" and self._disk.usable() and job.lowered is None:
@@ -269,6 +272,8 @@ class Parks:
             conversation.returns_at_s = state.now_s + message.returns_in_s
         if message.keep_for_s is not None:
             conversation.keep_until_s = state.now_s + message.keep_for_s
+        if message.codec:
+            conversation.codec = message.codec
         job.conversation = conversation
         geometry, shard = job.worker.geometry, job.worker.shard
         for object_id, shape in naming.behind_window(chain, geometry, shard, job.query.end):
@@ -312,10 +317,11 @@ class Parks:
     def _write(self, job: ParkJob, objects: list[Stored], record: Conversation | None) -> None:
         job.writes_running += 1
 
-        def done(ok: bool, reason: str, detail: str) -> None:
+        def done(result: Written) -> None:
             job.writes_running -= 1
-            if not ok:
-                job.lowered = (cast(Reason, reason), detail)
+            if not result.ok:
+                job.lowered = (cast(Reason, result.reason), result.detail)
+                job.retry_after_s = result.retry_after_s
             elif record is not None and job.head is not None:
                 job.recorded = True
                 record.reached_disk(job.head, job.replaces)
@@ -325,7 +331,8 @@ class Parks:
                     if slot is not None:
                         self._state.host.release(slot, job.id)
 
-        self._disk.write(objects, [record] if record is not None else [], "park", done)
+        records = [record] if record is not None else []
+        self._disk.write(objects, records, "park", done, job.message.codec)
 
     # --- ends -------------------------------------------------------------------------------------------
 
@@ -365,8 +372,9 @@ class Parks:
         state = self._state
         self._stop_waiting(job)
         self._release(job)
-        retry = self._retry_after_s() if job.failure and job.failure[0] == "backpressure" else None
-        receipt = job.receipt(level, retry)
+        if job.failure and job.failure[0] == "backpressure":
+            job.retry_after_s = self._retry_after_s()
+        receipt = job.receipt(level)
         count(state.counters.parks, receipt.reason or level)
         state.send(job.worker.name, ParkDone(request=job.request, receipt=receipt))
         job.over = True
@@ -395,6 +403,6 @@ class Parks:
 
     def _retry_after_s(self) -> float:
         """When the next lease ends, within bounds: room may come then."""
-        end_s = self._state.host.next_end_s()
+        end_s = self._state.next_end_s()
         wait_s = _RETRY_MOST_S if end_s is None else end_s - self._state.now_s
         return min(max(wait_s, _RETRY_LEAST_S), _RETRY_MOST_S)

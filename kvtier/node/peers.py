@@ -219,7 +219,7 @@ def _check_attach(message: Attach) -> None:
     for group in geometry.groups:
         # A window of one token needs no token before it, so there would be nothing to keep of it.
         windowless = group.kind == "sliding" and group.window_tokens < 2
-        negative = group.token_bytes < 0 or group.state_bytes < 0
+        negative = min(group.token_bytes, group.state_bytes, group.lossy_token_bytes) < 0
         if windowless or negative or (not group.empty and group.object_bytes(1) < 1):
             raise GeometryError(f"a {group.kind} layer group has no size or window", fix="check the pool")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from kvtier.errors import KvtierError
+from kvtier.geometry import Geometry
 from kvtier.messages import MakePlan, Planned
 from kvtier.node.blocks import Block, ConversationId
 from kvtier.node.coverage import Piece, Source, longest, restored_end
@@ -19,10 +21,14 @@ from kvtier.receipts import Plan, Reason, TokenRange
 
 @dataclass(frozen=True, slots=True)
 class HeldPlan:
-    """A plan with what it holds: leases in host memory, pins on disk."""
+    """A plan, and the pieces that it holds in host memory and pins on disk.
+
+    blocks: in order; all of them, also those that are not loaded.
+    """
 
     plan: Plan
     worker: Worker
+    geometry: Geometry
     blocks: tuple[Block, ...]
     pieces: tuple[Piece, ...]
     until_s: float
@@ -69,7 +75,7 @@ class Plans:
                 self._state.refuse(deferred.peer, deferred.message, error)
 
     def take(self, plan_id: str, worker: Worker) -> HeldPlan | None:
-        """Hand a plan over to its restore, holds included; None when it is unknown or has ended."""
+        """Hand a plan over to its restore, with what it holds; None when it is unknown or has ended."""
         held = self._held.get(plan_id)
         if held is None or held.worker is not worker:
             return None
@@ -79,11 +85,18 @@ class Plans:
         """End a plan's holds. Unknown plans are no error."""
         held = self._held.pop(plan_id, None)
         if held is not None:
+            self.leased(held)
             self.release(held)
 
+    def leased(self, held: HeldPlan) -> None:
+        """Who took the plan has leases now on what it wants of host memory: the plan holds no more there."""
+        for piece in held.pieces:
+            if piece.source == "host":
+                piece.stored.holds -= 1
+        del self._state.plan_ends_s[held.plan.plan_id]
+
     def release(self, held: HeldPlan) -> None:
-        """End the holds of a plan that was taken."""
-        self._state.host.holder_ended(held.plan.plan_id)
+        """The restore of a plan that was taken is over: nothing is pinned on disk for it any more."""
         for piece in held.pieces:
             if piece.source == "disk":
                 piece.stored.pins -= 1
@@ -108,11 +121,12 @@ class Plans:
     def _answer(self, deferred: _Deferred) -> None:
         message, worker, state = deferred.message, deferred.worker, self._state
         query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
+        geometry = worker.geometry.at(message.fidelity)
         blocks, pieces = self._best(message, worker, query)
         segments = _segments(pieces)
         choice = state.policies.restore.choose(segments, query.end)
         if choice.tokens < restored_end(pieces):
-            pieces = longest(blocks, worker.geometry, worker.shard, state.source_of, choice.tokens)
+            pieces = longest(blocks, geometry, worker.shard, state.source_of, choice.tokens)
             segments = _segments(pieces)
         loads = restored_end(pieces)
         reason = "" if loads else self._why_nothing(message, blocks)
@@ -133,7 +147,8 @@ class Plans:
             reason=reason,
         )
         if loads:
-            self._hold(HeldPlan(plan, worker, tuple(blocks), tuple(pieces), state.now_s + lease_s))
+            until_s = state.now_s + lease_s
+            self._hold(HeldPlan(plan, worker, geometry, tuple(blocks), tuple(pieces), until_s))
         full = [b for b in blocks if not b.is_tail]
         front = full[-1] if full else None
         state.send(
@@ -149,6 +164,7 @@ class Plans:
     def _best(self, message: MakePlan, worker: Worker, query: Query) -> tuple[list[Block], list[Piece]]:
         """The longest restorable front over all branches, however they were keyed."""
         state = self._state
+        geometry = worker.geometry.at(message.fidelity)
         root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
         name = (message.tenant, message.conversation)
         known = state.conversations.get(name)
@@ -156,7 +172,7 @@ class Plans:
         best: tuple[list[Block], list[Piece]] = ([], [])
         for private in [*privates, *([] if None in privates else [None])]:
             for blocks in match(state.tree, root, query, name, private):
-                pieces = longest(blocks, worker.geometry, worker.shard, state.source_of, query.end)
+                pieces = longest(blocks, geometry, worker.shard, state.source_of, query.end)
                 better = restored_end(pieces) > restored_end(best[1])
                 if better or (not best[1] and len(blocks) > len(best[0])):
                     best = (blocks, pieces)
@@ -175,14 +191,13 @@ class Plans:
     def _hold(self, held: HeldPlan) -> None:
         state = self._state
         for piece in held.pieces:
-            meta = piece.stored.meta
             state.used(piece.stored)
-            slot = state.host.find(meta.object_id) if piece.source == "host" else None
-            if slot is not None:
-                state.host.lease(slot, held.plan.plan_id, held.until_s)
-            if piece.source == "disk":
+            if piece.source == "host":
+                piece.stored.holds += 1
+            else:
                 piece.stored.pins += 1
         self._held[held.plan.plan_id] = held
+        state.plan_ends_s[held.plan.plan_id] = held.until_s
 
 
 def _segments(pieces: Sequence[Piece]) -> list[Segment]:
@@ -202,14 +217,12 @@ def _segments(pieces: Sequence[Piece]) -> list[Segment]:
 def _ranges(segments: Sequence[Segment], tokens: int) -> tuple[TokenRange, ...]:
     """Runs of one source that cover [0, tokens), what is not loaded last."""
     ranges: list[TokenRange] = []
-    at = 0
-    for segment in segments:
-        # A chain of sliding layers only begins at its window: what is before it needs no bytes at all.
-        start = at
-        if ranges and ranges[-1].source == segment.source:
-            start = ranges.pop().start
-        ranges.append(TokenRange(start, segment.end, segment.source))
-        at = segment.end
-    if at < tokens:
-        ranges.append(TokenRange(at, tokens, "compute"))
+    # A chain of sliding layers only begins at its window: what is before it needs no bytes at all.
+    start = 0
+    for segment, after in zip_longest(segments, segments[1:]):
+        if after is None or after.source != segment.source:
+            ranges.append(TokenRange(start, segment.end, segment.source))
+            start = segment.end
+    if start < tokens:
+        ranges.append(TokenRange(start, tokens, "compute"))
     return tuple(ranges)

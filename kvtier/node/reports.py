@@ -6,6 +6,10 @@ from kvtier.geometry import Geometry
 from kvtier.node.conversations import Conversation
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo, ModelInfo, StatusReport, TierInfo, WorkerInfo
+from kvtier.tier_messages import DiskUsage
+
+# Below this share of a day's writes the status says so.
+_WEAR_LOW = 0.05
 
 
 def conversation_info(state: NodeState, conversation: Conversation) -> ConversationInfo:
@@ -69,8 +73,18 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
     warnings = []
     if not state.gpu_peer:
         warnings.append("the GPU service is not connected: parks and restores are refused")
-    if state.disk.health == "degraded":
-        warnings.append(f"the disk tier is degraded: {state.disk.detail}")
+    if state.disk.said.state == "degraded":
+        warnings.append(f"the disk tier is degraded: {state.disk.said.detail}")
+    if state.disk.ready and not state.disk.said.direct_io:
+        warnings.append("the disk tier works without O_DIRECT: its writes and reads are slow")
+    if state.log_ended:
+        warnings.append(f"the stimulus log has ended, {state.log_lost} entries are lost: {state.log_ended}")
+    said = state.disk.said
+    if said.wear_limit_bytes and said.wear_left_bytes < said.wear_limit_bytes * _WEAR_LOW:
+        warnings.append(
+            f"the drive may be written {said.wear_left_bytes} of {said.wear_limit_bytes} bytes a day more: "
+            "beyond that parks stay in host memory, and what has to leave it is dropped"
+        )
     return StatusReport(
         node=state.settings.node,
         epoch=state.epoch,
@@ -115,6 +129,7 @@ def _tiers(state: NodeState) -> list[TierInfo]:
     )
     usage = state.host.usage()
     share = state.faulted_in_bytes / usage.capacity_bytes
+    pages = state.settings.host_pages
     host = TierInfo(
         name="host",
         # It serves from the first part on.
@@ -124,7 +139,7 @@ def _tiers(state: NodeState) -> list[TierInfo]:
         limbo_bytes=usage.limbo_bytes,
         objects=usage.objects,
         quarantined=usage.quarantined,
-        detail="" if share == 1.0 else f"{share:.0%} faulted in",
+        detail=", ".join(filter(None, ("" if share == 1.0 else f"{share:.0%} faulted in", pages))),
     )
     disk = state.disk
     return [
@@ -132,19 +147,28 @@ def _tiers(state: NodeState) -> list[TierInfo]:
         host,
         TierInfo(
             name="disk",
-            state=disk.health if disk.ready else "starting" if disk.peer else "absent",
+            state=disk.said.state if disk.ready else "starting" if disk.peer else "absent",
             capacity_bytes=disk.capacity_bytes,
-            used_bytes=disk.used_bytes,
+            used_bytes=disk.said.used_bytes,
             limbo_bytes=0,
-            objects=disk.objects,
-            quarantined=disk.quarantined,
-            detail=disk.detail,
+            objects=disk.said.objects,
+            quarantined=disk.said.quarantined,
+            detail=_disk_detail(disk.said),
         ),
     ]
 
 
+def _disk_detail(said: DiskUsage) -> str:
+    parts = [said.detail] if said.detail else []
+    if said.user_bytes:
+        parts.append(f"{said.written_bytes / said.user_bytes:.2f} bytes written for each of KV")
+    if said.wear_limit_bytes:
+        parts.append(f"{said.wear_left_bytes / said.wear_limit_bytes:.0%} of the day's writes left")
+    return ", ".join(parts)
+
+
 def _counters(state: NodeState) -> dict[str, float]:
-    c = state.counters
+    c, said = state.counters, state.disk.said
     flat: dict[str, float] = {
         "backpressure_s": c.backpressure_s,
         "evicted_objects": c.evicted_objects,
@@ -152,7 +176,16 @@ def _counters(state: NodeState) -> dict[str, float]:
         "parked_bytes": c.parked_bytes,
         "restored_bytes": c.restored_bytes,
         "restored_tokens": c.restored_tokens,
-        "disk_written_bytes": state.disk.written_bytes,
+        "host_dirty_bytes": state.dirty_bytes,
+        "disk_written_bytes": said.written_bytes,
+        "disk_user_bytes": said.user_bytes,
+        "disk_flushes": said.flushes,
+        "disk_direct_io": float(said.direct_io),
+        "disk_scrub_bytes": said.scrub_bytes,
+        "disk_scrub_bad": said.scrub_bad,
+        "disk_scrub_passes": said.scrub_passes,
+        "disk_wear_limit_bytes": said.wear_limit_bytes,
+        "disk_wear_left_bytes": said.wear_left_bytes,
     }
     groups = {"parks": c.parks, "restores": c.restores, "misses": c.misses, "errors": c.errors}
     for name, group in groups.items():

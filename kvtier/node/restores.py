@@ -85,6 +85,7 @@ class Restores:
         state.send(peer, RestoreStarted(id=message.id, job=job.id))
         for piece in held.pieces:
             self._queue(job, piece)
+        self._plans.leased(held)
 
     def _queue(self, job: RestoreJob, piece: Piece) -> None:
         """Copy it from host memory when it is there, else read it."""
@@ -217,7 +218,8 @@ class Restores:
             if message.ok or (failed and index not in failed):
                 job.copied.add(meta.object_id)
                 job.copied_bytes += meta.nbytes
-                self._let_go(job, slot)
+                # Its room may go to what is still to be read.
+                self._state.host.release(slot, job.id)
             else:
                 self._copy_failed(job, meta.object_id, slot, failed.get(index, "the copy failed"))
 
@@ -235,7 +237,7 @@ class Restores:
                 # As read from disk it was wrong, too.
                 self._disk.remove([stored])
             state.left_host(block, stored)
-        self._let_go(job, slot)
+        state.host.release(slot, job.id)
         can_try = stored is not None and state.is_stored(stored) and object_id not in job.tried_again
         if stored is not None and can_try and not job.reason:
             job.tried_again.add(object_id)
@@ -244,11 +246,6 @@ class Restores:
             self._stop(
                 job, "corrupt" if why == _CORRUPT else "copy_failed", "a block in host memory was wrong"
             )
-
-    def _let_go(self, job: RestoreJob, slot: Slot) -> None:
-        """A copy out of the slot has ended, so its room may go to what is still to be read."""
-        self._state.host.release(slot, job.id)
-        self._state.host.release(slot, job.held.plan.plan_id)
 
     # --- ends -------------------------------------------------------------------------------------------
 
@@ -294,7 +291,7 @@ class Restores:
             return "host" if stored.meta.object_id in job.copied else None
 
         worker, plan = job.worker, job.held.plan
-        pieces = longest(job.held.blocks, worker.geometry, worker.shard, where, plan.load_tokens)
+        pieces = longest(job.held.blocks, job.held.geometry, worker.shard, where, plan.load_tokens)
         tokens = restored_end(pieces)
         sources: dict[str, int] = {}
         for part in plan.ranges:

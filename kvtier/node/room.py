@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, TypeAlias
 
 from kvtier.errors import SlotLeased, TierFull
@@ -10,6 +9,7 @@ from kvtier.geometry import GroupGeometry
 from kvtier.node import naming
 from kvtier.node.blocks import Block, Stored
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.spills import Spills
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State
@@ -18,6 +18,9 @@ from kvtier.tier import Slot
 # 'wait': something is on its way out; 'full': nothing can go, everything is in use.
 NoRoom: TypeAlias = Literal["wait", "full"]
 
+# In search of a clean victim, those that have to be written first are passed over up to this share of host
+# memory: what was used last should not go for what was used long ago, only because it is on disk too.
+_PASS_OVER = 0.5
 # Below this many entries the list of objects behind their window is never swept.
 _SWEEP_FROM = 1024
 
@@ -25,9 +28,10 @@ _SWEEP_FROM = 1024
 class Room:
     """Reserves host slots, and decides who goes for them."""
 
-    def __init__(self, state: NodeState, disk: DiskSide) -> None:
+    def __init__(self, state: NodeState, disk: DiskSide, spills: Spills) -> None:
         self._state = state
         self._disk = disk
+        self._spills = spills
         self._behind_window: dict[ObjectId, GroupGeometry] = {}
         self._sweep_at = _SWEEP_FROM
 
@@ -44,7 +48,11 @@ class Room:
         if slot is None and self._drop_behind_window():
             slot = self._try(meta, holder)
         if slot is None:
+            possible = self._spills.possible()
             slot = self._evict_for(meta, holder)
+            if slot is None and possible and not self._spills.possible():
+                # What the disk refused at once goes without it: the room is needed.
+                slot = self._evict_for(meta, holder)
         if slot is not None:
             return slot
         return "wait" if self._disk.writes_running() else "full"
@@ -56,48 +64,57 @@ class Room:
             return None
 
     def _evict_for(self, meta: ObjectMeta, holder: str) -> Slot | None:
-        """Evict in the policy's order until the object fits or what was met has to be written first."""
-        dirty: list[Stored] = []
-        dirty_bytes = self._disk.spilling_bytes()
-        for key in self._state.policies.host.victims(self._state.now_s):
-            if dirty_bytes >= meta.nbytes:
-                break
-            block = self._state.tree.get(key)
+        """Evict what is clean, in the policy's order; where nothing is, have what is dirty written."""
+        state = self._state
+        dirty: list[Block] = []
+        passed_over: set[bytes] = set()
+        may_pass_bytes = _PASS_OVER * sum(state.arena_bytes)
+        for key in state.policies.host.victims(state.now_s):
+            block = state.tree.get(key)
             if block is None:
                 continue
-            found = self._evict_clean(block)
+            if self._evict_clean(block):
+                dirty.append(block)
             slot = self._try(meta, holder)
             if slot is not None:
                 return slot
-            dirty += found
-            dirty_bytes += sum(s.meta.nbytes for s in found)
-        if not dirty:
-            return None
-        self._disk.spill(dirty, partial(self._spilled, dirty))
-        # What the disk refused at once was dropped.
-        return self._try(meta, holder)
+            may_pass_bytes -= self._dirty_room(block, passed_over)
+            if may_pass_bytes < 0 or (passed_over and not self._has_clean()):
+                break
+        if dirty:
+            self._spills.for_room(dirty, meta.nbytes)
+        return None
 
-    def _spilled(self, objects: list[Stored], ok: bool, reason: str, detail: str) -> None:
-        """What the disk does not take goes anyway: the room is needed."""
-        for stored in () if ok else objects:
-            block = self._state.tree.get(stored.meta.object_id.block_key)
-            if block is not None and self._state.is_stored(stored):
-                self._drop(block, stored)
+    def _dirty_room(self, victim: Block, seen: set[bytes]) -> int:
+        """Room of the dirty end of a victim's chain; nothing for a clean victim. seen: counted already."""
+        room = 0
+        block: Block | None = victim
+        while block is not None and block.key not in seen:
+            nbytes = sum(stored.dirty_bytes for stored in block.parts.values())
+            if not nbytes:
+                break
+            seen.add(block.key)
+            room += nbytes
+            block = self._state.tree.get(block.parent)
+        return room
 
-    def _evict_clean(self, block: Block) -> list[Stored]:
-        """Drop the block's host copies that need no write; answers those that do."""
+    def _has_clean(self) -> bool:
+        """Whether host memory holds anything that could go without a write, were it not in use."""
+        usage = self._state.host.usage()
+        return usage.used_bytes - usage.limbo_bytes - usage.filling_bytes > self._state.dirty_bytes
+
+    def _evict_clean(self, block: Block) -> bool:
+        """Drop the block's host copies that need no write; answers whether there are others."""
         state = self._state
-        dirty: list[Stored] = []
+        dirty = False
         for stored in list(block.parts.values()):
             slot = state.host.find(stored.meta.object_id)
-            if slot is None or stored.writing or state.host.state(slot) is State.LEASED:
+            if slot is None or stored.writing or stored.holds or state.host.state(slot) is State.LEASED:
                 continue
-            if not stored.durable and self._disk.usable():
-                nbytes = stored.meta.nbytes
-                if state.policies.admission.demote(block.key, nbytes, state.now_s):
-                    dirty.append(stored)
-                    continue
-            self._drop(block, stored)
+            if self._spills.wanted(block, stored):
+                dirty = True
+            else:
+                self._drop(block, stored)
         return dirty
 
     def _drop(self, block: Block, stored: Stored) -> bool:

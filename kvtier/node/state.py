@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kvtier.errors import KvtierError
+from kvtier.errors import KvtierError, SlotLeased
 from kvtier.geometry import Geometry
 from kvtier.keys import make_root, tenant_secret
 from kvtier.messages import Failed, Message
@@ -19,6 +19,7 @@ from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.policy.interfaces import Policies
+from kvtier.tier_messages import DiskUsage
 
 
 @dataclass(slots=True)
@@ -39,28 +40,34 @@ class Worker:
     jobs: set[str] = field(default_factory=set)
 
 
+NOTHING_SAID = DiskUsage(capacity_bytes=0, used_bytes=0, objects=0, quarantined=0, written_bytes=0)
+
+
 @dataclass(slots=True)
 class DiskView:
-    """What the node knows of its disk service. peer: '' when there is none; ready: it takes work."""
+    """What the node knows of its disk service. peer: '' when there is none; ready: it takes work.
+
+    said: the service's own counts, its health, and what its drive may still be written.
+    """
 
     peer: str = ""
     ready: bool = False
-    health: Literal["ready", "degraded"] = "ready"
-    detail: str = ""
     capacity_bytes: int = 0
-    used_bytes: int = 0
-    objects: int = 0
-    quarantined: int = 0
-    written_bytes: int = 0
+    said: DiskUsage = NOTHING_SAID
 
 
-# On disk an object takes whole units of this, and one more for its header.
+# An object takes whole units of this, and on disk one more for its header.
 _UNIT_BYTES = 4096
+
+
+def room_bytes(meta: ObjectMeta) -> int:
+    """Room that the object takes in host memory."""
+    return -(-meta.nbytes // _UNIT_BYTES) * _UNIT_BYTES
 
 
 def disk_bytes(meta: ObjectMeta) -> int:
     """Room that the object takes on disk."""
-    return -(-meta.nbytes // _UNIT_BYTES) * _UNIT_BYTES + _UNIT_BYTES
+    return room_bytes(meta) + _UNIT_BYTES
 
 
 # Upper bounds of the histogram's buckets, in seconds; the last bucket has none.
@@ -122,6 +129,9 @@ class NodeState:
         self.pids: dict[str, int] = {}
         self.faulted_in_bytes = 0
         self.metrics_url = ""
+        # Why the stimulus log goes no further, and how much it lacks by now.
+        self.log_ended = ""
+        self.log_lost = 0
         self.out: list[Send] = []
         self.tree = BlockTree()
         self.conversations: dict[ConversationId, Conversation] = {}
@@ -132,11 +142,16 @@ class NodeState:
         self.gpu_address = ""
         self.counters = Counters()
         self.arena_bytes: list[int] = []
+        # When plans stop to hold what they name in host memory, if nobody restores them.
+        self.plan_ends_s: dict[str, float] = {}
         self.disk_held_bytes = 0
+        # Room in host memory of objects that the disk does not have, or has less complete.
+        self.dirty_bytes = 0
         # Conversations that are over, by the version of the record that the disk may still have.
         self.ended: dict[ConversationId, int] = {}
         # Conversations whose record on disk names an end that the disk has lost. A dict keeps the order.
         self.records_changed: dict[ConversationId, None] = {}
+        self._tenant_codecs = dict(settings.tenant_codecs)
         self._secret = secret
         self._roots: dict[tuple[str, bytes, str, int], Root] = {}
         self._serial = 0
@@ -176,6 +191,11 @@ class NodeState:
             return "host"
         return "disk" if stored.on_disk is not None and self.disk.ready else None
 
+    def next_end_s(self) -> float | None:
+        """When the next lease in host memory or plan ends, or None: before that its time frees nothing."""
+        ends = [self.host.next_end_s(), *self.plan_ends_s.values()]
+        return min((end_s for end_s in ends if end_s is not None), default=None)
+
     def in_host(self, object_id: ObjectId) -> bool:
         """Whether host memory has the object."""
         return self.host.find(object_id) is not None
@@ -188,6 +208,7 @@ class NodeState:
         """Note that an object has been committed to host memory."""
         stored = self.tree.add(meta)
         stored.meta = meta
+        self._count_dirty(stored)
         self.policies.host.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
 
@@ -197,6 +218,7 @@ class NodeState:
         self._count_disk(stored, meta)
         if not self.in_host(meta.object_id):
             stored.meta = meta
+        self._count_dirty(stored)
         self.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
 
@@ -207,7 +229,9 @@ class NodeState:
             self.policies.disk.used(stored.meta.object_id.block_key, self.now_s)
 
     def remove_from_host(self, block: Block, stored: Stored) -> int:
-        """Drop the host copy; answers the bytes freed. Raises SlotLeased."""
+        """Drop the host copy; answers the bytes freed. Raises SlotLeased, also when a plan holds it."""
+        if stored.holds:
+            raise SlotLeased(f"{stored.meta.object_id} is held by a plan")
         freed = self.host.remove(stored.meta.object_id)
         self.left_host(block, stored)
         return freed
@@ -218,12 +242,14 @@ class NodeState:
             self.policies.host.removed(block.key)
         if stored.on_disk is not None:
             stored.meta = stored.on_disk
+            self._count_dirty(stored)
         else:
             self.forget_object(stored.meta.object_id)
 
     def removed_from_disk(self, block: Block, stored: Stored) -> None:
         """Note that the disk copy is gone."""
         self._count_disk(stored, None)
+        self._count_dirty(stored)
         if not any(s.on_disk is not None for s in block.parts.values()):
             self.policies.disk.removed(block.key)
             self._left_disk(block)
@@ -236,6 +262,8 @@ class NodeState:
         if stored is None:
             return
         self._count_disk(stored, None)
+        self.dirty_bytes -= stored.dirty_bytes
+        stored.dirty_bytes = 0
         gone = self.tree.drop(object_id)
         for block in gone:
             self.policies.host.removed(block.key)
@@ -252,6 +280,19 @@ class NodeState:
         before = disk_bytes(stored.on_disk) if stored.on_disk is not None else 0
         self.disk_held_bytes += (disk_bytes(meta) if meta is not None else 0) - before
         stored.on_disk = meta
+
+    def _count_dirty(self, stored: Stored) -> None:
+        dirty = not stored.durable and self.in_host(stored.meta.object_id)
+        nbytes = room_bytes(stored.meta) if dirty else 0
+        self.dirty_bytes += nbytes - stored.dirty_bytes
+        stored.dirty_bytes = nbytes
+
+    def codec_of(self, meta: ObjectMeta) -> str:
+        """How a conversation of the object, or else its tenant, wants it encoded on disk; '' for no wish."""
+        block = self.tree.get(meta.object_id.block_key)
+        known = (self.conversations.get(name) for name in sorted(block.names if block is not None else ()))
+        wishes = (conversation.codec for conversation in known if conversation is not None)
+        return next(filter(None, wishes), "") or self._tenant_codecs.get(meta.root.tenant, "")
 
     # --- conversations ----------------------------------------------------------------------------------
 

@@ -59,7 +59,9 @@ class CoreRig(RigServices):
         generations: dict[int, int] = {}
         host = HostSlots(arena_bytes, first_generation=epoch, publish=generations.__setitem__)
         super().__init__(host, generations, DiskStore(disk) if isinstance(disk, int) else disk)
-        base = settings or NodeSettings(batch_bytes=2 * UNIT, disk_expected=disk is not None)
+        base = settings or NodeSettings(
+            batch_bytes=2 * UNIT, batches_in_flight=2, disk_expected=disk is not None
+        )
         self.settings = base
         self.stimuli: list[tuple[float, Stimulus]] = []
         self.core = core(

@@ -105,11 +105,12 @@ def gated_engine(slots: SlotMemory, gate: Gate) -> CopyEngine:
 
 
 class GatedFileOps(OsFileOps):
-    """System calls with a gate before each write of a payload, and one before each read."""
+    """System calls with a gate before each write of a payload, each read, and each flush."""
 
     def __init__(self, folder: Path) -> None:
         self._writes = Gate(folder / "write")
         self._reads = Gate(folder / "read")
+        self._syncs = Gate(folder / "sync")
 
     def pwritev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """See os.pwritev."""
@@ -120,3 +121,13 @@ class GatedFileOps(OsFileOps):
         """See os.preadv."""
         self._reads.come()
         return super().preadv(fd, buffers, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        """See os.fdatasync."""
+        self._syncs.come()
+        super().fdatasync(fd)
+
+    def fsync(self, fd: int) -> None:
+        """See os.fsync."""
+        self._syncs.come()
+        super().fsync(fd)

@@ -28,7 +28,7 @@ SETTINGS = {
     "disk.segment_bytes": 4 << 20,
     "gpu.batch_bytes": 2 * BLOCK_BYTES,
 }
-GATES = ("copy", "write", "read")
+GATES = ("copy", "write", "read", "sync")
 
 
 def until(happened: Callable[[], Any], what: str) -> None:

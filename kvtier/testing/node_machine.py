@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -45,18 +46,31 @@ class NodeMachine(RuleBasedStateMachine):
     @initialize(
         plain=st.booleans(),
         verify=st.booleans(),
-        disk_units=st.sampled_from([None, 12, 400, 400]),
+        disk_units=st.sampled_from([None, 12, 4000, 4000]),
         arena_units=st.sampled_from([(14,), (40,), (10, 10)]),
+        spill_above=st.sampled_from([0.3, 1.0]),
         mode=MODES,
     )
     def start(
-        self, plain: bool, verify: bool, disk_units: int | None, arena_units: tuple[int, ...], mode: Mode
+        self,
+        plain: bool,
+        verify: bool,
+        disk_units: int | None,
+        arena_units: tuple[int, ...],
+        spill_above: float,
+        mode: Mode,
     ) -> None:
         self.geometry = PLAIN if plain else HYBRID
         self.verify = verify
         self.small_disk = disk_units == 12
         self.promises: dict[Promise, tuple[ParkJob, set[tuple[bytes, int, str]]]] = {}
-        base = NodeSettings(batch_bytes=2 * UNIT, verify=verify, disk_expected=disk_units is not None)
+        base = NodeSettings(
+            batch_bytes=2 * UNIT,
+            batches_in_flight=2,
+            verify=verify,
+            disk_expected=disk_units is not None,
+            spill_above=spill_above,
+        )
         self.rig = CoreRig(
             arena_bytes=[units * UNIT for units in arena_units],
             disk=None if disk_units is None else disk_units * UNIT,
@@ -316,8 +330,12 @@ class NodeMachine(RuleBasedStateMachine):
             return
         rig, state = self.rig, self.rig.core.state
         assert not rig.violations, "\n".join(rig.violations)
+        held = [p for plan in rig.core._plans._held.values() for p in plan.pieces if p.source == "host"]
+        holds = Counter(id(piece.stored) for piece in held)
         for block in state.tree:
-            assert all(stored.pins >= 0 for stored in block.parts.values())
+            assert all(s.pins >= 0 and s.holds == holds[id(s)] for s in block.parts.values())
+        gone = [p for p in held if state.is_stored(p.stored) and not state.in_host(p.stored.meta.object_id)]
+        assert not gone or rig.host.usage().quarantined, f"plans held {gone}"
         if rig.store is not None:
             assert state.disk_held_bytes <= rig.store.capacity_bytes
 

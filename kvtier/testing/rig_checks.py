@@ -103,16 +103,17 @@ def _memory(rig: CoreRig) -> Iterator[str]:
 
 def _tree(rig: CoreRig) -> Iterator[str]:
     state = rig.core.state
-    in_host, on_disk, disk_bytes = set(), set(), 0
+    in_host, on_disk, disk_bytes, dirty = set(), set(), 0, 0
     for block in state.tree:
         for stored in block.parts.values():
-            if stored.pins or stored.writing:
-                yield f"{stored} has pins, or is being written"
+            if stored.pins or stored.holds or stored.writing:
+                yield f"{stored} has pins, is held, or is being written"
             hosted = state.in_host(stored.meta.object_id)
             if not hosted and stored.on_disk is None:
                 yield f"{stored} is nowhere"
             if hosted:
                 in_host.add(block.key)
+                dirty += 0 if stored.durable else room_bytes(stored.meta.nbytes)
             if stored.on_disk is not None:
                 on_disk.add(block.key)
                 disk_bytes += room_bytes(stored.on_disk.nbytes) + room_bytes(1)
@@ -127,6 +128,8 @@ def _tree(rig: CoreRig) -> Iterator[str]:
         known = set(policy._stamps)  # type: ignore[attr-defined]  # of the policy that the rig uses
         if known != keys:
             yield f"the {name} policy knows {len(known)} blocks, the tier has {len(keys)}"
+    if dirty != state.dirty_bytes:
+        yield f"{state.dirty_bytes} bytes are counted as dirty, there are {dirty}"
     if disk_bytes != state.disk_held_bytes:
         yield f"{state.disk_held_bytes} bytes are counted on disk, there are {disk_bytes}"
 

@@ -138,7 +138,8 @@ class ServiceProcesses:
         """Until all of host memory is faulted in."""
 
         def all_there() -> bool:
-            return all(not tier.detail for tier in client.status().tiers if tier.name == "host")
+            tiers = client.status().tiers
+            return all("faulted in" not in tier.detail for tier in tiers if tier.name == "host")
 
         if not wait_until(all_there, _FAULTED_S):
             raise DaemonNotFound("host memory was not faulted in within two minutes")

@@ -7,12 +7,13 @@ import os
 import socket
 import struct
 import time
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier import errors, protocol
+from kvtier import errors, protocol, wire
 from kvtier.messages import Failed, Hello, Ping, Pong, Welcome
 from kvtier.wire import (
     MAX_DESCRIPTORS,
@@ -42,16 +43,22 @@ def send_fds(peer: socket.socket, data: bytes, fds: list[int]) -> None:
     socket.send_fds(peer, [data], fds)
 
 
+def feed(frames: FrameBuffer, data: bytes, fds: list[int]) -> None:
+    """As one read would."""
+    frames.room(len(data))[: len(data)] = data
+    frames.feed(len(data), fds)
+
+
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=6), st.data())
 def test_frames_are_cut_anywhere(bodies, data):
     stream = b"".join(protocol.LENGTH.pack(len(body)) + body for body in bodies)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     frames, found = FrameBuffer(), []
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        frames.feed(stream[begin:end], [])
+        feed(frames, stream[begin:end], [])
         while (body := frames.peek()) is not None:
-            found.append(body)
-            assert frames.take(body) == []
+            found.append(bytes(body))
+            assert frames.take() == []
     assert found == bodies
 
 
@@ -66,17 +73,36 @@ def test_descriptors_go_with_the_frame_that_they_came_beside(data):
         cut = data.draw(st.integers(1, len(frame)))
         if with_fd:
             number += 1
-            frames.feed(waiting + frame[:cut], [-number])
+            feed(frames, waiting + frame[:cut], [-number])
             waiting = frame[cut:]
         else:
             waiting += frame
             if data.draw(st.booleans()):
-                frames.feed(waiting, [])
+                feed(frames, waiting, [])
                 waiting = b""
-    frames.feed(waiting, [])
+    feed(frames, waiting, [])
     while (body := frames.peek()) is not None:
-        found.append((body, bool(frames.take(body))))
+        found.append((bytes(body), bool(frames.take())))
     assert found == bodies
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=9), st.data())
+def test_frames_are_whole_wherever_the_buffer_has_to_move_or_grow(lengths, data):
+    bodies = [bytes([n + 1]) * length for n, length in enumerate(lengths)]
+    stream = b"".join(protocol.LENGTH.pack(len(body)) + body for body in bodies)
+    found: list[bytes] = []
+    with mock.patch.multiple(wire, _ROOM_BYTES=8, _KEPT_BYTES=64):
+        frames = FrameBuffer()
+        while stream:
+            room = frames.room()
+            count = data.draw(st.integers(1, min(len(room), len(stream))))
+            room[:count], stream = stream[:count], stream[count:]
+            frames.feed(count, [])
+            while (body := frames.peek()) is not None:
+                found.append(bytes(body))
+                frames.take()
+        assert found == bodies
+        assert len(frames.room()) <= 64
 
 
 def test_one_byte_at_a_time(pair):

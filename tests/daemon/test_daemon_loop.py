@@ -92,17 +92,45 @@ def test_a_descriptor_that_was_ended_in_the_same_round_is_not_called(kit: Kit) -
         os.close(writer)
 
 
+def test_what_came_for_a_closed_descriptor_is_not_told_to_the_next_of_its_number(kit: Kit) -> None:
+    pairs = [os.pipe(), os.pipe()]
+    silent = os.pipe()
+    called: list[str] = []
+
+    def heard(mine: int, other: int) -> None:
+        called.append("heard")
+        for reader in (mine, other):
+            kit.loop.unwatch(reader)
+        os.dup2(silent[0], other)
+        kit.loop.watch(other, lambda: called.append("told"))
+
+    def both_at_once() -> None:
+        (first, first_writer), (second, second_writer) = pairs
+        for writer in (first_writer, second_writer):
+            os.write(writer, b"x")
+        kit.loop.watch(first, lambda: heard(first, second))
+        kit.loop.watch(second, lambda: heard(second, first))
+
+    kit.do(both_at_once)
+    until(lambda: called, "one was heard")
+    kit.do(lambda: None)
+    kit.do(lambda: None)
+    assert called == ["heard"]
+    for fd in (*pairs[0], *pairs[1], *silent):
+        os.close(fd)
+
+
 def test_writable_is_told_only_while_wanted(kit: Kit) -> None:
     reader, writer = os.pipe()
     told = threading.Event()
 
     def ready() -> None:
-        kit.loop.watch_writable(writer, ready, False)
+        kit.loop.watch_writable(writer, False)
         told.set()
 
     kit.do(
         lambda: kit.loop.watch(writer, ready),
-        lambda: kit.loop.watch_writable(writer, ready, True),
+        lambda: kit.loop.watch_writable(writer, True),
     )
     assert told.wait(10)
     kit.do(lambda: kit.loop.unwatch(writer))

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvtier.daemon.metrics import (
     REASONS,
+    DiskMetrics,
     Histogram,
     NodeMetrics,
     TierMetrics,
@@ -29,7 +30,10 @@ NODE = NodeMetrics(
     misses={"corrupt": 1},
     errors={"MalformedMessage": 4},
     backpressure_s=1.5,
-    disk_written_bytes=12345,
+    disk=DiskMetrics(
+        written_bytes=12345, user_bytes=12000, scrub_bad=2, wear_limit_bytes=99, wear_left_bytes=9
+    ),
+    spilled_bytes=77,
     workers=2,
     conversations=7,
     waiting_parks=1,
@@ -60,6 +64,11 @@ def scrape(node):
         ("kvtier_errors_total", {"kind": "MalformedMessage"}, 4),
         ("kvtier_backpressure_seconds_total", {}, 1.5),
         ("kvtier_disk_written_bytes_total", {}, 12345),
+        ("kvtier_disk_user_bytes_total", {}, 12000),
+        ("kvtier_disk_scrub_bad_total", {}, 2),
+        ("kvtier_disk_wear_limit_bytes", {}, 99),
+        ("kvtier_disk_wear_left_bytes", {}, 9),
+        ("kvtier_spilled_bytes_total", {}, 77),
         ("kvtier_workers", {}, 2),
         ("kvtier_conversations", {}, 7),
         ("kvtier_waiting_parks", {}, 1),

@@ -154,3 +154,23 @@ def test_a_shared_prompt_is_restored_for_a_conversation_that_is_new(tmp_path: Pa
         assert second.restored_tokens == len(MESSAGES[0] * 2) // BLOCK * BLOCK
         third = session(kv, model, "third", share="conversation").send(MESSAGES[0] * 2, 3)
         assert third.restored_tokens == 0
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_parked_with_loss_goes_on_nearly_the_same(name: str, codec: str, tmp_path: Path) -> None:
+    model = build(name)
+    ids = [ord(c) % 97 for c in MESSAGES[0] * 2]
+    with torch.no_grad(), attached(model, tmp_path) as kv:
+        whole = model(input_ids=torch.tensor([ids]), use_cache=True)
+        exact = model(input_ids=torch.tensor([[7]]), past_key_values=whole.past_key_values).logits[0, -1]
+        again = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+        receipt = kv.park("chat", ids, again, fidelity=codec).result(30)
+        assert receipt.ok and receipt.tokens == len(ids)
+        assert 0 < receipt.relative_error < {"int8": 0.01, "fp8": 0.04}[codec]
+        assert kv.restore("chat", [*ids, 7]).tokens == 0
+        restored = kv.restore("chat", [*ids, 7], fidelity=codec)
+        assert restored.tokens == len(ids)
+        found = model(input_ids=torch.tensor([[7]]), past_key_values=restored.cache).logits[0, -1]
+        assert not torch.equal(exact, found)
+        assert (exact - found).norm() < 4 * receipt.relative_error * exact.norm()

@@ -238,6 +238,47 @@ def test_tenants_have_names_of_their_own(rig, worker):
     assert found(rig, worker, range(8)) == 8
 
 
+def test_the_receipt_says_what_went_and_what_stayed_in_each_tier(make_rig):
+    rig = make_rig(arena_bytes=[8 * UNIT])
+    worker = rig.attach()
+    rig.park(worker, "chat", range(16), level="disk")
+    rig.run()
+    rig.park(worker, "other", [*range(8), *range(60, 64)], level="disk")
+    rig.run()
+    rig.park(worker, "last", range(70, 74))
+    rig.run()
+    # Of the 4 blocks of 'chat' the first 2 are those of 'other' too; host memory holds 4 blocks of all.
+    in_host = {meta.object_id.block_key for meta in rig.host.objects()}
+    chain = rig.core.state.tree.chain(rig.core.state.conversations["acme", "chat"].heads[-1].key)
+    there = [block.key in in_host for block in chain]
+    assert False in there
+    receipt = forget(rig)
+    rig.run()
+    receipt = receipt or late_receipt(rig)
+    block = 2 * UNIT
+    assert (receipt.erased_objects, receipt.kept_shared_objects) == (2, 2)
+    assert (receipt.erased_bytes, receipt.kept_shared_bytes) == (2 * block, 2 * block)
+    assert (receipt.erased_disk_bytes, receipt.kept_shared_disk_bytes) == (2 * block, 2 * block)
+    assert receipt.erased_host_bytes == sum(there[2:]) * block
+    assert receipt.kept_shared_host_bytes == sum(there[:2]) * block
+    assert receipt.durable
+
+
+def test_whoever_asks_again_hears_when_it_is_durable(rig, worker):
+    rig.park(worker, "chat", range(8), level="disk")
+    rig.run()
+    rig.kill(rig.disk)
+    first = forget(rig)
+    assert (first.found, first.durable, first.erased_objects, first.erased_disk_bytes) == (True, False, 2, 0)
+    again = forget(rig)
+    assert (again.found, again.durable) == (True, False)
+    rig.start_disk()
+    rig.run()
+    assert forget(rig).durable
+    rig.run()
+    assert not (rig.store.objects or rig.store.records)
+
+
 # --- hint, locate -----------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from kvtier.host.slots import HostSlots
 from kvtier.keys import make_root, tenant_secret
 from kvtier.messages import Forget, Released
 from kvtier.node.blocks import Stored
-from kvtier.node.disk_requests import DiskRequests
+from kvtier.node.disk_requests import DiskRequests, Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
@@ -80,6 +80,17 @@ def plan_on_a_full_disk(rig, worker):
     rig.violations += problems(reborn)
 
 
+def plan_in_a_full_memory(rig, worker):
+    """What a plan counts on lies in host memory that others need."""
+    rig.park(worker, "chat", range(8))
+    rig.run()
+    rig.plan(worker, "chat", range(8))
+    other = rig.park(worker, "other", range(50, 58))
+    rig.run()
+    if other.receipt.level != "none":
+        rig.violations.append("what a plan held was taken away")
+
+
 def late_scatter(rig, worker):
     """A restore is over while a copy into its pages runs."""
     worker = rig.attach(mode="shared")
@@ -142,9 +153,9 @@ def forget_the_tenant(patch):
 def say_disk_before_it_is_written(patch):
     write = DiskSide.write
 
-    def too_early(self, objects, records, purpose, done):
-        done(True, "", "")
-        write(self, objects, records, purpose, lambda *_: None)
+    def too_early(self, objects, records, purpose, done, codec=""):
+        done(Written(True))
+        write(self, objects, records, purpose, lambda *_: None, codec)
 
     patch.setattr(DiskSide, "write", too_early)
     patch.setattr(Stored, "durable", property(lambda stored: True))
@@ -157,6 +168,17 @@ def hold_nothing_on_disk(patch):
         pieces = tuple(dataclasses.replace(p.stored) for p in held.pieces)
         loose = tuple(p._replace(stored=s) for p, s in zip(held.pieces, pieces, strict=True))
         hold(self, dataclasses.replace(held, pieces=loose))
+
+    patch.setattr(Plans, "_hold", loosely)
+
+
+def hold_nothing_in_memory(patch):
+    hold = Plans._hold
+
+    def loosely(self, held):
+        hold(self, held)
+        for piece in held.pieces:
+            piece.stored.holds = 0
 
     patch.setattr(Plans, "_hold", loosely)
 
@@ -216,6 +238,7 @@ CONTROLS = {
     forget_the_tenant: (two_tenants, "was given"),
     say_disk_before_it_is_written: (to_disk, "said to be"),
     hold_nothing_on_disk: (plan_on_a_full_disk, "taken away"),
+    hold_nothing_in_memory: (plan_in_a_full_memory, "taken away"),
     release_after_the_first_batch: (many_batches, "released although"),
     name_no_busy_pages: (late_scatter, "may run"),
     let_removals_overtake_writes: (forgotten_while_written, "does not know"),
@@ -225,7 +248,7 @@ CONTROLS = {
 
 
 def outcome(scenario):
-    units = 4 if scenario in (late_gather, closed_socket) else 64
+    units = 4 if scenario in (late_gather, closed_socket, plan_in_a_full_memory) else 64
     rig = CoreRig(arena_bytes=[units * UNIT], disk=14 * UNIT)
     watch_promises(rig, lambda job, pieces: None)
     scenario(rig, rig.attach())

@@ -1,10 +1,12 @@
 """What a receipt of level 'disk' promises, and what is said when that cannot be reached."""
 
+import msgspec
 import pytest
 
+from kvtier.node.events import Received
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import HYBRID, UNIT
-from kvtier.tier_messages import DiskRead, DiskWrite
+from kvtier.tier_messages import DiskRead, DiskWrite, DiskWritten
 
 
 def said(receipt):
@@ -284,3 +286,108 @@ def test_small_batches_and_one_at_a_time_are_enough(make_rig):
     assert len(rig.copies()) == 1
     rig.run()
     assert said(park.receipt) == ("disk", "")
+
+
+# --- a drive that was written enough today ----------------------------------------------------------------
+
+
+def worn(rig, left_bytes, limit_bytes=1 << 30):
+    """The disk service says what its drive may still be written."""
+    said = rig.core.state.disk.said
+    usage = msgspec.structs.replace(said, wear_limit_bytes=limit_bytes, wear_left_bytes=left_bytes)
+    rig.tell(Received(rig.disk.peer, usage))
+
+
+def test_a_worn_drive_lowers_the_level_and_says_when_to_come_again(rig, worker):
+    park = rig.park(worker, "chat", range(8), level="disk")
+    rig.run_copies()
+    write = rig.disk_ops()[0]
+    rig.ops.remove(write)
+    answer = DiskWritten(job=write.message.job, ok=False, reason="wear", detail="enough", retry_after_s=600.0)
+    rig.tell(Received(rig.disk.peer, answer))
+    receipt = park.receipt
+    assert (said(receipt), receipt.retry_after_s) == (("host", "wear"), 600.0)
+    assert rig.resume(worker, "chat", range(8)).receipt.tokens == 8
+
+
+def test_what_would_wear_the_drive_too_much_is_dropped_and_not_spilled(make_rig):
+    rig = make_rig(arena_bytes=[8 * UNIT])
+    worker = rig.attach()
+    rig.park(worker, "old", range(16))
+    rig.run()
+    worn(rig, left_bytes=2 * UNIT)
+    new = rig.park(worker, "new", range(50, 66))
+    rig.run_copies()
+    assert new.receipt.level == "host"
+    assert not rig.store.objects
+    assert any("a day" in warning for warning in rig.core.status().warnings)
+    # There is room for one block and its header again.
+    worn(rig, left_bytes=3 * UNIT)
+    rig.park(worker, "last", range(90, 94))
+    (write,) = rig.disk_ops()
+    assert len(write.message.metas) == 1
+    rig.run()
+
+
+def test_nothing_is_written_ahead_beyond_what_the_drive_may_take(make_rig):
+    rig = make_rig(settings=NodeSettings(batch_bytes=2 * UNIT, spill_above=0.0))
+    worker = rig.attach()
+    worn(rig, left_bytes=7 * UNIT)
+    rig.park(worker, "chat", range(32))
+    rig.run_copies()
+    rig.tick(0.5)
+    (write,) = rig.disk_ops()
+    assert len(write.message.metas) == 2
+    worn(rig, left_bytes=UNIT)
+    rig.tick(0.5)
+    assert rig.disk_ops() == [write]
+
+
+# --- codecs -----------------------------------------------------------------------------------------------
+
+
+def codecs(rig):
+    """Of the writes that wait, by their first tokens."""
+    return {
+        meta.start: codec
+        for op in rig.disk_ops()
+        for meta, codec in zip(
+            op.message.metas, op.message.codecs or [""] * len(op.message.metas), strict=True
+        )
+    }
+
+
+def test_the_wish_for_a_codec_goes_with_the_conversation_over_a_restart(make_rig):
+    base = NodeSettings(batch_bytes=2 * UNIT, tenant_codecs=(("rival", "lz4"),))
+    rig = make_rig(settings=base)
+    worker = rig.attach()
+    rig.park(worker, "chat", range(4), level="disk", codec="planes-lz4")
+    rig.run_copies()
+    assert codecs(rig) == {0: "planes-lz4"}
+    rig.run()
+    reborn = rig.restarted()
+    worker = reborn.attach()
+    reborn.park(worker, "chat", range(8))
+    reborn.run()
+    reborn.park(worker, "chat", range(8), level="disk")
+    assert codecs(reborn) == {4: "planes-lz4"}
+    reborn.run()
+    reborn.park(worker, "other", range(50, 54), level="disk")
+    reborn.run_copies()
+    assert codecs(reborn) == {0: ""}
+    reborn.run()
+
+
+def test_a_tenants_codec_is_used_where_no_conversation_wants_another(make_rig):
+    rig = make_rig(settings=NodeSettings(batch_bytes=2 * UNIT, tenant_codecs=(("rival", "lz4"),)))
+    worker = rig.attach()
+    rig.park(worker, "chat", range(4), level="disk", tenant="rival")
+    rig.run_copies()
+    assert codecs(rig) == {0: "lz4"}
+    rig.run()
+
+
+def test_an_unknown_codec_is_the_callers_mistake(rig, worker):
+    failed = rig.park(worker, "chat", range(4), codec="gzip").failed
+    assert failed.error == "KvtierError"
+    assert "planes-zstd" in failed.fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,6 +70,19 @@ def models(as_json: bool, **where: Any) -> None:
     )
 
 
+def _disk_facts(counters: dict[str, float]) -> Iterator[tuple[str, str]]:
+    from kvtier.cli import output
+
+    written, user = counters.get("disk_written_bytes", 0), counters.get("disk_user_bytes", 0)
+    if user:
+        text = f"{output.size(int(written))} for {output.size(int(user))} of KV ({written / user:.2f})"
+        yield "disk writes", text if counters.get("disk_direct_io") else f"{text}, without O_DIRECT"
+    limit = counters.get("disk_wear_limit_bytes", 0)
+    if limit:
+        left = counters.get("disk_wear_left_bytes", 0)
+        yield "drive's day", f"{output.size(int(left))} of {output.size(int(limit))} may still be written"
+
+
 def _print_report(report: StatusReport) -> None:
     from kvtier.cli import output
 
@@ -80,6 +94,7 @@ def _print_report(report: StatusReport) -> None:
             ("conversations", str(report.conversations)),
             ("waiting parks", str(report.waiting_parks)),
             *((("metrics", f"{report.metrics_url}/metrics"),) if report.metrics_url else ()),
+            *_disk_facts(report.counters),
             *(("warning", warning) for warning in report.warnings),
         )
     )
