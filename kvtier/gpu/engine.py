@@ -83,6 +83,14 @@ class CopyBatch:
     direction: 'gather' from pool to slots, 'scatter' from slots to pool.  verify: on gather compute
     checksums, on scatter check them; every item then needs one.  priority: lower goes first among batches
     of one direction; scatter goes before gather.  fidelity: 'exact', or the lossy codec of the slots' bytes.
+
+    On engines with streams, which move the batch layer by layer when after_layers or on_layer is given:
+    after: nothing in the pool is touched before it.  after_layers: for each layer of the pool the event after
+    which its pages may be touched.  on_layer(layer, event): called once for each layer with a part in the
+    batch, in ascending order, from a thread of the engine's, when all copies of the layer are queued: the
+    layer's bytes are in place after the event.  Whether they are right is known only when on_done says so:
+    what was computed from them before is to be thrown away if an item failed.  It must not raise or wait.
+    Engines without streams take no events, and tell nothing before on_done.
     """
 
     job: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvtier.errors import GeometryError
 from kvtier.gpu.describe import sequence_plane
 from kvtier.gpu.layout import Plane, PoolLayout
-from kvtier.gpu.tensors import Bytes, TensorLike, flat_bytes, spec_of
+from kvtier.gpu.tensors import Bytes, DeviceBytes, TensorLike, device_bytes, flat_bytes, spec_of
 
 PageIds: TypeAlias = npt.NDArray[np.intp]
 # Below it the C library copies with plain loops, at half the rate.
@@ -28,10 +28,11 @@ class PlaneView:
     lies between the parts of a page.
     """
 
-    __slots__ = ("granules", "pages", "plane", "rows", "step", "template")
+    __slots__ = ("address", "granules", "pages", "plane", "rows", "step", "template")
 
     def __init__(self, plane: Plane, memory: Bytes) -> None:
         self.plane = plane
+        self.address = int(memory.ctypes.data) + plane.offset
         start = memory[plane.offset :]
         if plane.offset + (plane.pages - 1) * plane.page_stride + plane.page_extent > memory.size:
             raise GeometryError("a plane reaches past the end of the pool's memory")
@@ -50,6 +51,11 @@ class PlaneView:
         inner = np.arange(0, piece, size, dtype=np.intp)
         self.template: PageIds = ((offsets[:, None] + inner) // size).ravel()
 
+    @property
+    def location(self) -> str:
+        """Whose memory it is: 'cpu', or 'cuda:0'."""
+        return "cpu"
+
     def granule_ids(self, pages: PageIds) -> PageIds:
         """Indexes into `granules` of these pages, in stored order."""
         if self.template.size == 1:
@@ -66,6 +72,29 @@ def _pieces(plane: Plane) -> tuple[PageIds, int]:
         return strips, plane.page_tokens * plane.row_bytes
     tokens = np.arange(plane.page_tokens, dtype=np.intp) * plane.token_stride
     return (strips[:, None] + tokens).ravel(), plane.row_bytes
+
+
+class DevicePlane(PlaneView):
+    """One plane's memory on a GPU: its address. The CPU cannot look into it."""
+
+    __slots__ = ("_location",)
+
+    def __init__(self, plane: Plane, memory: DeviceBytes) -> None:
+        if plane.offset + (plane.pages - 1) * plane.page_stride + plane.page_extent > memory.nbytes:
+            raise GeometryError("a plane reaches past the end of the pool's memory")
+        self.plane = plane
+        self.address = memory.address + plane.offset
+        self._location = memory.location
+
+    @property
+    def location(self) -> str:
+        """As in PlaneView."""
+        return self._location
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise GeometryError(
+            f"the CPU engine cannot reach memory on {self._location}", fix="use the CUDA engine for this pool"
+        )
 
 
 class Span:
@@ -181,7 +210,8 @@ class Pool:
     """A paged layout and its memory.
 
     memory: for each of the layout's buffers, in order, the tensor that it describes, or a flat array of
-    bytes.  Nothing is copied; the pool keeps the memory alive.  Raises GeometryError.
+    bytes; tensors on one GPU, or none there.  Nothing is copied; the pool keeps the memory alive.  Raises
+    GeometryError.
     """
 
     def __init__(self, layout: PoolLayout, memory: Sequence[TensorLike]) -> None:
@@ -190,13 +220,17 @@ class Pool:
         if len(memory) != len(layout.buffers):
             raise GeometryError(f"{len(layout.buffers)} buffers described, {len(memory)} given")
         self.layout = layout
-        self.memory = tuple(
-            flat_bytes(tensor, buffer.nbytes) for tensor, buffer in zip(memory, layout.buffers, strict=True)
-        )
+        parts = [
+            memory_of(tensor, buffer.nbytes) for tensor, buffer in zip(memory, layout.buffers, strict=True)
+        ]
+        self.memory = tuple(part for part in parts if isinstance(part, np.ndarray))
+        self.device_memory = tuple(part for part in parts if isinstance(part, DeviceBytes))
+        if len({part.location for part in self.device_memory}) + bool(self.memory) > 1:
+            raise GeometryError("the pool's memory is on several devices")
         self.views = tuple(
-            tuple(PlaneView(plane, self.memory[plane.buffer]) for plane in planes) for planes in layout.planes
+            tuple(_view(plane, parts[plane.buffer]) for plane in planes) for planes in layout.planes
         )
-        self.spans = tuple(Span.of(views) for views in self.views)
+        self.spans = tuple(None if self.device_memory else Span.of(views) for views in self.views)
 
     def bind(
         self,
@@ -277,13 +311,22 @@ def bind_sequence(
                 layout.itemsize,
             ):
                 raise GeometryError(f"a tensor of layer {layer}, {spec.dtype} {spec.shape}, does not fit")
-            found.append(PlaneView(plane, flat_bytes(tensor, spec.span_bytes)))
+            found.append(_view(plane, memory_of(tensor, spec.span_bytes)))
         lengths = {view.plane.page_tokens for view in found}
         if len(lengths) > 1:
             raise GeometryError(f"the tensors of group {g} differ in length: {sorted(lengths)}")
         views.append(tuple(found))
         ends.append(starts[g] + lengths.pop())
     return Binding(layout, tuple(views), (None,) * len(views), (None,) * len(views), starts, tuple(ends))
+
+
+def memory_of(tensor: TensorLike, nbytes: int) -> Bytes | DeviceBytes:
+    """The tensor's memory, where it is. Raises GeometryError."""
+    return device_bytes(tensor, nbytes) or flat_bytes(tensor, nbytes)
+
+
+def _view(plane: Plane, memory: Bytes | DeviceBytes) -> PlaneView:
+    return DevicePlane(plane, memory) if isinstance(memory, DeviceBytes) else PlaneView(plane, memory)
 
 
 def _layer(layers: Sequence[Sequence[TensorLike]], layer: int) -> Sequence[TensorLike]:

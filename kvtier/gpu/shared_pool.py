@@ -131,7 +131,7 @@ class SharedPool:
             if fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & SEALS != SEALS or nbytes != description.get("nbytes"):
                 raise GeometryError("the shared pool is not sealed, or of another size than described")
             try:
-                layout = _layout_from(description)
+                layout = layout_from(description)
                 pool = cls(layout, SharedMemory(fds[0], nbytes), description["offsets"])
             except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
                 raise GeometryError(f"the description of a shared pool is malformed: {error!r}") from error
@@ -149,7 +149,8 @@ def _whole(value: object) -> int:
     return value
 
 
-def _layout_from(description: Mapping[str, Any]) -> PoolLayout:
+def layout_from(description: Mapping[str, Any]) -> PoolLayout:
+    """The layout that another process described, checked: `layout`, `offsets` and `nbytes` of its memory."""
     raw = description["layout"]
     planes = tuple(tuple(_plane_from(plane) for plane in group) for group in raw["planes"])
     groups = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +38,18 @@ class TensorSpec:
         return self.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
 
 
-# A numpy array, a torch tensor, or a description of one; torch is not imported to say so.
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """Memory on a GPU, by address. location: 'cuda:0'. owner: what keeps it alive."""
+
+    address: int
+    nbytes: int
+    location: str
+    owner: object
+
+
+# A numpy array, a torch tensor, an array with __cuda_array_interface__, or a description of one; torch and
+# cupy are not imported to say so.
 TensorLike: TypeAlias = Any
 
 
@@ -59,7 +71,52 @@ def spec_of(tensor: TensorLike) -> TensorSpec:
         strides = tuple(int(stride) * size for stride in tensor.stride())
         shape = tuple(int(n) for n in tensor.shape)
         return TensorSpec(shape, strides, size, str(tensor.dtype), int(tensor.data_ptr()))
-    raise GeometryError(f"{type(tensor).__name__} is neither a numpy array nor a torch tensor")
+    if hasattr(tensor, "__cuda_array_interface__"):
+        return _spec_of_cuda_array(tensor.__cuda_array_interface__)
+    raise GeometryError(
+        f"{type(tensor).__name__} is neither a numpy array, nor a torch tensor, nor an array on a GPU",
+        fix="hand over what kvtier.gpu.cuda.dlpack.borrowed() makes of anything with __dlpack__",
+    )
+
+
+def _spec_of_cuda_array(interface: dict[str, Any]) -> TensorSpec:
+    """See numba's documentation of the CUDA array interface, version 3."""
+    dtype = np.dtype(interface["typestr"])
+    shape = tuple(int(n) for n in interface["shape"])
+    strides = interface.get("strides")
+    if strides is None:
+        strides = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    address, read_only = interface["data"]
+    if read_only:
+        raise GeometryError("the pool's array is read-only")
+    return TensorSpec(shape, tuple(int(s) for s in strides), dtype.itemsize, str(dtype), int(address))
+
+
+def device_bytes(tensor: TensorLike, nbytes: int) -> DeviceBytes | None:
+    """The `nbytes` of GPU memory from the tensor's first element on, without a copy; None on the CPU.
+
+    Raises GeometryError for memory that ends before.
+    """
+    if isinstance(tensor, DeviceBytes):
+        if nbytes > tensor.nbytes:
+            raise GeometryError(f"the pool's memory ends after {tensor.nbytes} bytes of {nbytes}")
+        return tensor
+    if is_torch(tensor):
+        if tensor.device.type != "cuda":
+            return None
+        room = int(tensor.untyped_storage().nbytes())
+        room -= int(tensor.storage_offset()) * int(tensor.element_size())
+        if nbytes > room:
+            raise GeometryError(f"the pool's memory ends after {room} bytes of {nbytes}")
+        return DeviceBytes(int(tensor.data_ptr()), nbytes, str(tensor.device), tensor)
+    if isinstance(tensor, np.ndarray) or not hasattr(tensor, "__cuda_array_interface__"):
+        return None
+    spec = spec_of(tensor)
+    if nbytes > spec.span_bytes:
+        raise GeometryError(f"the pool's memory ends after {spec.span_bytes} bytes of {nbytes}")
+    # numba's arrays do not say which device they are on; where there is one, it is that.
+    number = int(getattr(getattr(tensor, "device", 0), "id", 0))
+    return DeviceBytes(spec.address, nbytes, f"cuda:{number}", tensor)
 
 
 def stacked(views: Sequence[TensorLike]) -> TensorSpec:

@@ -1,0 +1,192 @@
+"""Every GPU test and every GPU benchmark, in one go, for whoever has a GPU at hand.
+
+    python -m benchmarks.gpu.run_all --out results.jsonl      on a machine with a GPU: under eight minutes
+    python -m benchmarks.gpu.run_all --dry-run                anywhere: tiny sizes on a fake device
+
+Needs Python 3.12, torch, cupy, numpy, pytest, msgpack, aiofiles and xxhash; neither Ray nor lz4.  Each part
+is a process with a time of its own: one that fails is reported, and the rest goes on.  JSON lines go to
+--out, or to gpu.jsonl in the folder that $OUT names; the last line on stdout is a short JSON table of it all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests/gpu/test_cuda_device.py"
+INI = Path(__file__).with_name("pytest.ini")
+# Name -> seconds that a part may take; the most important first, since all of them share one deadline.
+PARTS = {
+    "limits": 45,
+    "conversation": 70,
+    "ways": 70,
+    "cross-layer": 60,
+    "checksums": 50,
+    "layers": 50,
+    "interference": 75,
+    "model": 110,
+    "processes": 60,
+}
+TESTS_S, SANITIZER_S = 120, 90
+DEADLINE_S = 460.0
+PACKAGES = ("kvtier", "numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "xxhash", "pytest", "transformers")
+SANITIZED = "batched_copies or events_and_streams or (round_trips and across_views and uint8)"
+
+
+@dataclass
+class Outcome:
+    """How a part went. lines: its figures. error: '' where it succeeded."""
+
+    name: str
+    seconds: float
+    error: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(name: str, command: Sequence[str], limit_s: float) -> Outcome:
+    """One process; the JSON objects among its lines are its figures."""
+    begun = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+            env=_environment(),
+        )
+        out, failure = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}"
+        said = (done.stderr or done.stdout).strip().splitlines()
+    except subprocess.TimeoutExpired as late:
+        out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        failure, said = f"longer than {limit_s:.0f} s", []
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    error = f"{failure}: {said[-1][:300] if said else ''}" if failure else ""
+    return Outcome(name, round(time.perf_counter() - begun, 1), error, lines)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def tests(limit_s: float, dry: bool) -> Outcome:
+    """The tests that need a GPU; in a dry run a few of the same on the fake device."""
+    chosen = ["-m", "not gpu", "-k", "events or batched"] if dry else ["-m", "gpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        str(INI),
+        "--rootdir",
+        str(ROOT),
+        *chosen,
+        str(TESTS),
+    ]
+    outcome = run("tests", command, limit_s)
+    return outcome
+
+
+def sanitizer(limit_s: float) -> Outcome:
+    """Some of the tests under compute-sanitizer, where it is installed."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return Outcome("sanitizer", 0.0, "compute-sanitizer is not installed")
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-c", str(INI)]
+    command += ["--rootdir", str(ROOT), "-m", "gpu", "-k", SANITIZED, str(TESTS)]
+    return run("sanitizer", command, limit_s)
+
+
+def machine() -> dict[str, Any]:
+    """Device, driver and versions, as far as they can be had without touching the device."""
+    found: dict[str, Any] = {"python": platform.python_version(), "kernel": platform.release()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        query = [tool, "--query-gpu=name,driver_version,pcie.link.gen.current,pcie.link.width.current"]
+        said = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        found["nvidia_smi"] = said.stdout.strip().splitlines()
+    return found
+
+
+def table(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Short: name -> value, or [value, ratio]; what failed and why."""
+    figures = {}
+    for outcome in outcomes:
+        for line in outcome.lines:
+            if "name" in line:
+                figures[line["name"]] = [line["value"], line["ratio"]] if "ratio" in line else line["value"]
+            else:
+                facts.update(line.get("facts", {}))
+    return {
+        "facts": facts,
+        "parts": {outcome.name: outcome.error or "ok" for outcome in outcomes},
+        "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
+        "figures": figures,
+    }
+
+
+def run_all(names: Sequence[str], dry: bool) -> list[Outcome]:
+    """All parts, one after the other, until the deadline."""
+    begun = time.perf_counter()
+    outcomes: list[Outcome] = []
+
+    def left_s(wanted: float) -> float:
+        return max(5.0, min(wanted, DEADLINE_S - (time.perf_counter() - begun)))
+
+    def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(f"{outcome.name}: {outcome.error or 'ok'} ({outcome.seconds} s)", file=sys.stderr, flush=True)
+
+    if "tests" in names:
+        report(tests(left_s(TESTS_S), dry))
+    for name in (part for part in PARTS if part in names):
+        command = [sys.executable, "-m", "benchmarks.gpu.parts", name, *(["--dry-run"] if dry else [])]
+        report(run(name, command, left_s(PARTS[name])))
+    if "sanitizer" in names and not dry:
+        report(sanitizer(left_s(SANITIZER_S)))
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, write, print. Exits with 1 when a part failed; a missing or failing sanitizer is only reported."""
+    known = ("tests", *PARTS, "sanitizer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a fake device")
+    parser.add_argument("--out", type=Path, help="file for the JSON lines")
+    parser.add_argument("--only", choices=known, nargs="+", default=list(known), help="some parts")
+    given = parser.parse_args(arguments)
+    folder = os.environ.get("OUT")
+    out = given.out or (Path(folder) / "gpu.jsonl" if folder else None)
+    outcomes = run_all(given.only, given.dry_run)
+    summary = table(machine(), outcomes)
+    if out is not None:
+        rows = [{"part": o.name, **line} for o in outcomes for line in o.lines if "name" in line]
+        text = "".join(json.dumps(row) + "\n" for row in [*rows, {"summary": summary}])
+        out.write_text(text, "utf-8")
+    print(json.dumps(summary))
+    return int(any(o.error and o.name != "sanitizer" for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

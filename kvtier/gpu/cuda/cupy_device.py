@@ -1,0 +1,291 @@
+"""A GPU by way of cupy: its runtime bindings for streams, events and copies, NVRTC for the kernels.
+
+Not run on a GPU yet.
+
+The kernels are compiled on the machine by NVRTC (cupy.RawModule), which torch's and cupy's wheels bring, for
+the GPU that is there; cupy keeps the result in ~/.cupy/kernel_cache.  Shipping cubins would tie the package
+to a list of architectures.  cupy arrays are not used at all: no allocator of cupy's, no elementwise kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from kvtier.errors import GeometryError, TierUnavailable
+from kvtier.gpu.cuda import driver
+from kvtier.gpu.cuda.device import Event, Kernel, Stream, Words
+from kvtier.gpu.tensors import Bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KERNELS = Path(__file__).with_name("kernels")
+THREADS = 256
+TILES_PER_BLOCK = THREADS // 32
+# Blocks of a gather or scatter: what keeps a link busy several times over, on an eighth of a large GPU.
+COPY_BLOCKS = 16
+CHECKSUM_BLOCKS = 32
+NOT_READY = 600
+HOST_REGISTER_PORTABLE, HOST_REGISTER_MAPPED = 1, 2
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _device_errors(call: Callable[P, R]) -> Callable[P, R]:
+    """cupy's errors of the runtime and driver as TierUnavailable."""
+
+    @functools.wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return call(*args, **kwargs)
+        except RuntimeError as error:
+            raise TierUnavailable(str(error)) from error
+
+    return wrapped
+
+
+class CudaDevice:
+    """See kvtier.gpu.cuda.device.Device. number: as CUDA counts visible devices.
+
+    Raises TierUnavailable when there is no such device, or cupy is missing, with the fix.
+    """
+
+    @_device_errors
+    def __init__(self, number: int = 0) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise TierUnavailable(
+                f"cupy cannot be imported: {error}", fix="pip install 'kvtier[cuda13]' or 'kvtier[cuda12]'"
+            ) from error
+        self._cupy: Any = cupy
+        self._run: Any = cupy.cuda.runtime
+        self.number = number
+        count = int(self._run.getDeviceCount())
+        if number >= count:
+            raise TierUnavailable(f"there is no CUDA device {number}; {count} are visible")
+        self.name = str(self._run.getDeviceProperties(number)["name"].decode())
+        self.identity = str(self._run.deviceGetPCIBusId(number))
+        self.location = f"cuda:{number}"
+        self.can_batch = driver.can_batch()
+        self._pinned: dict[int, int] = {}
+        with self._current():
+            self._functions: dict[Kernel, int] = self._compile()
+
+    def _compile(self) -> dict[Kernel, int]:
+        options = ("-std=c++17", f"-I{KERNELS}")
+        self._module = self._cupy.RawModule(code=(KERNELS / "kv_copy.cu").read_text(), options=options)
+        names: tuple[Kernel, ...] = ("gather", "scatter", "checksum")
+        try:
+            self._kernels = [self._module.get_function(f"kv_{name}") for name in names]
+        except self._cupy.cuda.compiler.CompileException as error:
+            raise TierUnavailable(f"the kernels do not compile here: {error}") from error
+        return {name: int(kernel.kernel.ptr) for name, kernel in zip(names, self._kernels, strict=True)}
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """This device as the thread's, and then again the one that was: the thread may be the engine's."""
+        before = int(self._run.getDevice())
+        if before == self.number:
+            yield
+            return
+        self._run.setDevice(self.number)
+        try:
+            yield
+        finally:
+            self._run.setDevice(before)
+
+    @_device_errors
+    def enter(self) -> None:
+        """See Device."""
+        self._run.setDevice(self.number)
+
+    # -- streams and events
+
+    @_device_errors
+    def stream(self) -> Stream:
+        """See Device. Streams have priority 0 unless asked otherwise, and that is CUDA's lowest."""
+        with self._current():
+            return int(self._run.streamCreateWithFlags(self._run.streamNonBlocking))
+
+    @_device_errors
+    def destroy_stream(self, stream: Stream) -> None:
+        """See Device."""
+        self._run.streamDestroy(stream)
+
+    @_device_errors
+    def event(self, *, timed: bool = False, shared: bool = False) -> Event:
+        """See Device."""
+        flags = self._run.eventBlockingSync
+        if not timed:
+            flags |= self._run.eventDisableTiming
+        if shared:
+            flags |= self._run.eventInterprocess
+        with self._current():
+            return int(self._run.eventCreateWithFlags(flags))
+
+    @_device_errors
+    def destroy_event(self, event: Event) -> None:
+        """See Device."""
+        self._run.eventDestroy(event)
+
+    @_device_errors
+    def record(self, event: Event, stream: Stream) -> None:
+        """See Device."""
+        self._run.eventRecord(event, stream)
+
+    @_device_errors
+    def wait(self, stream: Stream, event: Event) -> None:
+        """See Device."""
+        self._run.streamWaitEvent(stream, event)
+
+    @_device_errors
+    def done(self, event: Event) -> bool:
+        """See Device. cupy answers CUDA's code here, and does not raise."""
+        code = int(self._run.eventQuery(event))
+        if code not in (0, NOT_READY):
+            raise TierUnavailable(f"cudaEventQuery: error {code}")
+        return code == 0
+
+    @_device_errors
+    def synchronize(self, event: Event) -> None:
+        """See Device."""
+        self._run.eventSynchronize(event)
+
+    @_device_errors
+    def elapsed_s(self, begin: Event, end: Event) -> float:
+        """See Device."""
+        return float(self._run.eventElapsedTime(begin, end)) / 1e3
+
+    # -- memory
+
+    @_device_errors
+    def allocate(self, nbytes: int) -> int:
+        """See Device."""
+        with self._current():
+            return int(self._run.malloc(nbytes))
+
+    @_device_errors
+    def free(self, address: int) -> None:
+        """See Device."""
+        self._run.free(address)
+
+    @_device_errors
+    def pinned(self, nbytes: int) -> Bytes:
+        """See Device."""
+        with self._current():
+            address = int(self._run.hostAlloc(nbytes, self._run.hostAllocPortable))
+        memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        return memory
+
+    @_device_errors
+    def free_pinned(self, memory: Bytes) -> None:
+        """See Device."""
+        self._run.freeHost(int(memory.ctypes.data))
+
+    @_device_errors
+    def register(self, memory: Bytes) -> None:
+        """See Device."""
+        with self._current():
+            flags = HOST_REGISTER_PORTABLE | HOST_REGISTER_MAPPED
+            self._run.hostRegister(int(memory.ctypes.data), memory.nbytes, flags)
+
+    @_device_errors
+    def unregister(self, memory: Bytes) -> None:
+        """See Device."""
+        self._run.hostUnregister(int(memory.ctypes.data))
+
+    @_device_errors
+    def device_address(self, host_address: int) -> int:
+        """See Device."""
+        return int(self._run.pointerGetAttributes(host_address).devicePointer)
+
+    @_device_errors
+    def memory_info(self) -> tuple[int, int]:
+        """See Device."""
+        with self._current():
+            free, whole = self._run.memGetInfo()
+        return int(free), int(whole)
+
+    # -- work
+
+    @_device_errors
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """See Device."""
+        self._run.memcpyAsync(target, source, nbytes, self._run.memcpyDefault, stream)
+
+    @_device_errors
+    def copy_batch(self, targets: Words, sources: Words, sizes: Words, stream: Stream) -> None:
+        """See Device."""
+        if self.can_batch:
+            with self._current():
+                driver.copy_batch(targets, sources, sizes, stream)
+            return
+        for target, source, nbytes in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
+            self._run.memcpyAsync(target, source, nbytes, self._run.memcpyDefault, stream)
+
+    @_device_errors
+    def launch(
+        self, kernel: Kernel, segments: int, count: int, tiles: int, base: int, stream: Stream
+    ) -> None:
+        """See Device."""
+        blocks = min(tiles, CHECKSUM_BLOCKS) if kernel == "checksum" else -(-tiles // TILES_PER_BLOCK)
+        blocks = max(1, min(blocks, CHECKSUM_BLOCKS if kernel == "checksum" else COPY_BLOCKS))
+        values = (
+            ctypes.c_uint64(segments),
+            ctypes.c_uint32(count),
+            ctypes.c_uint32(tiles),
+            ctypes.c_uint64(base),
+        )
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        launch = self._cupy.cuda.driver.launchKernel
+        launch(self._functions[kernel], blocks, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+
+    # -- other processes
+
+    def extent(self, address: int) -> tuple[int, int]:
+        """See Device."""
+        with self._current():
+            return driver.address_range(address)
+
+    def export_memory(self, address: int) -> tuple[bytes, int]:
+        """See Device."""
+        base, _ = self.extent(address)
+        try:
+            return bytes(self._run.ipcGetMemHandle(base)), address - base
+        except RuntimeError as error:
+            raise GeometryError(
+                f"the pool's memory cannot be mapped by another process: {error}",
+                fix="unset expandable_segments in PYTORCH_ALLOC_CONF, and use no cumem or sleep-mode "
+                "allocator; or use mode 'worker'",
+            ) from error
+
+    @_device_errors
+    def open_memory(self, handle: bytes) -> int:
+        """See Device."""
+        with self._current():
+            return int(self._run.ipcOpenMemHandle(handle))
+
+    @_device_errors
+    def close_memory(self, address: int) -> None:
+        """See Device."""
+        self._run.ipcCloseMemHandle(address)
+
+    @_device_errors
+    def export_event(self, event: Event) -> bytes:
+        """See Device."""
+        return bytes(self._run.ipcGetEventHandle(event))
+
+    @_device_errors
+    def open_event(self, handle: bytes) -> Event:
+        """See Device."""
+        with self._current():
+            return int(self._run.ipcOpenEventHandle(handle))

@@ -1,0 +1,239 @@
+"""A cupy and a libcuda that run everything at once on the CPU, for the tests of CudaDevice.
+
+The functions take what cupy 14's take, in number and kind.  Kernels are the real ones' arithmetic, compiled
+as host code.  What it cannot show is anything about time, order or a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+SUCCESS, NOT_READY, NOT_FOUND = 0, 600, 500
+TILE_BYTES = 4096
+
+
+class CUDARuntimeError(RuntimeError):
+    """As cupy's."""
+
+
+class CompileException(Exception):
+    """As cupy's."""
+
+
+class StubRuntime:
+    """cupy.cuda.runtime. calls: names in order; fail: the name of a function that raises."""
+
+    streamNonBlocking, eventBlockingSync, eventDisableTiming, eventInterprocess = 1, 1, 2, 4
+    hostAllocPortable, memcpyDefault = 1, 4
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fail = ""
+        self.ready = SUCCESS
+        self.kept: dict[int, Any] = {}
+        self.registered: dict[int, tuple[int, int]] = {}
+        self.events: dict[int, int] = {}
+        self.current = 0
+        self._number = 100
+
+    def _called(self, name: str, *whole: int) -> None:
+        self.calls.append(name)
+        assert all(type(value) is int for value in whole), (name, whole)
+        if self.fail == name:
+            raise CUDARuntimeError(f"{name}: cudaErrorUnknown")
+
+    def _new(self) -> int:
+        self._number += 1
+        return self._number
+
+    def getDeviceCount(self) -> int:
+        return 1
+
+    def getDeviceProperties(self, device: int) -> dict[str, Any]:
+        return {"name": b"Stub"}
+
+    def deviceGetPCIBusId(self, device: int) -> str:
+        return "0000:01:00.0"
+
+    def getDevice(self) -> int:
+        return self.current
+
+    def setDevice(self, device: int) -> None:
+        self.current = device
+
+    def streamCreateWithFlags(self, flags: int) -> int:
+        self._called("streamCreateWithFlags", flags)
+        return self._new()
+
+    def streamDestroy(self, stream: int) -> None:
+        self._called("streamDestroy", stream)
+
+    def streamWaitEvent(self, stream: int, event: int, flags: int = 0) -> None:
+        self._called("streamWaitEvent", stream, event, flags)
+        assert event in self.events
+
+    def eventCreateWithFlags(self, flags: int) -> int:
+        self._called("eventCreateWithFlags", flags)
+        event = self._new()
+        self.events[event] = flags
+        return event
+
+    def eventDestroy(self, event: int) -> None:
+        self._called("eventDestroy", event)
+        del self.events[event]
+
+    def eventRecord(self, event: int, stream: int) -> None:
+        self._called("eventRecord", event, stream)
+
+    def eventSynchronize(self, event: int) -> None:
+        self._called("eventSynchronize", event)
+
+    def eventQuery(self, event: int) -> int:
+        return self.ready
+
+    def eventElapsedTime(self, begin: int, end: int) -> float:
+        return 1500.0
+
+    def malloc(self, nbytes: int) -> int:
+        self._called("malloc", nbytes)
+        made = np.full(nbytes + 256, 0xA5, np.uint8)
+        address = int(made.ctypes.data) + -int(made.ctypes.data) % 256
+        self.kept[address] = made
+        return address
+
+    def free(self, address: int) -> None:
+        del self.kept[address]
+
+    def hostAlloc(self, nbytes: int, flags: int) -> int:
+        return self.malloc(nbytes)
+
+    def freeHost(self, address: int) -> None:
+        self.free(address)
+
+    def hostRegister(self, address: int, nbytes: int, flags: int) -> None:
+        self._called("hostRegister", address, nbytes, flags)
+        self.registered[address] = (nbytes, flags)
+
+    def hostUnregister(self, address: int) -> None:
+        del self.registered[address]
+
+    def pointerGetAttributes(self, address: int) -> Any:
+        return SimpleNamespace(devicePointer=address)
+
+    def memGetInfo(self) -> tuple[int, int]:
+        return 1 << 30, 1 << 31
+
+    def memcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+        self._called("memcpyAsync", target, source, nbytes, kind, stream)
+        ctypes.memmove(target, source, nbytes)
+
+    def ipcGetMemHandle(self, address: int) -> bytes:
+        self._called("ipcGetMemHandle", address)
+        return address.to_bytes(8, "little") * 8
+
+    def ipcOpenMemHandle(self, handle: bytes, flags: int = 1) -> int:
+        return int.from_bytes(handle[:8], "little")
+
+    def ipcCloseMemHandle(self, address: int) -> None:
+        self._called("ipcCloseMemHandle", address)
+
+    def ipcGetEventHandle(self, event: int) -> bytes:
+        assert self.events[event] & self.eventInterprocess and self.events[event] & self.eventDisableTiming
+        return event.to_bytes(8, "little") * 8
+
+    def ipcOpenEventHandle(self, handle: bytes) -> int:
+        event = self._new()
+        self.events[event] = 0
+        return event
+
+
+class StubCupy:
+    """What CudaDevice uses of cupy. host: the kernels as host code."""
+
+    def __init__(self, host: ctypes.CDLL) -> None:
+        self.runtime = StubRuntime()
+        self._host = host
+        self.launches: list[tuple[str, int]] = []
+        self._names: list[str] = []
+        self.cuda = SimpleNamespace(
+            runtime=self.runtime,
+            compiler=SimpleNamespace(CompileException=CompileException),
+            driver=SimpleNamespace(launchKernel=self._launch),
+        )
+
+    def RawModule(self, *, code: str, options: tuple[str, ...]) -> Any:
+        def get_function(name: str) -> Any:
+            if f"\n{name}(" not in code:
+                raise CompileException(name)
+            self._names.append(name)
+            return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self._names)))
+
+        assert any(option.startswith("-I") for option in options)
+        return SimpleNamespace(get_function=get_function)
+
+    def _launch(self, function: int, *shape_and_more: int) -> None:
+        gx, gy, gz, bx, by, bz, shared, _stream, params, extra = shape_and_more
+        assert (gy, gz, by, bz, shared, extra) == (1, 1, 1, 1, 0, 0) and gx >= 1 and bx == 256
+        values = (ctypes.c_void_p * 4).from_address(params)
+        segments = ctypes.c_uint64.from_address(values[0] or 0).value
+        count = ctypes.c_uint32.from_address(values[1] or 0).value
+        base = ctypes.c_uint64.from_address(values[3] or 0).value
+        name = self._names[function - 1]
+        self.launches.append((name, gx))
+        if name == "kv_checksum":
+            self._host.kv_host_checksum(ctypes.c_void_p(segments), count, ctypes.c_void_p(base))
+        else:
+            gather = int(name == "kv_gather")
+            self._host.kv_host_move(
+                ctypes.c_void_p(segments), count, ctypes.c_uint64(base), gather, TILE_BYTES
+            )
+
+
+class StubDriver:
+    """What driver.py uses of libcuda. old: with CUDA 12.8's form of batched copies, one argument more."""
+
+    def __init__(self, runtime: StubRuntime, *, batches: str = "new") -> None:
+        self._runtime = runtime
+        self.copies = 0
+        self.code = SUCCESS
+        if batches == "new":
+            self.cuMemcpyBatchAsync_v2 = self._copy_batch
+        if batches == "old":
+            self.cuMemcpyBatchAsync = self._copy_batch_old
+
+    def _copy_batch_old(self, *given: Any) -> int:
+        *first, failed, stream = given
+        assert isinstance(failed._obj, ctypes.c_size_t)
+        return self._copy_batch(*first, stream)
+
+    def _copy_batch(self, *given: Any) -> int:
+        targets, sources, sizes, count, attributes, index, attribute_count, stream = given
+        assert attributes._obj.source_order == 1 and index._obj.value == 0 and attribute_count.value == 1
+        assert stream.value
+        rows = [
+            np.ctypeslib.as_array((ctypes.c_uint64 * count.value).from_address(column.value)).tolist()
+            for column in (targets, sources, sizes)
+        ]
+        for target, source, nbytes in zip(*rows, strict=True):
+            ctypes.memmove(target, source, nbytes)
+        self.copies += count.value
+        return self.code
+
+    def cuMemGetAddressRange_v2(self, base: Any, size: Any, address: Any) -> int:
+        for begin, memory in self._runtime.kept.items():
+            if begin <= address.value < begin + memory.nbytes - 256:
+                base._obj.value, size._obj.value = begin, memory.nbytes - 256
+                return SUCCESS
+        return NOT_FOUND
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13000
+        return self.code
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        text._obj.value = b"named symbol not found"
+        return SUCCESS if code == NOT_FOUND else 1

@@ -1,0 +1,169 @@
+"""CudaDevice against a cupy and a libcuda that run at once on the CPU: its calls, and with what."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtier.checksum import checksum
+from kvtier.errors import GeometryError, TierUnavailable
+from kvtier.gpu.cuda import driver
+from kvtier.gpu.cuda.cupy_device import COPY_BLOCKS, CudaDevice
+from kvtier.gpu.cuda.engine import CudaCopyEngine
+from kvtier.gpu.cuda.ipc import MappedPool, Prober, export_pool
+from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.measure import copy_once, fit
+from kvtier.gpu.cuda.ways import WAYS, Way, always
+from kvtier.gpu.engine import CopyItem
+from kvtier.testing.fake_device_cupy import NOT_READY, StubCupy, StubDriver
+from kvtier.testing.fake_device_host import compiled
+from kvtier.testing.fake_device_pools import Uploaded
+from kvtier.testing.pool_cases import BUILDERS, Case, Slots
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled("host_check.cpp", tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture
+def cupy(host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> StubCupy:
+    made = StubCupy(host)
+    monkeypatch.setitem(sys.modules, "cupy", made)
+    return made
+
+
+@pytest.fixture
+def libcuda(cupy: StubCupy, monkeypatch: pytest.MonkeyPatch) -> StubDriver:
+    made = StubDriver(cupy.runtime)
+    monkeypatch.setattr(driver, "library", lambda: made)
+    return made
+
+
+@pytest.fixture
+def cuda(cupy: StubCupy, libcuda: StubDriver) -> CudaDevice:
+    return CudaDevice(0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_whole_engine_on_it(
+    cuda: CudaDevice, cupy: StubCupy, libcuda: StubDriver, build: Callable[..., Case], way: Way
+) -> None:
+    """Real descriptors, the kernels' own arithmetic, and what cupy is given for them."""
+    case = build("uint16", 4, 2, 8)
+    case.fill(1)
+    there, slots = Uploaded(cuda, case), Slots(1 << 18)
+    engine = CudaCopyEngine(cuda, slots, [slots.bytes], settings=Settings(always(way), 2, 8192, 1 << 16))
+    nbytes = case.layout.geometry.groups[0].object_bytes(16, 3)
+    item = CopyItem(0, 16, 16, 3, 0, 1, (0, 0), nbytes)
+    wanted = case.expected(0, list(range(8)), 16, 16, 3)
+    _, result = copy_once(engine, "gather", there.pool.bind(range(8)), [item], True)
+    assert result.checksums == (checksum(wanted),)
+    assert slots.view((0, 0), nbytes).tobytes() == wanted
+    back = CopyItem(0, 16, 16, 3, 0, 1, (0, 0), nbytes, checksum(wanted))
+    copy_once(engine, "scatter", there.pool.bind(range(20, 28)), [back], True)
+    there.download()
+    assert case.expected(0, list(range(20, 28)), 16, 16, 3) == wanted
+    engine.close()
+    there.close()
+    assert not cupy.runtime.kept and not cupy.runtime.registered and not cupy.runtime.events
+    kernels = {name for name, _ in cupy.launches}
+    assert kernels == ({"kv_checksum"} if way == "batch" else {"kv_checksum", "kv_gather", "kv_scatter"})
+    assert (libcuda.copies > 0) == (way == "batch")
+    assert all(blocks <= max(COPY_BLOCKS, 32) for _, blocks in cupy.launches)
+
+
+@pytest.mark.parametrize("batches", ["old", "none"])
+def test_older_drivers(cupy: StubCupy, monkeypatch: pytest.MonkeyPatch, batches: str) -> None:
+    """CUDA 12.8's form of the call, and drivers without it, where copies go one by one."""
+    made = StubDriver(cupy.runtime, batches=batches)
+    monkeypatch.setattr(driver, "library", lambda: made)
+    device = CudaDevice(0)
+    assert device.can_batch == (batches == "old")
+    source = np.arange(10000, dtype=np.uint64)
+    target = np.zeros_like(source)
+    at = np.arange(10000, dtype=np.uint64) * np.uint64(8)
+    sizes = np.full(10000, 8, np.uint64)
+    device.copy_batch(at + np.uint64(target.ctypes.data), at + np.uint64(source.ctypes.data), sizes, 7)
+    assert (target == source).all()
+    assert made.copies == (10000 if batches == "old" else 0)
+
+
+def test_errors_are_the_tier_s(cuda: CudaDevice, cupy: StubCupy, libcuda: StubDriver) -> None:
+    for name, call in {
+        "malloc": lambda: cuda.allocate(1),
+        "hostRegister": lambda: cuda.register(np.zeros(1, np.uint8)),
+        "streamCreateWithFlags": cuda.stream,
+        "eventCreateWithFlags": cuda.event,
+        "memcpyAsync": lambda: cuda.copy(1, 2, 3, 4),
+        "eventSynchronize": lambda: cuda.synchronize(1),
+    }.items():
+        cupy.runtime.fail = name
+        with pytest.raises(TierUnavailable, match="cudaErrorUnknown"):
+            call()
+    cupy.runtime.fail = ""
+    libcuda.code = 2
+    with pytest.raises(TierUnavailable, match="cuMemcpyBatchAsync: error 2"):
+        cuda.copy_batch(*(np.zeros(1, np.uint64) for _ in range(3)), 1)
+    with pytest.raises(TierUnavailable, match="named symbol not found"):
+        cuda.extent(1)
+
+
+def test_events(cuda: CudaDevice, cupy: StubCupy) -> None:
+    plain, timed, shared = cuda.event(), cuda.event(timed=True), cuda.event(shared=True)
+    assert [cupy.runtime.events[event] for event in (plain, timed, shared)] == [3, 1, 7]
+    assert cuda.done(plain)
+    cupy.runtime.ready = NOT_READY
+    assert not cuda.done(plain)
+    cupy.runtime.ready = 700
+    with pytest.raises(TierUnavailable, match="700"):
+        cuda.done(plain)
+    assert cuda.elapsed_s(timed, timed) == 1.5
+    assert cuda.open_event(cuda.export_event(shared)) not in (plain, timed, shared)
+
+
+def test_the_caller_s_device_stays_current(cuda: CudaDevice, cupy: StubCupy) -> None:
+    cupy.runtime.current = 3
+    cuda.destroy_stream(cuda.stream())
+    cuda.free_pinned(cuda.pinned(64))
+    assert cupy.runtime.current == 3
+    cuda.enter()
+    assert cupy.runtime.current == 0
+
+
+def test_pools_are_mapped_by_handle_and_offset(cuda: CudaDevice, cupy: StubCupy) -> None:
+    case: Case = BUILDERS[9]("uint16", 4, 2, 8)
+    there = Uploaded(cuda, case)
+    mapped = MappedPool.attach(cuda, export_pool(cuda, there.pool))
+    mine, theirs = Prober(cuda, there.pool), Prober(cuda, mapped.pool)
+    assert mine.judge(theirs.answer(mine.challenge([1, 2])))
+    mapped.close()
+    assert cupy.runtime.calls.count("ipcCloseMemHandle") == 1
+    cupy.runtime.fail = "ipcGetMemHandle"
+    with pytest.raises(GeometryError, match="expandable_segments"):
+        export_pool(cuda, there.pool)
+    there.close()
+
+
+def test_a_table_is_fitted(cuda: CudaDevice) -> None:
+    assert fit(cuda, (256, 4096), 1 << 16).gather[-1][0] == 1 << 62
+
+
+def test_what_is_missing_is_said(
+    cupy: StubCupy, libcuda: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TierUnavailable, match="no CUDA device 1; 1 are visible"):
+        CudaDevice(1)
+    assert driver.version() == 13000
+    monkeypatch.setattr(Path, "read_text", lambda self: "no kernels")
+    with pytest.raises(TierUnavailable, match="do not compile"):
+        CudaDevice(0)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(TierUnavailable, match="pip install"):
+        CudaDevice(0)
