@@ -70,9 +70,12 @@ class MemoryWorker:
         tenant: str = "default",
         level: Literal["host", "disk"] = "host",
         share: str = "prefix",
+        fidelity: str = "exact",
+        codec: str = "",
         returns_in_s: float | None = None,
         keep_for_s: float | None = None,
     ) -> DoneHandle:
+        assert fidelity == "exact" and not codec
         assert all(end == len(tokens) for end in pages.ends)
         name = (tenant, conversation)
         if share == "conversation":
@@ -93,7 +96,10 @@ class MemoryWorker:
                 stored += 1
         return DoneHandle(ParkReceipt(conversation, tenant, level, level, True, len(tokens), stored, shared))
 
-    def plan(self, conversation: str, tokens: Sequence[int], *, tenant: str = "default") -> Plan:
+    def plan(
+        self, conversation: str, tokens: Sequence[int], *, tenant: str = "default", fidelity: str = "exact"
+    ) -> Plan:
+        assert fidelity == "exact"
         packed, private = keys.pack_tokens(tokens), self.private.get((tenant, conversation))
         refs: list[keys.BlockRef] = []
         for ref in keys.chain(self._root(), packed, private=private):
