@@ -11,7 +11,9 @@ of B bytes/s, a raw block takes payload / B.
                   payload / B > max(stored / B, payload / codec speed), so below the codec's speed.
 
 Storing counts the encoder, loading the decoder; what is never smaller pays at no speed.  `sealed` is
-AES-256-GCM under a new key, header and mask included, and pays in other coin.
+AES-256-GCM under a new key, header and mask included, and pays in other coin.  `fp8` and `int8` are lossy:
+fidelities of a park, coded between the pool and host memory by numpy, so they save host memory and every
+link behind it.
 
 Then the disk tier itself on this machine's drive: the same blocks written with one commit, and read again,
 with each codec and with seals, raw and the other alternately; ratios of the seconds to raw's of that round.
@@ -34,7 +36,7 @@ import numpy as np
 
 from benchmarks.lines import Line, alternate, table
 from benchmarks.memory import Bytes, faulted
-from benchmarks.real_kv import bf16_blocks
+from benchmarks.real_kv import DIM, bf16_blocks
 from kvtier.checksum import checksum
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.coder import Coder
@@ -42,6 +44,10 @@ from kvtier.disk.header import decode
 from kvtier.disk.ledger import room_for
 from kvtier.disk.tier import DiskTier
 from kvtier.disk.vault import Vault
+from kvtier.geometry import LOSSY
+from kvtier.gpu.quantise import Loss, Values
+from kvtier.gpu.quantise import decode as decode_lossy
+from kvtier.gpu.quantise import encode as encode_lossy
 from kvtier.testing.tier_kit import default_meta
 
 ITEM_BYTES = 2
@@ -85,6 +91,8 @@ def _figures(kv: list[Bytes], directory: Path | None) -> Iterator[Line]:
             if codec != RAW:
                 yield _codec(name, blocks, codec)
         yield _sealed(name, blocks)
+    for codec in LOSSY:
+        yield _lossy(kv, codec)
     yield from _disk(kv, directory)
 
 
@@ -106,6 +114,21 @@ def _codec(name: str, blocks: Sequence[Bytes], codec: str) -> Line:
         stored.append(room[:length].copy())
     decode_s = _median_s(lambda one: coder.decode(one, back), stored)
     return _line(name, codec, ratio, nbytes / encode_s, nbytes / decode_s)
+
+
+def _lossy(blocks: Sequence[Bytes], codec: str) -> Line:
+    """What a park at this fidelity does between pool and slot. relative_error: of all values together."""
+    values = Values("bf16", DIM)
+    nbytes = blocks[0].nbytes
+    into, back = faulted(values.encoded_bytes(nbytes)), faulted(nbytes)
+    loss, stored = Loss(), []
+    for block in blocks:
+        loss += encode_lossy(block, values, codec, into)
+        stored.append(into.copy())
+    encode_s = _median_s(lambda block: encode_lossy(block, values, codec, into), blocks)
+    decode_s = _median_s(lambda one: decode_lossy(one, values, codec, back), stored)
+    line = _line("real bf16 KV", codec, nbytes / into.nbytes, nbytes / encode_s, nbytes / decode_s)
+    return replace(line, detail={"relative_error": round(loss.relative, 5), **line.detail})
 
 
 def _sealed(name: str, blocks: Sequence[Bytes]) -> Line:
