@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO, Final
 
 from kvtier.errors import TraceError
@@ -14,9 +16,9 @@ from kvtier.sim.text import lines
 from kvtier.sim.trace import Row, Trace, TraceBuilder
 
 KVTRACE: Final = "kvtrace/1"
-FIELDS: Final = ("t", "sid", "turn", "in", "out", "kind", "stop", "dur", "ref", "lcp", "n")
+FIELDS: Final = ("t", "sid", "turn", "in", "out", "kind", "stop", "dur", "ref", "lcp", "n", "tenant")
 _NEEDED: Final = frozenset({"t", "in", "ref", "lcp", "n"})
-_DEFAULTS: Final = {"sid": -1, "turn": -1, "out": 0, "kind": "", "stop": "", "dur": -1}
+_DEFAULTS: Final = {"sid": -1, "turn": -1, "out": 0, "kind": "", "stop": "", "dur": -1, "tenant": 0}
 _KINDS: Final = ("u", "t", "")
 MOONCAKE_FIELDS: Final = frozenset({"timestamp", "input_length", "output_length", "hash_ids"})
 # The service that recorded these traces keyed 512 tokens at a time; the files do not say so themselves.
@@ -34,15 +36,36 @@ def read_trace(source: BinaryIO) -> Trace:
     number, line = next(numbered, (0, ""))
     if not number:
         raise TraceError(0, "is empty")
+    builder = TraceBuilder()
+    trace = stream_trace(chain([(number, line)], numbered), builder)
+    for _ in trace.rows:
+        pass
+    return builder.build(trace.name, trace.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class RowStream:
+    """A trace whose rows are read, and added to the builder, as they are walked."""
+
+    name: str
+    block_tokens: int
+    rows: Iterator[Row]
+
+
+def stream_trace(numbered: Iterator[tuple[int, str]], builder: TraceBuilder) -> RowStream:
+    """numbered: lines from the first one on, at least one. Raises TraceError, also while rows are walked."""
+    number, line = next(numbered)
     first = _parsed(line, number)
     if isinstance(first, dict) and first.get("format") == KVTRACE:
-        return _read_kvtrace(first, number, numbered)
+        return _stream_kvtrace(first, number, numbered, builder)
     if isinstance(first, dict) and "hash_ids" in first:
-        return _read_mooncake(first, number, numbered)
+        return RowStream("", MOONCAKE_BLOCK_TOKENS, _mooncake_rows(first, number, numbered, builder))
     raise TraceError(number, f"starts neither a {KVTRACE} trace nor a Mooncake trace")
 
 
-def _read_kvtrace(header: dict[str, Any], number: int, numbered: Iterator[tuple[int, str]]) -> Trace:
+def _stream_kvtrace(
+    header: dict[str, Any], number: int, numbered: Iterator[tuple[int, str]], builder: TraceBuilder
+) -> RowStream:
     fields = header.get("fields")
     if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
         raise TraceError(number, "'fields' is no list of names")
@@ -51,7 +74,17 @@ def _read_kvtrace(header: dict[str, Any], number: int, numbered: Iterator[tuple[
     if len(set(fields)) < len(fields) or not set(fields) >= _NEEDED:
         raise TraceError(number, f"'fields' must name each of {', '.join(sorted(_NEEDED))}, and none twice")
     block_tokens = _integer(header.get("block_tokens"), "block_tokens", number, least=1)
-    builder = TraceBuilder()
+    rows = _kvtrace_rows(fields, block_tokens, number, numbered, builder)
+    return RowStream(str(header.get("name", "")), block_tokens, rows)
+
+
+def _kvtrace_rows(
+    fields: list[str],
+    block_tokens: int,
+    number: int,
+    numbered: Iterator[tuple[int, str]],
+    builder: TraceBuilder,
+) -> Iterator[Row]:
     last_s = 0.0
     for number, line in numbered:
         values = _parsed(line, number)
@@ -60,7 +93,9 @@ def _read_kvtrace(header: dict[str, Any], number: int, numbered: Iterator[tuple[
         row = _kvtrace_row(_DEFAULTS | dict(zip(fields, values, strict=True)), number, builder, block_tokens)
         last_s = _in_order(row.t_s, last_s, number)
         builder.add(row)
-    return _built(builder, str(header.get("name", "")), block_tokens, number)
+        yield row
+    if not len(builder):
+        raise TraceError(number, "is the last line, and there is no request")
 
 
 def _kvtrace_row(value: dict[str, Any], number: int, builder: TraceBuilder, block_tokens: int) -> Row:
@@ -93,11 +128,14 @@ def _kvtrace_row(value: dict[str, Any], number: int, builder: TraceBuilder, bloc
         outcome=Outcome(integer("out", 0), value["stop"], duration_s),
         leaf=_extended(builder, leaf, shared, blocks, number),
         blocks=blocks,
+        tenant=integer("tenant", 0),
+        ref=ref,
     )
 
 
-def _read_mooncake(first: dict[str, Any], number: int, numbered: Iterator[tuple[int, str]]) -> Trace:
-    builder = TraceBuilder()
+def _mooncake_rows(
+    first: dict[str, Any], number: int, numbered: Iterator[tuple[int, str]], builder: TraceBuilder
+) -> Iterator[Row]:
     known: dict[tuple[int, int], int] = {}
     last_s = 0.0
     value: Any = first
@@ -105,9 +143,10 @@ def _read_mooncake(first: dict[str, Any], number: int, numbered: Iterator[tuple[
         row = _mooncake_row(value, number, builder, known)
         last_s = _in_order(row.t_s, last_s, number)
         builder.add(row)
+        yield row
         number, line = next(numbered, (0, ""))
         if not number:
-            return _built(builder, "", MOONCAKE_BLOCK_TOKENS, number)
+            return
         value = _parsed(line, number)
 
 
@@ -144,12 +183,6 @@ def _extended(builder: TraceBuilder, leaf: int, shared: int, blocks: int, number
     if builder.chains.blocks + blocks - shared > _MOST_BLOCKS:
         raise TraceError(number, f"the trace has more than {_MOST_BLOCKS} blocks")
     return builder.chains.extend(leaf, shared, blocks - shared)
-
-
-def _built(builder: TraceBuilder, name: str, block_tokens: int, number: int) -> Trace:
-    if not len(builder):
-        raise TraceError(number, "is the last line, and there is no request")
-    return builder.build(name, block_tokens)
 
 
 def _in_order(t_s: float, last_s: float, number: int) -> float:

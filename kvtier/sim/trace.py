@@ -19,7 +19,8 @@ FloatArray = npt.NDArray[np.float64]
 class Row:
     """One request. leaf: its last block, NONE without blocks; blocks: how many full ones its prompt has.
 
-    Times in seconds; conversation, turn and outcome.duration_s are -1 where unknown.
+    Times in seconds; conversation, turn and outcome.duration_s are -1 where unknown.  ref: the row that the
+    trace names as the one whose front it has, or -1.
     """
 
     t_s: float
@@ -30,6 +31,8 @@ class Row:
     outcome: Outcome
     leaf: int
     blocks: int
+    tenant: int = 0
+    ref: int = -1
 
 
 @dataclass(frozen=True, slots=True)

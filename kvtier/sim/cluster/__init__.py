@@ -1,0 +1,1 @@
+"""A cluster of nodes in virtual time, under the policies of the daemon."""

@@ -1,0 +1,1 @@
+"""Load for the cluster simulation: recorded, or generated from published statistics."""
