@@ -17,6 +17,7 @@ from kvtier.policy.baselines.lru import LruCache, TtlCache
 from kvtier.policy.baselines.s3fifo import S3FifoCache
 from kvtier.policy.baselines.sieve import SieveCache
 from kvtier.policy.baselines.two_tiers import TwoTiers
+from kvtier.policy.cost_cache import CostCache, CostTwoTiers
 from kvtier.sim.compiled import compiled
 from kvtier.sim.future import future_of
 from kvtier.sim.trace import Trace
@@ -60,6 +61,10 @@ def _flat(cache: Callable[[Setup, int], FlatCache]) -> Entry:
     return Entry(one, two)
 
 
+def _by_cost(setup: Setup) -> bool:
+    return setup.objective == "gpu_seconds"
+
+
 POLICIES: Final[dict[str, Entry]] = {
     "lru": _flat(lambda setup, capacity: LruCache(capacity, compiled)),
     "arc": _flat(lambda setup, capacity: ArcCache(capacity, compiled)),
@@ -67,6 +72,12 @@ POLICIES: Final[dict[str, Entry]] = {
     "sieve": _flat(lambda setup, capacity: SieveCache(capacity, compiled)),
     "gdsf": _flat(lambda setup, capacity: GdsfCache(capacity, setup.block_tokens, compiled)),
     "ttl": Entry(lambda setup: TtlCache(setup.capacity, setup.ttl_s, compiled)),
+    "cost": Entry(
+        lambda setup: CostCache(setup.capacity, setup.block_tokens, _by_cost(setup), compiled),
+        lambda setup, fast: CostTwoTiers(
+            fast, setup.capacity - fast, setup.block_tokens, _by_cost(setup), compiled
+        ),
+    ),
     "never": Entry(lambda setup: NeverCache()),
     "unbounded": Entry(lambda setup: UnboundedCache(compiled)),
     "clairvoyant": Entry(

@@ -15,7 +15,7 @@ from kvtier.sim.registry import POLICIES, Setup, make_policy
 from kvtier.sim.replay import replay, replay_two_tiers
 
 BLOCK_TOKENS = 16
-LEAF_ONLY = ("lru", "gdsf", "ttl", "clairvoyant")
+LEAF_ONLY = ("lru", "gdsf", "ttl", "cost", "clairvoyant")
 
 
 def check(rows, decisions, capacity, *, leaf_only, bypass, expires=False):
@@ -77,7 +77,7 @@ def decided(kv, tmp_path, trace, policy, blocks, *more):
 def rules_of(policy):
     return {
         "leaf_only": policy in LEAF_ONLY,
-        "bypass": policy in ("clairvoyant", "never"),
+        "bypass": policy in ("cost", "clairvoyant", "never"),
         "expires": policy == "ttl",
     }
 

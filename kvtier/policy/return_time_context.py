@@ -1,0 +1,100 @@
+"""What a return time is judged by, sorted into classes: why the output stopped, the gaps before, lengths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+from kvtier.policy.baselines.interfaces import IntArray
+
+Clock = Literal["end", "arrival"]
+_STOPS: Final = {"": 0, "tool_use": 1, "end_turn": 2}
+_OTHER_STOP: Final = 3
+_STOPS_AND_CLOCKS: Final = 9
+_RUNNING: Final = 8
+_KINDS: Final = {"": 0, "u": 1, "t": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One wait for the next request of a conversation.
+
+    clock: whether it is counted from the end of the last request or, where that is unknown, from its
+    arrival.  stop: why the output stopped; None while it runs.  Negative numbers: unknown.
+    gap_s: of the wait before this one, by the same clock, and gap_before_s that of the one before it.
+    turns: requests of the conversation before this one.  new_tokens: what the prompt had more than the last.
+    """
+
+    clock: Clock
+    stop: str | None
+    kind: str
+    turns: int
+    tokens_in: int
+    new_tokens: int
+    tokens_out: int = -1
+    duration_s: float = -1.0
+    gap_s: float = -1.0
+    gap_before_s: float = -1.0
+
+
+# name -> how many classes; "all" is what every context has.
+FEATURES: Final[dict[str, int]] = {
+    "all": 1,
+    "stop": _STOPS_AND_CLOCKS,
+    "kind": _STOPS_AND_CLOCKS * len(_KINDS),
+    "gap": 12,
+    "stop and gap": _STOPS_AND_CLOCKS * 12,
+    "gap before": 12,
+    "tokens out": 8,
+    "duration": 8,
+    "turns": 8,
+    "new tokens": 10,
+    "tokens in": 10,
+}
+_STARTS: Final = dict(zip(FEATURES, np.cumsum([0, *FEATURES.values()]).tolist(), strict=False))
+CODES: Final = sum(FEATURES.values())
+
+
+def codes_of(context: Context) -> IntArray:
+    """One number for each feature, below CODES, int32."""
+    stop = _stop_class(context)
+    gap = _doublings(context.gap_s, 2, FEATURES["gap"])
+    classes = {
+        "all": 0,
+        "stop": stop,
+        "kind": stop * len(_KINDS) + _KINDS.get(context.kind, 0),
+        "gap": gap,
+        "stop and gap": stop * FEATURES["gap"] + gap,
+        "gap before": _doublings(context.gap_before_s, 2, FEATURES["gap before"]),
+        "tokens out": _doublings(context.tokens_out, 50, FEATURES["tokens out"]),
+        "duration": _doublings(context.duration_s, 2, FEATURES["duration"]),
+        "turns": _doublings(context.turns, 1, FEATURES["turns"]),
+        "new tokens": _doublings(context.new_tokens, 128, FEATURES["new tokens"]),
+        "tokens in": _doublings(context.tokens_in, 1000, FEATURES["tokens in"]),
+    }
+    return np.array([_STARTS[name] + number for name, number in classes.items()], np.int32)
+
+
+def stop_code(stop: str, clock: Clock) -> int:
+    """The number of the feature "stop" alone."""
+    return int(_STARTS["stop"]) + _known_stop(stop, clock)
+
+
+def _stop_class(context: Context) -> int:
+    return _RUNNING if context.stop is None else _known_stop(context.stop, context.clock)
+
+
+def _known_stop(stop: str, clock: Clock) -> int:
+    return _STOPS.get(stop, _OTHER_STOP) + (4 if clock == "end" else 0)
+
+
+def _doublings(value: float, least: float, classes: int) -> int:
+    """0 for unknown, 1 below `least`, then one more for each doubling; the last class is open."""
+    if value < 0:
+        return 0
+    if value < least:
+        return 1
+    return min(int(math.log2(value / least)) + 2, classes - 1)
