@@ -8,7 +8,7 @@ import re
 
 from kvtier import paths
 from kvtier.config_schema import RAY_TEMP_DIR_MAX_BYTES, SOCKET_PATH_MAX_BYTES, Config
-from kvtier.config_secrets import SECRET_MIN_BYTES, TOKEN_MIN_BYTES, read_secret
+from kvtier.config_secrets import RAY_TOKEN_MIN_BYTES, SECRET_MIN_BYTES, TOKEN_MIN_BYTES, read_secret
 from kvtier.errors import ConfigError
 
 
@@ -129,4 +129,32 @@ def _check_ray(config: Config) -> None:
     if ray.address and not re.fullmatch(r"\S+:\d{1,5}", ray.address):
         raise ConfigError(
             "ray.address", f"{ray.address!r} is not host:port", fix='write it like "10.0.0.1:6379"'
+        )
+    if ray.gcs_storage and not re.fullmatch(r"/.*|\S+:\d{1,5}", ray.gcs_storage):
+        raise ConfigError(
+            "ray.gcs_storage",
+            f"{ray.gcs_storage!r} is neither an absolute path nor host:port",
+            fix='write it like "/var/lib/kvtier/gcs" or "10.0.0.9:6379"',
+        )
+    if ray.listen:
+        _check_listen(ray.listen)
+        if not ray.token_file:
+            raise ConfigError(
+                "ray.token_file",
+                "is needed with ray.listen: other nodes need the token to join",
+                fix="set it",
+            )
+    if ray.token_file:
+        read_secret("ray.token_file", ray.token_file, RAY_TOKEN_MIN_BYTES)
+
+
+def _check_listen(listen: str) -> None:
+    """Raise ConfigError unless other nodes can be told this address."""
+    try:
+        useless = ipaddress.ip_address(listen).is_unspecified
+    except ValueError:
+        useless = True
+    if useless:
+        raise ConfigError(
+            "ray.listen", f"{listen!r} is no address of this machine", fix='write it like "10.0.0.1"'
         )

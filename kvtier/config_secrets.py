@@ -14,6 +14,8 @@ from kvtier.config_schema import Config
 from kvtier.errors import ConfigError
 
 TOKEN_MIN_BYTES: Final = 16
+# What `up` makes itself is twice as long.
+RAY_TOKEN_MIN_BYTES: Final = 32
 SECRET_MIN_BYTES: Final = 32
 _SECRET_MAX_BYTES: Final = 64 << 10
 

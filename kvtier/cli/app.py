@@ -17,6 +17,7 @@ from kvtier.errors import KvtierError
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "up": ("cluster", "Start the daemon of this node."),
     "down": ("cluster", "End the daemon that `up` started, and nothing else."),
+    "drain": ("drain", "Take a node of the cluster out of service."),
     "status": ("status", "Show the node: tiers, workers, counters."),
     "ls": ("conversations", "List parked conversations."),
     "show": ("conversations", "Show one parked conversation."),

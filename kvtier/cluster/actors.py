@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 
@@ -41,6 +41,18 @@ class Service(Protocol):
 
     def health(self) -> dict[str, Any]:
         """Small and msgpackable; after an end that nobody asked for, `failure` says why."""
+
+
+@runtime_checkable
+class Drains(Protocol):
+    """A service that can make its node ready to go; the host's."""
+
+    def drain(self, within_s: float) -> dict[str, Any]:
+        """Take no park from now on, and write what only memory holds, the most worth first, within this time.
+
+        Returns at once; again answers how far it is: {'dirty_bytes': what only memory holds now,
+        'flushed_bytes': written since the first call, 'done': it will write no more}.
+        """
 
 
 class TierActor:
@@ -89,6 +101,11 @@ class TierActor:
             "state": self._state,
             "service": service.health() if ready and service is not None else {},
         }
+
+    def drain(self, within_s: float) -> dict[str, Any] | None:
+        """See `Drains`; None from a service that cannot."""
+        service = self._service
+        return service.drain(within_s) if isinstance(service, Drains) else None
 
     def stop(self, grace_s: float) -> None:
         """End the service, and with it this actor."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvtier import paths
 from kvtier.cluster import record as records
-from kvtier.cluster.launch import LOG, Starter, guest_environment, private_environment
+from kvtier.cluster.launch import LOG, Starter, environment_of
 from kvtier.cluster.orders import Order
 from kvtier.cluster.procs import Process, alive, send, wait_ended
 from kvtier.cluster.record import Record
@@ -18,8 +18,6 @@ from kvtier.cluster.state import lock
 from kvtier.config_schema import Config
 from kvtier.errors import KvtierError
 
-# Ray's own processes on a head, as Ray names them.
-RAY_PROCESSES = ("gcs_server", "raylet")
 _KILL_S = 5.0
 _CONNECT_S = 15.0
 
@@ -58,7 +56,8 @@ def down(config: Config, *, report: Report = lambda line: None) -> DownResult:
 def kill_all(record: Record) -> int:
     """SIGKILL every process of the daemon at once, as a crash would; answers how many.
 
-    Private: everything in its session. Guest: the actors known by pid. The record stays, for `up` to clear.
+    Private and joined: everything in its session. Guest: the actors known by pid. The record stays, for
+    `up` to clear.
     """
     killed: set[Process] = set()
     for _ in range(50):
@@ -70,21 +69,19 @@ def kill_all(record: Record) -> int:
     return len(killed)
 
 
-def clear_stale(config: Config, report: Report) -> None:
-    """Raise KvtierError if the recorded daemon runs; else clear away what it left."""
+def clear_stale(config: Config, report: Report) -> Record | None:
+    """The record of a daemon that runs; else clear away what an earlier one left. Under the lock."""
     record = records.load(config.node.state_dir)
     if record is None:
-        return
+        return None
     running = {name: process for name, process in record.processes if record.here() and alive(process)}
-    names = RAY_PROCESSES if record.kind == "private" else tuple(running)
-    # The lock is ours: what is not ready by now was left by an `up` that died on its way.
+    names = record.vital or tuple(running)
+    # What is not ready by now was left by an `up` that died on its way.
     if record.ready and running and all(name in running for name in names):
-        raise KvtierError(
-            f"kvtier runs already, with its state in {record.state_dir} (pid {running[names[0]].pid})",
-            fix="use `kvtier status`, or `kvtier down` first",
-        )
+        return record
     report("clearing what an earlier daemon left")
     end(record, config, report)
+    return None
 
 
 def end(record: Record, config: Config, report: Report) -> DownResult:
@@ -96,7 +93,7 @@ def end(record: Record, config: Config, report: Report) -> DownResult:
         graceful, detail = _stop_actors(record, config)
     ended = len(running)
     killed = 0
-    if record.kind == "private":
+    if record.vital:
         report("ending Ray")
         running = record.running()
         for process in running:
@@ -121,20 +118,22 @@ def end(record: Record, config: Config, report: Report) -> DownResult:
 def _can_ask(record: Record) -> bool:
     """Whether Ray may answer: a private cluster that lost one of its own processes does not."""
     known = dict(record.processes)
-    return record.kind == "guest" or (
-        record.here() and all(name in known and alive(known[name]) for name in RAY_PROCESSES)
+    return not record.vital or (
+        record.here() and all(name in known and alive(known[name]) for name in record.vital)
     )
 
 
 def _stop_actors(record: Record, config: Config) -> tuple[bool, str]:
-    private = record.kind == "private"
-    environment = private_environment(config, record.token_path) if private else guest_environment()
+    environment = environment_of(config, record)
     grace_s = config.node.grace_s
     order = Order(
         task="stop",
         namespace=record.namespace,
         controller=record.controller,
         address=record.address,
+        node=record.node_id,
+        grace_s=grace_s,
+        leave=True,
         timeout_s=grace_s + 2.0,
     )
     detail = ""

@@ -1,9 +1,10 @@
-"""The head of a private Ray cluster, with only the parts that a kvtier node uses.
+"""The nodes of a private Ray cluster, with only the parts that a kvtier node uses.
 
 Ray's `start` command also runs a dashboard server, two agents and a supervisor: about 230 MiB and most of
 its six seconds.  kvtier uses no dashboard, no job submission, no runtime environments and no Ray metrics,
 so here a process of 3 MiB stands in for each agent (Ray insists on there being one) and the rest is left
-out: 0.3 seconds.  It also listens on loopback alone, where the command takes the machine's outer address.
+out: 0.3 seconds.  A head also listens on loopback alone unless it is told otherwise, where the command takes
+the machine's outer address.
 
 What is changed are details inside Ray, so the release is pinned; `supported()` says which ones are known.
 """
@@ -25,7 +26,7 @@ from ray._private.parameter import RayParams
 from ray._private.resource_isolation_config import ResourceIsolationConfig
 
 from kvtier.cluster.controller import RESOURCE
-from kvtier.cluster.orders import HeadSettings
+from kvtier.cluster.orders import RaySettings
 from kvtier.errors import KvtierError
 
 LOOPBACK = "127.0.0.1"
@@ -38,8 +39,8 @@ _AGENT_OPTIONS = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """A running head. pids: by Ray's name of the process."""
+class RayNode:
+    """Ray's processes of one node. address: of the cluster.  pids: by Ray's name of the process."""
 
     address: str
     node_id: str
@@ -56,13 +57,25 @@ def supported() -> None:
         )
 
 
-def start_head(settings: HeadSettings) -> Head:
+def start_head(settings: RaySettings) -> RayNode:
     """Start the head's processes; they outlive this one. Raises KvtierError."""
-    supported()
+    return _start(_parameters(settings, settings.listen or LOOPBACK, settings.port_first), head=True)
+
+
+def start_node(settings: RaySettings, address: str, listen: str) -> RayNode:
+    """Start one more node of the cluster at `address`, heard at `listen`. Raises KvtierError."""
+    parameters = _parameters(settings, listen, 0)
+    parameters.gcs_address = address
+    # Nothing is served over HTTP; Ray would ask the head where.
+    parameters.webui = ""
+    return _start(parameters, head=False)
+
+
+def _parameters(settings: RaySettings, listen: str, gcs_port: int) -> RayParams:
     first, count = settings.port_first, settings.port_count
-    parameters = RayParams(
-        node_ip_address=LOOPBACK,
-        gcs_server_port=first,
+    return RayParams(
+        node_ip_address=listen,
+        gcs_server_port=gcs_port,
         node_manager_port=first + 1 if first else 0,
         object_manager_port=first + 2 if first else 0,
         min_worker_port=first + 3 if first else 0,
@@ -78,10 +91,14 @@ def start_head(settings: HeadSettings) -> Head:
         no_monitor=True,
         resource_isolation_config=ResourceIsolationConfig(enable_resource_isolation=False),
     )
+
+
+def _start(parameters: RayParams, *, head: bool) -> RayNode:
+    supported()
     with _lean_raylet():
-        node = _LeanNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
+        node = _LeanNode(parameters, head=head, shutdown_at_exit=False, spawn_reaper=False)
     pids = {name: infos[0].process.pid for name, infos in node.all_processes.items()}
-    return Head(node.address, node.node_id, node.get_session_dir_path(), pids)
+    return RayNode(node.address, node.node_id, node.get_session_dir_path(), pids)
 
 
 @contextmanager

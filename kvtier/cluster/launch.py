@@ -22,8 +22,9 @@ import msgspec
 import kvtier
 from kvtier.cluster.orders import Event, Order
 from kvtier.cluster.procs import Process, identify
-from kvtier.cluster.record import TOKEN_VARIABLE, write_private
+from kvtier.cluster.record import TOKEN_VARIABLE, Record, write_private
 from kvtier.config_schema import Config
+from kvtier.config_secrets import RAY_TOKEN_MIN_BYTES, read_secret
 from kvtier.errors import KvtierError
 
 LOG = "up.log"
@@ -49,17 +50,34 @@ def private_environment(config: Config, token_path: str) -> dict[str, str]:
         "RAY_enable_metrics_collection": "0",
         "RAY_task_events_report_interval_ms": "0",
         "RAY_event_stats": "0",
+        **_storage(ray.gcs_storage),
     }
 
 
-def guest_environment() -> dict[str, str]:
-    """The environment of a guest: as it is, for the cluster's token is the user's matter."""
-    return _importable(dict(os.environ))
+def _storage(where: str) -> dict[str, str]:
+    """Ray's variables for a head that keeps its state: in a folder, or in a Redis."""
+    if where.startswith("/"):
+        return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": where}
+    return {"RAY_REDIS_ADDRESS": where} if where else {}
 
 
-def make_token(path: str) -> None:
-    """A fresh token for a new private cluster, readable by its user alone."""
-    write_private(Path(path), secrets.token_hex(32).encode())
+def environment_of(config: Config, record: Record) -> dict[str, str]:
+    """The environment of what speaks to the record's cluster, and of what is started there.
+
+    A guest that was given no token has Ray's own settings, which are the user's matter.
+    """
+    if record.kind == "guest" and not os.path.exists(record.token_path):
+        return _importable(dict(os.environ))
+    return private_environment(config, record.token_path)
+
+
+def make_token(config: Config, path: str) -> None:
+    """The cluster's token, a fresh one if none is set, in a file for its user alone. Raises ConfigError."""
+    if config.ray.token_file:
+        token = read_secret("ray.token_file", config.ray.token_file, RAY_TOKEN_MIN_BYTES)
+    else:
+        token = secrets.token_hex(32).encode()
+    write_private(Path(path), token)
 
 
 class Starter:

@@ -25,11 +25,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """kind 'private': we started Ray and end it; 'guest': only our actors are ours.
+    """kind 'private': we started the head of a cluster; 'joined': one more node of such a cluster; both with
+    Ray's processes here, which we end.  'guest': only our actors are ours.
 
-    leader: the process that opened the session which holds everything of a private cluster.  processes: by
-    name, those known by pid.  ready: `up` came to its end.  owner: a foreground `up`, else None.
-    config_text: the settings, as JSON.
+    leader: the process that opened the session which holds all that runs here of a private cluster.
+    processes: by name, those known by pid.  ready: `up` came to its end.  owner: a foreground `up`, else
+    None.  config_text: the settings, as JSON.
     """
 
     kind: str
@@ -48,6 +49,11 @@ class Record:
     namespace: str = ""
     controller: str = ""
     ready: bool = False
+
+    @property
+    def vital(self) -> tuple[str, ...]:
+        """Ray's own processes here, as Ray names them: without one of them the daemon is half."""
+        return {"private": ("gcs_server", "raylet"), "joined": ("raylet",)}.get(self.kind, ())
 
     @property
     def marker(self) -> str:
@@ -109,9 +115,8 @@ def with_process(record: Record, name: str, process: Process) -> Record:
 
 def remove(record: Record) -> None:
     """Forget it, with the files of the private cluster. All its processes must have ended."""
-    if record.kind == "private":
-        _remove_ray_files(record)
-        Path(record.token_path).unlink(missing_ok=True)
+    _remove_ray_files(record)
+    Path(record.token_path).unlink(missing_ok=True)
     (Path(record.state_dir) / RECORD).unlink(missing_ok=True)
     sync_dir(Path(record.state_dir))
 

@@ -18,11 +18,14 @@ from typing import Any
 import msgspec
 import ray
 from ray._common.usage.usage_lib import get_cluster_metadata
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
-from kvtier.cluster.controller import Controller, Plan
-from kvtier.cluster.head import literal_addresses, start_head
-from kvtier.cluster.orders import Event, Order
+import kvtier
+from kvtier.cluster import store
+from kvtier.cluster.controller import RESOURCE, SHARE, Controller
+from kvtier.cluster.head import literal_addresses, start_head, start_node
+from kvtier.cluster.members import Member
+from kvtier.cluster.orders import Event, Order, RaySettings
 from kvtier.errors import KvtierError
 
 _POLL_S = 0.03
@@ -42,7 +45,7 @@ class _Reporter:
 def main(order: Order, report: _Reporter) -> int:
     """Carry out the order; the exit status is 0 unless it failed."""
     try:
-        {"start": _start, "stop": _stop, "status": _show}[order.task](order, report)
+        {"start": _start, "stop": _stop, "status": _show, "drain": _drain}[order.task](order, report)
         return 0
     except KvtierError as error:
         report(Event(kind="failed", text=error.message, fix=error.fix))
@@ -53,58 +56,113 @@ def main(order: Order, report: _Reporter) -> int:
 
 
 def _start(order: Order, report: _Reporter) -> None:
-    address = order.address
-    if order.head is not None:
-        head = start_head(order.head)
-        address = head.address
-        report(
-            Event(
-                kind="head",
-                address=address,
-                node_id=head.node_id,
-                session_dir=head.session_dir,
-                pids=head.pids,
-            )
-        )
-    else:
-        _check_versions(address)
-    with _connected(address, order.namespace):
-        node = ray.get_runtime_context().get_node_id()
-        name = f"{order.controller}:{node}" if order.only_this_node else order.controller
-        _refuse_second(order, name)
-        report(Event(kind="connected", address=address, node_id=node, controller=name))
-        plan = Plan(
+    address, node = _start_ray(order, report)
+    own = None if order.address == "" else _facing(address)
+    joins = order.address != "" and node != ""
+    with _connected(address, order.namespace, own if joins else None):
+        node = node or ray.get_runtime_context().get_node_id()
+        _need_resource(node)
+        _refuse_second(order, node)
+        report(Event(kind="connected", address=address, node_id=node, controller=order.controller))
+        store.mark(kvtier.__version__, private=order.address == "")
+        member = Member(
+            node=node,
+            name=order.name,
             services=order.services,
             config_text=order.config_text,
             grace_s=order.grace_s,
-            nodes=(node,) if order.only_this_node else (),
         )
-        _wait_ready(_create(name, plan), node, order, report)
+        _wait_ready(_join(member, order), node, order, report)
 
 
-def _refuse_second(order: Order, name: str) -> None:
-    """Raise KvtierError where a controller of this node, or of the whole cluster, runs already."""
-    for other in {name, order.controller}:
-        try:
-            ray.get_actor(other)
-        except ValueError:
-            continue
+def _start_ray(order: Order, report: _Reporter) -> tuple[str, str]:
+    """Start what is to be started of Ray here: the cluster's address, and the node's id if it is ours."""
+    if order.node:
+        return order.address, order.node
+    if order.address == "":
+        started, kind = start_head(_ray(order)), "head"
+    else:
+        client = _check_versions(order.address)
+        if not store.is_private(client):
+            return order.address, ""
+        settings = _ray(order)
+        listen = settings.listen or _facing(order.address)
+        started, kind = start_node(settings, order.address, listen), "joined"
+    report(
+        Event(
+            kind="head" if kind == "head" else "joined",
+            address=started.address,
+            node_id=started.node_id,
+            session_dir=started.session_dir,
+            pids=started.pids,
+        )
+    )
+    return started.address, started.node_id
+
+
+def _ray(order: Order) -> RaySettings:
+    if order.ray is None:
         raise KvtierError(
-            "kvtier runs on this node of the Ray cluster already", fix="use `down` where it was started"
+            f"{order.address} is a private cluster of kvtier's, and its token is not known here",
+            fix="set ray.token_file to a copy of the file that its head has",
+        )
+    return order.ray
+
+
+def _need_resource(node: str) -> None:
+    """Raise KvtierError where Ray's node was not started for kvtier."""
+    here = next((entry for entry in ray.nodes() if entry["NodeID"] == node), None)
+    if here is None or not here["Resources"].get(RESOURCE):
+        raise KvtierError(
+            f"Ray's node here does not have the resource {RESOURCE!r}",
+            fix=f"start it with `ray start ... --resources='{{\"{RESOURCE}\": 1}}'`",
         )
 
 
-def _create(name: str, plan: Plan) -> Any:
+def _refuse_second(order: Order, node: str) -> None:
+    """Raise KvtierError where another `up` runs this node."""
+    try:
+        controller = ray.get_actor(order.controller)
+    except ValueError:
+        return
+    status = ray.get(controller.status.remote(), timeout=order.timeout_s)
+    if not status["members"].get(node, {"drained": True})["drained"]:
+        raise KvtierError(
+            "kvtier runs on this node of the Ray cluster already",
+            fix="use `kvtier status`, or `kvtier down` where it was started",
+        )
+
+
+def _join(member: Member, order: Order) -> Any:
+    """Have the cluster's controller, a new one if there is none, take this node in."""
+    deadline_s = time.monotonic() + order.timeout_s
+    while True:
+        controller = _create(order.controller)
+        try:
+            why = ray.get(controller.join.remote(msgspec.json.encode(member)), timeout=order.timeout_s)
+        except RayActorError:
+            why = "closed"
+        if not why:
+            return controller
+        # It was about to end, as the last node had left; the next one is new.
+        if why != "closed" or time.monotonic() >= deadline_s:
+            raise KvtierError(f"the controller does not take this node in: {why}", fix="try again")
+        time.sleep(_POLL_S)
+
+
+def _create(name: str) -> Any:
     # Its calls do no harm when asked twice: who asks while it restarts is answered after that.
     options = {
         "name": name,
         "lifetime": "detached",
+        "get_if_exists": True,
         "num_cpus": 0,
+        "resources": {RESOURCE: SHARE},
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 4,
     }
-    return ray.remote(Controller).options(**options).remote(plan)
+    return ray.remote(Controller).options(**options).remote()
 
 
 def _wait_ready(controller: Any, node: str, order: Order, report: _Reporter) -> None:
@@ -122,8 +180,7 @@ def _wait_ready(controller: Any, node: str, order: Order, report: _Reporter) -> 
                 report(Event(kind="actor", text=line))
         _give_up_early(roles)
         if all(roles.get(role, {}).get("state") == "ready" for role, _ in order.services):
-            pids = {role: int(entry["pid"]) for role, entry in roles.items()} | {"controller": status["pid"]}
-            report(Event(kind="ready", node_id=node, pids=pids))
+            report(Event(kind="ready", node_id=node, pids={role: int(e["pid"]) for role, e in roles.items()}))
             return
         if time.monotonic() >= deadline_s:
             raise KvtierError(
@@ -142,23 +199,46 @@ def _give_up_early(roles: dict[str, dict[str, Any]]) -> None:
 
 
 def _stop(order: Order, report: _Reporter) -> None:
-    """End the actors within their grace, then the controller."""
+    """Drain this node within its grace and take it out; with the last one the controller ends."""
     with _connected(order.address, order.namespace):
         try:
             controller = ray.get_actor(order.controller)
         except ValueError:
             report(Event(kind="stopped", text="no controller runs"))
             return
-        deadline_s = time.monotonic() + order.timeout_s
-        ray.get(controller.stop.remote(), timeout=order.timeout_s)
-        left = True
-        while left and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S)
-            status = ray.get(controller.status.remote(), timeout=order.timeout_s)
-            entries = [entry for roles in status["nodes"].values() for entry in roles.values()]
-            left = not status.get("stopping") or any(entry["state"] != "absent" for entry in entries)
-        ray.kill(controller, no_restart=True)
-        report(Event(kind="stopped", text="some actors did not end in time" if left else ""))
+        status = ray.get(controller.status.remote(), timeout=order.timeout_s)
+        if order.node in status["members"]:
+            status = _drained(controller, order)
+        if ray.get(controller.close.remote(), timeout=order.timeout_s):
+            ray.kill(controller, no_restart=True)
+        drain = status.get("drains", {}).get(order.node, {})
+        over = order.node not in status["members"]
+        report(Event(kind="stopped", text="" if over else "some actors did not end in time", status=drain))
+
+
+def _drain(order: Order, report: _Reporter) -> None:
+    """Drain any node of the cluster; it stays a member that runs nothing."""
+    with _connected(order.address, order.namespace):
+        controller = ray.get_actor(order.controller)
+        status = _drained(controller, order)
+        node = ray.get(controller.drain.remote(order.node, order.grace_s, False), timeout=order.timeout_s)
+        report(Event(kind="drained", node_id=node, status=status["drains"].get(node, {})))
+
+
+def _drained(controller: Any, order: Order) -> dict[str, Any]:
+    """Begin to drain, and wait for its end or the order's time; answers the last status."""
+    deadline_s = time.monotonic() + order.timeout_s
+    node = ray.get(controller.drain.remote(order.node, order.grace_s, order.leave), timeout=order.timeout_s)
+    while True:
+        status: dict[str, Any] = ray.get(controller.status.remote(), timeout=order.timeout_s)
+        phase = status["drains"].get(node, {}).get("phase")
+        over = node not in status["members"] if order.leave else phase == "done"
+        if phase is None and not over:
+            # The controller was started again in between.
+            ray.get(controller.drain.remote(node, order.grace_s, order.leave), timeout=order.timeout_s)
+        if over or time.monotonic() >= deadline_s:
+            return status
+        time.sleep(_POLL_S)
 
 
 def _show(order: Order, report: _Reporter) -> None:
@@ -168,7 +248,8 @@ def _show(order: Order, report: _Reporter) -> None:
 
 
 @contextmanager
-def _connected(address: str, namespace: str) -> Iterator[None]:
+def _connected(address: str, namespace: str, own: str | None = None) -> Iterator[None]:
+    """own: the address of Ray's node here, where it is ours; else Ray looks for one."""
     with literal_addresses():
         ray.init(
             address=address,
@@ -176,6 +257,7 @@ def _connected(address: str, namespace: str) -> Iterator[None]:
             log_to_driver=False,
             configure_logging=False,
             logging_level="error",
+            _node_ip_address=own,
         )
     try:
         yield
@@ -183,28 +265,38 @@ def _connected(address: str, namespace: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_versions(address: str) -> None:
-    """Raise KvtierError unless the cluster runs this Python and this Ray: actors would not start there."""
+def _facing(address: str) -> str:
+    """The address of this machine that the cluster sees when it is called from here."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
+        return str(connection.getsockname()[0])
+
+
+def _check_versions(address: str) -> Any:
+    """A client of the cluster's head. Raises KvtierError unless it runs this Python, Ray and kvtier."""
     raylet: Any = ray._raylet
     try:
         # Ray itself goes on trying for a minute where nobody listens.
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-        metadata = get_cluster_metadata(raylet.GcsClient(address=address))
+        _facing(address)
+        client = raylet.GcsClient(address=address)
+        metadata = get_cluster_metadata(client)
+        theirs = store.version(client)
     except (RayError, OSError, RuntimeError, ValueError) as error:
         raise KvtierError(
             f"no Ray cluster answers at {address}: {str(error).strip().splitlines()[0]}",
             fix="give the address that `ray start --head` printed, and the cluster's token if it has one",
         ) from error
-    for what, theirs, ours in (
+    for what, remote, ours in (
         ("Ray", metadata["ray_version"], ray.__version__),
         ("Python", metadata["python_version"], platform.python_version()),
+        ("kvtier", theirs or kvtier.__version__, kvtier.__version__),
     ):
-        if theirs != ours:
+        if remote != ours:
             raise KvtierError(
-                f"the cluster at {address} runs {what} {theirs}, this is {what} {ours}",
-                fix=f"run `kvtier up` with {what} {theirs}",
+                f"the cluster at {address} runs {what} {remote}, this is {what} {ours}",
+                fix=f"run `kvtier up` with {what} {remote}",
             )
+    return client
 
 
 def _last_end(entry: dict[str, Any]) -> str:

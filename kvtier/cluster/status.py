@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.cluster import record as records
-from kvtier.cluster.launch import Starter, guest_environment, private_environment
+from kvtier.cluster.launch import Starter, environment_of
 from kvtier.cluster.orders import Order
 from kvtier.config_schema import Config
 from kvtier.errors import DaemonNotFound
@@ -24,8 +24,7 @@ def cluster_status(config: Config, timeout_s: float = 10.0) -> dict[str, Any]:
         raise DaemonNotFound(
             f"no daemon was started with its state in {config.node.state_dir}", fix="run `kvtier up`"
         )
-    private = record.kind == "private"
-    environment = private_environment(config, record.token_path) if private else guest_environment()
+    environment = environment_of(config, record)
     order = Order(
         task="status",
         namespace=record.namespace,

@@ -17,9 +17,9 @@ import msgspec
 
 from kvtier import paths
 from kvtier.cluster import record as records
-from kvtier.cluster.down import RAY_PROCESSES, Report, clear_stale, end
-from kvtier.cluster.launch import LOG, Starter, guest_environment, make_token, private_environment
-from kvtier.cluster.orders import Event, HeadSettings, Order
+from kvtier.cluster.down import Report, clear_stale, end
+from kvtier.cluster.launch import LOG, Starter, environment_of, make_token
+from kvtier.cluster.orders import Event, Order, RaySettings
 from kvtier.cluster.procs import Process, alive, boot_id, identify
 from kvtier.cluster.readiness import not_ready
 from kvtier.cluster.reconciler import TierRole
@@ -40,14 +40,17 @@ Probe = Callable[[Config], str]
 
 @dataclass(frozen=True, slots=True)
 class UpResult:
-    """A daemon that is ready. pids: by name, as they were then.  ready_s: from the call to ready."""
+    """A daemon that is ready. pids: by name, as they were then.  ready_s: from the call to ready.
+
+    kind: 'private', 'joined' or 'guest' (record.py).
+    """
 
     address: str
     node_id: str
     socket: str
     pids: dict[str, int]
     ready_s: float
-    private: bool
+    kind: str
 
 
 def up(
@@ -62,15 +65,18 @@ def up(
 ) -> UpResult:
     """Start the daemon of this node and return when it is ready.
 
-    address: of a Ray cluster to join as a guest; None takes config.ray.address, and '' there means a
-    private cluster.  With detach=False the call first returns after SIGINT, SIGTERM or the daemon's end, when
-    all of it has been ended; only the main thread may ask for that.  Raises KvtierError, and then nothing
-    that was started is left.
+    address: of a Ray cluster to join, a private one of kvtier's or as a guest; None takes
+    config.ray.address, and '' there begins a private cluster.  With detach=False the call first returns after
+    SIGINT, SIGTERM or the daemon's end, when all of it has been ended; only the main thread may ask for that.
+    Raises KvtierError, and then nothing that was started is left.
     """
     began_s = time.monotonic()
     prepare_dirs(config)
     with lock(config):
-        clear_stale(config, report)
+        running = clear_stale(config, report)
+        if running is not None:
+            run = _Run(config, running.address, services, report)
+            return run.resume(running, began_s, timeout_s, probe)
         with _signals(detach) as wakeup:
             run = _Run(config, config.ray.address if address is None else address, services, report)
             try:
@@ -96,13 +102,14 @@ class _Run:
         self.config = config
         self._report = report
         self._services = dict(services or services_for(config))
-        private = not address
+        # Whether a cluster that runs is one of kvtier's is known once it was asked.
+        self._may_start_ray = not address or bool(config.ray.token_file)
         self.record = Record(
-            kind="private" if private else "guest",
+            kind="guest" if address else "private",
             boot=boot_id(),
             state_dir=config.node.state_dir,
             runtime_dir=config.node.runtime_dir,
-            temp_dir=config.ray_temp_dir if private else "",
+            temp_dir=config.ray_temp_dir if self._may_start_ray else "",
             address=address,
             namespace=NAMESPACE,
             config_text=msgspec.json.encode(config).decode(),
@@ -112,21 +119,22 @@ class _Run:
         """From nothing to ready."""
         if foreground:
             self._note(replace(self.record, owner=identify(os.getpid())))
-        if self.record.kind == "private":
+        if self._may_start_ray:
             self._make_temp_dir()
-            make_token(self.record.token_path)
-            environment = private_environment(self.config, self.record.token_path)
-            self._report("starting a private Ray cluster")
-        else:
-            environment = guest_environment()
-            self._report(f"joining the Ray cluster at {self.record.address}")
+            make_token(self.config, self.record.token_path)
+        private = self.record.kind == "private"
+        where = f"joining the Ray cluster at {self.record.address}"
+        self._report("starting a private Ray cluster" if private else where)
         log = Path(self.record.state_dir) / LOG
-        with Starter(environment, log) as starter:
-            if self.record.kind == "private":
+        with Starter(environment_of(self.config, self.record), log) as starter:
+            if self._may_start_ray:
                 self._note(replace(self.record, leader=starter.process))
             starter.order(self._order(timeout_s))
             for event in starter.events(timeout_s + _CONNECT_S):
                 self._hear(event)
+        return self._result(probe, began_s, timeout_s)
+
+    def _result(self, probe: Probe, began_s: float, timeout_s: float) -> UpResult:
         self._wait_probe(probe, began_s + timeout_s)
         self._note(replace(self.record, ready=True))
         return UpResult(
@@ -135,12 +143,26 @@ class _Run:
             socket=str(paths.node_socket(self.config.node.runtime_dir)),
             pids={name: process.pid for name, process in self.record.processes},
             ready_s=time.monotonic() - began_s,
-            private=self.record.kind == "private",
+            kind=self.record.kind,
         )
+
+    def resume(self, running: Record, began_s: float, timeout_s: float, probe: Probe) -> UpResult:
+        """Take a drained node back into service. Raises KvtierError for one that is in service."""
+        self.record = replace(running, config_text=self.record.config_text)
+        log = Path(running.state_dir) / LOG
+        order = msgspec.structs.replace(self._order(timeout_s), ray=None)
+        self._report(
+            "kvtier runs already" + "".join(f", {name} pid {p.pid}" for name, p in running.processes)
+        )
+        with Starter(environment_of(self.config, running), log) as starter:
+            starter.order(order)
+            for event in starter.events(timeout_s + _CONNECT_S):
+                self._hear(event)
+        return self._result(probe, began_s, timeout_s)
 
     def hold(self, wakeup: socket.socket) -> None:
         """Wait for a signal, or for the end of one of Ray's own processes, which leaves a half daemon."""
-        vital = [p for name, p in self.record.processes if name in RAY_PROCESSES]
+        vital = [p for name, p in self.record.processes if name in self.record.vital]
         handles: dict[int, Process] = {}
         try:
             for process in vital:
@@ -157,25 +179,27 @@ class _Run:
                 os.close(handle)
 
     def _order(self, timeout_s: float) -> Order:
-        ray, private = self.config.ray, self.record.kind == "private"
+        ray = self.config.ray
         return Order(
             task="start",
             namespace=NAMESPACE,
             controller=CONTROLLER,
             address=self.record.address,
-            head=HeadSettings(
+            name=self.config.node.name,
+            ray=RaySettings(
                 temp_dir=ray_folder(self.record.temp_dir),
                 object_store_bytes=ray.object_store_bytes,
+                listen=ray.listen,
                 port_first=ray.port_first,
                 port_count=ray.port_count,
             )
-            if private
+            if self._may_start_ray
             else None,
+            node=self.record.node_id,
             services=tuple(self._services.items()),
             config_text=self.record.config_text.encode(),
             grace_s=self.config.node.grace_s,
             timeout_s=timeout_s,
-            only_this_node=not private,
         )
 
     def _hear(self, event: Event) -> None:
@@ -184,9 +208,10 @@ class _Run:
             process = identify(pid)
             if process is not None:
                 record = with_process(record, name, process)
-        if event.kind == "head":
-            record = replace(record, address=event.address, session_dir=event.session_dir)
-            self._report(f"Ray runs at {event.address}")
+        if event.kind in ("head", "joined"):
+            kind = "private" if event.kind == "head" else "joined"
+            record = replace(record, kind=kind, address=event.address, session_dir=event.session_dir)
+            self._report(f"Ray runs at {event.address}" + (", with this node" if kind == "joined" else ""))
         elif event.kind == "connected":
             record = replace(record, node_id=event.node_id, controller=event.controller)
         elif event.kind == "actor":

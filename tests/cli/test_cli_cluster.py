@@ -7,6 +7,7 @@ import json
 import pytest
 
 from kvtier.cluster import down as ending
+from kvtier.cluster import drain_node as draining
 from kvtier.cluster import up as starting
 from kvtier.cluster.down import DownResult
 from kvtier.cluster.up import UpResult
@@ -21,7 +22,7 @@ def started(monkeypatch):
     def up(config, *, detach, address=None, report=lambda line: None):
         seen.update(config=config, detach=detach, address=address)
         report("starting")
-        return UpResult("127.0.0.1:6379", "node", "/r/node.sock", {"host": 11, "disk": 12}, 2.5, True)
+        return UpResult("127.0.0.1:6379", "node", "/r/node.sock", {"host": 11, "disk": 12}, 2.5, "private")
 
     assert set(inspect.signature(up).parameters) <= set(inspect.signature(starting.up).parameters)
     monkeypatch.setattr(starting, "up", up)
@@ -112,6 +113,25 @@ def test_down_says_what_it_ended(kv, monkeypatch, result, text):
     assert text in told.out
     assert seen["config"].node.state_dir == "/s"
     assert json.loads(kv("down", "--json").out)["found"] is result.found
+
+
+@pytest.mark.parametrize(
+    ("lost", "phase", "code", "text"),
+    [(0, "done", 0, "0 B"), (2048, "done", 1, "2.0 KiB"), (None, "ending", 1, "not known")],
+)
+def test_drain_says_what_was_lost(kv, monkeypatch, lost, phase, code, text):
+    seen = {}
+
+    def drain(config, node, grace_s):
+        seen.update(config=config, node=node, grace_s=grace_s)
+        return {"phase": phase, "flushed_bytes": 5, "lost_bytes": lost, "reason": "flushed"}
+
+    assert inspect.signature(drain).parameters.keys() == inspect.signature(draining.drain).parameters.keys()
+    monkeypatch.setattr(draining, "drain", drain)
+    told = kv("drain", "n7", "--grace", "2min", "--state-dir", "/s")
+    assert (told.code, seen["node"], seen["grace_s"]) == (code, "n7", 120.0)
+    assert text in told.out
+    assert json.loads(kv("drain", "n7", "--json").out)["lost_bytes"] == lost
 
 
 def test_demo_hands_on_its_options_and_its_exit_code(kv, monkeypatch):

@@ -123,7 +123,7 @@ def test_each_role_has_its_actor_and_its_service(config: Config) -> None:
 
 
 def test_names_tell_all_that_a_restarted_controller_needs() -> None:
-    from kvtier.cluster.controller import name_of, parse_name
+    from kvtier.cluster.grip import name_of, parse_name
 
     who = Incarnation("ab" * 28, "disk", 1700000000, "0123456789ab")
     assert parse_name(name_of(who)) == who
@@ -131,7 +131,23 @@ def test_names_tell_all_that_a_restarted_controller_needs() -> None:
         assert parse_name(other) is None
 
 
-@pytest.mark.parametrize(("what", "field"), [("Ray", "ray_version"), ("Python", "python_version")])
+def test_a_controller_that_could_not_ask_blames_nobody_for_the_silence() -> None:
+    from kvtier.cluster.grip import Known
+
+    known = Known(handle=None, serve=None)
+    known.asks("a call", 10.0)
+    assert known.silent_s(12.0) == 2.0
+    known.answers({"state": "ready"})
+    assert known.silent_s(500.0) == 0.0, "Ray's head was away, and the controller with it"
+    known.asks("a call", 500.0)
+    known.asks("the call again, as it failed", 520.0)
+    assert known.silent_s(530.0) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("what", "field"),
+    [("Ray", "ray_version"), ("Python", "python_version"), ("kvtier", "kvtier_version")],
+)
 def test_versions_of_the_cluster_are_compared_first(
     monkeypatch: pytest.MonkeyPatch, what: str, field: str
 ) -> None:
@@ -139,6 +155,7 @@ def test_versions_of_the_cluster_are_compared_first(
 
     theirs = {"ray_version": starter.ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(starter.ray._raylet, "GcsClient", lambda address: address)
+    monkeypatch.setattr(starter.store, "version", lambda client: theirs.get("kvtier_version", ""))
     monkeypatch.setattr(starter, "get_cluster_metadata", lambda client: theirs)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -166,7 +183,7 @@ def test_what_commands_import_brings_no_ray() -> None:
     assert answer.stdout.strip() == "False"
 
 
-def test_ray_is_imported_by_three_files_only() -> None:
+def test_ray_is_imported_by_these_files_only() -> None:
     users = set()
     for path in Path(kvtier.cluster.__file__).parent.glob("*.py"):
         for entry in ast.walk(ast.parse(path.read_text())):
@@ -174,4 +191,4 @@ def test_ray_is_imported_by_three_files_only() -> None:
             names += [entry.module or ""] if isinstance(entry, ast.ImportFrom) else []
             if any(name.split(".")[0] == "ray" for name in names):
                 users.add(path.stem)
-    assert users == {"controller", "head", "starter"}
+    assert users == {"controller", "grip", "head", "starter", "store"}

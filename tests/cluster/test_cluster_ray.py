@@ -18,6 +18,7 @@ import pytest
 
 from kvtier.cluster import record
 from kvtier.cluster.down import down, kill_all
+from kvtier.cluster.drain_node import drain
 from kvtier.cluster.launch import make_token, private_environment
 from kvtier.cluster.procs import boot_id, identify
 from kvtier.cluster.reconciler import TierRole
@@ -45,8 +46,8 @@ up(config, detach=False, report=lambda line: print(line, flush=True), probe=lamb
 FOREIGN = """
 import json, sys
 from kvtier.cluster.head import start_head
-from kvtier.cluster.orders import HeadSettings
-head = start_head(HeadSettings(temp_dir=sys.argv[1], object_store_bytes=80 << 20))
+from kvtier.cluster.orders import RaySettings
+head = start_head(RaySettings(temp_dir=sys.argv[1], object_store_bytes=80 << 20))
 print(json.dumps([head.address, head.pids]), flush=True)
 """
 
@@ -120,8 +121,11 @@ def test_up_starts_one_actor_for_each_role(config: Config, daemon: UpResult) -> 
 
 
 def test_up_is_refused_while_it_runs(config: Config, daemon: UpResult) -> None:
-    with pytest.raises(KvtierError, match=f"pid {daemon.pids['gcs_server']}"):
-        start(config)
+    said: list[str] = []
+    with pytest.raises(KvtierError, match="runs on this node of the Ray cluster already"):
+        start(config, report=said.append)
+    assert f"gcs_server pid {daemon.pids['gcs_server']}" in said[0]
+    assert recorded(config).running()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -168,6 +172,19 @@ def test_a_controller_that_dies_comes_back_and_adopts(config: Config, daemon: Up
     until(lambda: notes(config, "started") - started, "another gpu actor")
 
 
+def test_a_drained_node_runs_nothing_until_up_takes_it_back(config: Config, daemon: UpResult) -> None:
+    before = notes(config, "started") - notes(config, "stopped")
+    report = drain(config, daemon.node_id[:8], 3.0)
+    assert (report["phase"], report["reason"], report["lost_bytes"]) == ("done", "cannot flush", None)
+    roles = cluster_status(config)["nodes"][daemon.node_id]
+    assert not [role for role, entry in roles.items() if entry["state"] != "absent"]
+    again = start(config)
+    assert (again.node_id, again.pids["raylet"]) == (daemon.node_id, daemon.pids["raylet"])
+    assert not {again.pids[role] for role in SERVICES} & before
+    with pytest.raises(KvtierError, match="no nodes of this cluster are called 'nobody'"):
+        drain(config, "nobody", 3.0)
+
+
 def test_after_a_kill_of_everything_up_works_again(config: Config, daemon: UpResult) -> None:
     before = recorded(config)
     assert kill_all(before) >= 6
@@ -203,7 +220,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
     config = make_config(tmp_path_factory.mktemp("foreign"))
     prepare_dirs(config)
     made = Record("private", boot_id(), config.node.state_dir, config.node.runtime_dir)
-    make_token(made.token_path)
+    make_token(config, made.token_path)
     os.makedirs(config.ray_temp_dir, mode=0o700)
     made = replace(made, temp_dir=config.ray_temp_dir, made_temp_dir=True)
     child = subprocess.Popen(
@@ -239,7 +256,7 @@ def test_a_guest_starts_and_ends_its_actors_and_not_the_cluster(foreign: Record,
         start(config, address=foreign.address, services=broken)
     assert record.load(config.node.state_dir) is None
     result = start(config, address=foreign.address)
-    assert not result.private
+    assert result.kind == "guest"
     assert recorded(config).kind == "guest"
     other = make_config(tmp_path / "other")
     with pytest.raises(KvtierError, match="runs on this node of the Ray cluster already"):

@@ -161,13 +161,16 @@ def test_a_folder_that_was_there_keeps_what_is_not_ours(config: Config, tmp_path
     assert [entry.name for entry in folder.iterdir()] == ["other"]
 
 
-def test_up_refuses_while_the_recorded_one_runs(config: Config, child: Child) -> None:
+def test_a_recorded_one_that_runs_is_not_cleared_away(config: Config, child: Child) -> None:
     running = a_record(config, ready=True)
     for name in ("gcs_server", "raylet"):
         running = record.with_process(running, name, child.process)
     record.save(running)
-    with pytest.raises(KvtierError, match=f"runs already.*pid {child.process.pid}"):
-        up(config, detach=True)
+    said: list[str] = []
+    with lock(config):
+        assert clear_stale(config, said.append) == running
+    assert said == []
+    assert child.child.poll() is None
     assert record.load(config.node.state_dir) == running
 
 
@@ -175,7 +178,7 @@ def test_up_clears_what_another_left_on_its_way(config: Config, child: Child) ->
     record.save(record.with_process(a_record(config), "gcs_server", child.process))
     said: list[str] = []
     with lock(config):
-        clear_stale(config, said.append)
+        assert clear_stale(config, said.append) is None
     assert said == ["clearing what an earlier daemon left", "ending Ray"]
     assert child.child.wait(10) == -signal.SIGTERM
     assert record.load(config.node.state_dir) is None

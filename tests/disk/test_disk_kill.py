@@ -18,6 +18,7 @@ import pytest
 
 from kvtier.disk.tier import DiskTier
 from kvtier.testing.tier_kit import get
+from kvtier.waiting import wait_until
 
 WORKER = Path(__file__).with_name("disk_worker.py")
 # _IOR('X', 125, u32): ext4 stops at once; 2 means without flushing its journal.
@@ -161,12 +162,16 @@ class LoopExt4:
         if self.mounted:
             _run("umount", str(self.mount_point))
             self.mounted = False
+            # While a process with mounts of its own still sees it, it would be mounted again as it is: stopped.
+            free = wait_until(lambda: not _run("losetup", "-j", str(self.image)), 60.0)
+            assert free, "somebody else holds the file system"
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(done.returncode, f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ import click
 from kvtier.cli import options
 from kvtier.cli.main import require
 
+_KINDS = {"private": "private, begun here", "joined": "private, joined", "guest": "as a guest"}
+
 
 @click.command()
 @options.config_option
 @options.set_option
 @click.option("--detach", is_flag=True, help="Return when the node is ready; `kvtier down` ends it.")
-@click.option("--address", help="Join this Ray cluster (host:port) as a guest, instead of a private one.")
+@click.option("--address", help="Join this Ray cluster (host:port): one that kvtier began, or as a guest.")
 @click.option("--name", help="Name of this node.")
 @click.option("--runtime-dir", help="Folder of the sockets.")
 @click.option("--state-dir", help="Folder of secrets, and of the record that `down` needs.")
@@ -37,7 +39,8 @@ def up(
 ) -> None:
     """Start the daemon of this node and stay with it; ^C ends it.
 
-    Options win over the file. `kvtier config show --effective` lists all settings.
+    A node that was drained and still runs is taken back into service. Options win over the file.
+    `kvtier config show --effective` lists all settings.
     """
     from kvtier.cli import output
 
@@ -66,7 +69,7 @@ def up(
             (
                 ("ready in", output.duration(started.ready_s)),
                 ("socket", started.socket),
-                ("Ray cluster", f"{started.address} ({'private' if started.private else 'as a guest'})"),
+                ("Ray cluster", f"{started.address} ({_KINDS[started.kind]})"),
                 *((name, f"pid {pid}") for name, pid in started.pids.items()),
             )
         )

@@ -1,0 +1,105 @@
+"""What a node sends: bounded messages, the same one until it is answered, whole snapshots."""
+
+import hashlib
+
+import msgspec
+
+from kvtier.directory.announcements import Announcement, Answer, End, Layout, Part, Record
+from kvtier.directory.announcer import Announcer, Holding, Sender
+from kvtier.directory.shard import Shard
+
+LAYOUT = Layout(256, tuple(Part(g, "full", f"L0+32.H{h}+8", 4096) for g in range(3) for h in range(8)))
+
+
+def hint(number):
+    return hashlib.sha256(b"%d" % number).digest()[:16]
+
+
+def holding(number):
+    return Holding("tenant", LAYOUT, 256, (1 << 24) - 1, number % 3)
+
+
+def record(number):
+    end = End(hint(number), 4096, 1e9, (100, b"s" * 32), b"f" * 8)
+    return Record("tenant", f"conversation-{number:040}", 3, (end, end), ("node.1.2",))
+
+
+def drain(sender, shard):
+    sent = []
+    while (message := sender.next()) is not None:
+        wire = msgspec.msgpack.encode(message)
+        assert len(wire) < 100_000
+        assert sender.next() is message
+        sent.append(message)
+        sender.answered(shard.apply(msgspec.msgpack.decode(wire, type=Announcement), 0.0))
+    return sent
+
+
+def test_a_large_snapshot_goes_in_parts_under_100_kb():
+    sender, shard = Sender("a", 1, 0, 1), Shard()
+    assert sender.next() is None
+    sender.snapshot({hint(n): holding(n) for n in range(9000)}, [record(n) for n in range(300)], ())
+    sent = drain(sender, shard)
+    assert [m.phase for m in sent] == ["begin", *["more"] * (len(sent) - 2), "end"]
+    assert [m.number for m in sent] == list(range(len(sent)))
+    assert shard.summary().rows == 9000
+    assert shard.summary().conversations == 300
+
+
+def test_an_empty_node_says_so():
+    sender, shard = Sender("a", 1, 0, 1), Shard()
+    sender.snapshot({}, (), ())
+    assert [m.phase for m in drain(sender, shard)] == ["whole"]
+    assert shard.summary().epochs == {"a": 1}
+    assert sender.next() is None
+    sender.probe()
+    assert [m.phase for m in drain(sender, shard)] == ["change"]
+
+
+def test_changes_of_one_block_become_one():
+    sender, shard = Sender("a", 1, 0, 1), Shard()
+    sender.snapshot({}, (), ())
+    drain(sender, shard)
+    for number in range(5):
+        sender.block(hint(7), holding(number))
+    (message,) = drain(sender, shard)
+    assert [(r.disk, len(r.keys)) for r in message.runs] == [(4 % 3, 16)]
+
+
+def test_what_changes_during_a_snapshot_is_said_behind_it():
+    sender, shard = Sender("a", 1, 0, 1), Shard()
+    sender.snapshot({hint(n): holding(0) for n in range(5000)}, (), ())
+    first = sender.next()
+    gone = Holding("tenant", LAYOUT, 256, 0, 0)
+    for number in range(5000):
+        sender.block(hint(number), gone)
+    sender.answered(shard.apply(first, 0.0))
+    drain(sender, shard)
+    assert shard.summary().rows == 0
+
+
+def test_a_fenced_node_is_silent_and_an_asked_one_begins_anew():
+    sender = Sender("a", 1, 0, 1)
+    sender.snapshot({}, (), ())
+    sender.answered(Answer(number=-1, snapshot=True))
+    assert sender.wants_snapshot
+    assert sender.next() is None
+    sender.snapshot({}, (), ())
+    message = sender.next()
+    assert message is not None
+    assert message.phase == "whole"
+    sender.answered(Answer(number=-1, fenced=True))
+    sender.probe()
+    assert sender.fenced
+    assert sender.next() is None
+
+
+def test_an_announcer_gives_each_shard_its_own():
+    announcer = Announcer("a", 1, 4)
+    announcer.snapshot({hint(n): holding(0) for n in range(400)}, [record(n) for n in range(40)], ())
+    messages = [sender.next() for sender in announcer.senders]
+    assert sum(len(r.keys) for m in messages for r in m.runs) == 400 * 16
+    assert all(len(r.keys) > 16 for m in messages for r in m.runs)
+    assert sorted(r.conversation for m in messages for r in m.records) == sorted(
+        record(n).conversation for n in range(40)
+    )

@@ -1,0 +1,120 @@
+"""Forgotten while a node was away: it stays forgotten."""
+
+import pytest
+
+from kvtier.directory.announcements import Announcement, End, Record, Tombstone
+from kvtier.directory.shard import Shard, ShardSettings
+from kvtier.directory.tombstones import Tombstones
+
+END = End(b"k" * 16, 32, 1.0)
+STONE = Tombstone("b.1.0", "acme", "chat", 100.0, ("a", "b"))
+
+
+class Nodes:
+    """Sends messages in turn."""
+
+    def __init__(self, **settings):
+        self.shard = Shard(ShardSettings(**settings))
+        self.numbers = {}
+
+    def say(self, node, *, epoch=1, phase="change", records=(), tombstones=(), now_s=100.0):
+        number = self.numbers[node, epoch] = self.numbers.get((node, epoch), -1) + 1
+        return self.shard.apply(
+            Announcement(
+                node=node,
+                epoch=epoch,
+                number=number,
+                shard=0,
+                shards=1,
+                phase=phase,
+                records=records,
+                tombstones=tombstones,
+            ),
+            now_s,
+        )
+
+    def found(self):
+        return self.shard.conversation("acme", "chat")
+
+
+def parked(version=1, after=()):
+    return (Record("acme", "chat", version, (END,), after),)
+
+
+def both():
+    nodes = Nodes()
+    nodes.say("a", phase="whole", records=parked())
+    nodes.say("b", phase="whole", records=parked(5))
+    return nodes
+
+
+def test_what_one_node_forgot_is_gone_at_all_and_the_others_are_told():
+    nodes = both()
+    answer = nodes.say("b", tombstones=(STONE,))
+    assert nodes.found() is None
+    assert nodes.shard.summary().tenants == {}
+    assert answer.forget == ()
+    assert nodes.say("a").forget == (STONE,)
+    assert nodes.say("a").forget == (STONE,)
+    assert nodes.say("a", tombstones=(STONE,)).over == (STONE.id,)
+    assert nodes.say("b").over == (STONE.id,)
+    assert nodes.shard.summary().tombstones == 0
+
+
+def test_a_node_that_was_away_cannot_bring_it_back():
+    nodes = both()
+    nodes.shard.lost("a", 1)
+    nodes.say("b", tombstones=(STONE,))
+    for _ in range(5):
+        assert nodes.say("b").over == ()
+    answer = nodes.say("a", epoch=2, phase="whole", records=parked(9))
+    assert nodes.found() is None
+    assert answer.forget == (STONE,)
+    nodes.say("a", epoch=2, tombstones=(STONE,))
+    nodes.say("a", epoch=2, records=parked(1, after=(STONE.id,)))
+    assert nodes.found().versions == {"a": 1}
+
+
+def test_forgetting_it_again_after_its_tombstone_was_over_spares_what_was_parked_since():
+    nodes = both()
+    nodes.say("b", tombstones=(STONE,))
+    nodes.say("a", tombstones=(STONE,))
+    nodes.say("a", records=parked(1, after=(STONE.id,)))
+    # The answer that said 'over' was lost, so the node's next snapshot names it again.
+    nodes.say("b", epoch=2, phase="whole", tombstones=(STONE,))
+    assert nodes.found() is not None
+
+
+def test_a_shard_that_lost_everything_learns_tombstones_from_those_who_keep_them():
+    nodes = Nodes()
+    nodes.say("a", epoch=2, phase="whole", records=parked())
+    assert nodes.found() is not None
+    nodes.say("b", epoch=1, phase="whole", tombstones=(STONE,))
+    assert nodes.found() is None
+    assert nodes.say("a", epoch=2).forget == (STONE,)
+
+
+def test_only_a_long_bound_or_retirement_ends_the_wait():
+    nodes = both()
+    nodes.say("b", tombstones=(STONE,))
+    nodes.shard.retire("a")
+    assert nodes.say("b").over == (STONE.id,)
+    bounded = Tombstones(keep_s=10.0)
+    bounded.carried_out("b", STONE, ("c",))
+    bounded.expire(109.0)
+    assert bounded.of("acme", "chat") == {STONE.id}
+    assert bounded.for_node("c", 9) == (STONE,)
+    bounded.expire(111.0)
+    assert not bounded.of("acme", "chat")
+    assert not len(bounded)
+    assert bounded.for_node("a", 9) == ()
+    assert bounded.take_over("b", 9) == (STONE.id,)
+
+
+def test_a_directory_that_waits_for_nobody_is_seen(monkeypatch):
+    def hasty(self, node, stone, known):
+        self._by_name.pop((stone.tenant, stone.conversation), None)
+
+    monkeypatch.setattr(Tombstones, "carried_out", hasty)
+    with pytest.raises(AssertionError):
+        test_a_node_that_was_away_cannot_bring_it_back()
