@@ -33,9 +33,11 @@ def name(field: str, value: str) -> str:
     try:
         nbytes = len(value.encode())
     except UnicodeEncodeError as error:
-        raise ConfigError(field, "the name is not valid Unicode") from error
+        raise ConfigError(field, "the name is not valid Unicode", fix="pass valid Unicode") from error
     if nbytes > NAME_MAX_BYTES:
-        raise ConfigError(field, f"the name has {nbytes} bytes; {NAME_MAX_BYTES} are the most")
+        raise ConfigError(
+            field, f"the name has {nbytes} bytes; {NAME_MAX_BYTES} are the most", fix="use a shorter name"
+        )
     return value
 
 

@@ -159,13 +159,21 @@ class GpuConfig(Section, frozen=True):
         Literal["worker", "shared"],
         Meta(description="Who copies: the worker's process, or the GPU service on a pool that it maps."),
     ] = "worker"
-    copy_threads: Annotated[int, Meta(ge=1, le=64, description="Threads of the CPU copy engine.")] = 2
+    copy_threads: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description='Threads of the CPU copy engine in mode "shared"; in mode "worker" the engine is the '
+            "worker's own, with up to four.",
+        ),
+    ] = 2
     batch_bytes: Annotated[
         int,
         Meta(
             ge=64 << 10, le=1 * GiB, description="Bytes of one batch: what cannot be cancelled once it began."
         ),
-    ] = 32 * MiB
+    ] = 64 * MiB
     batches_in_flight: Annotated[
         int,
         Meta(
@@ -174,7 +182,7 @@ class GpuConfig(Section, frozen=True):
             description="Batches that one park or restore has under way: while one ends, others copy. "
             "All of them bound how soon it can be cut off.",
         ),
-    ] = 4
+    ] = 3
 
 
 class BlocksConfig(Section, frozen=True):
@@ -206,7 +214,9 @@ class LeasesConfig(Section, frozen=True):
 
     plan_s: Annotated[
         float,
-        Meta(gt=0, le=3600, description="How long a plan holds its blocks when the caller names no time."),
+        Meta(
+            gt=0, le=3600, description="Longest time that a plan holds its blocks, whatever the caller asks."
+        ),
     ] = 30.0
     copy_s: Annotated[
         float, Meta(gt=0, le=600, description="A copy that takes longer loses its slots; they go to limbo.")
@@ -250,8 +260,8 @@ class RayConfig(Section, frozen=True):
     address: Annotated[
         str,
         Meta(
-            description="Cluster to join (host:port), a private one of kvtier's or as a guest; empty: begin a "
-            "private one."
+            description="Cluster to join (host:port), a private one of kvtier's or as a guest; empty: begin "
+            "a private one."
         ),
     ] = ""
     listen: Annotated[
@@ -271,8 +281,8 @@ class RayConfig(Section, frozen=True):
     gcs_storage: Annotated[
         str,
         Meta(
-            description="Where a private cluster's head keeps its state: a folder for Ray's embedded store, or "
-            "host:port of a Redis; empty: in memory, lost with the head."
+            description="Where a private cluster's head keeps its state: a folder for Ray's embedded store, "
+            "or host:port of a Redis; empty: in memory, lost with the head."
         ),
     ] = ""
     temp_dir: Annotated[

@@ -47,7 +47,8 @@ def blocks_of(memory: Bytes, block_bytes: int) -> list[Bytes]:
 
 def park(tier: DiskTier, numbers: Sequence[int], blocks: Sequence[Bytes], sums: Sequence[int]) -> None:
     """What the disk service does with a park: reserve, write, commit with one flush."""
-    metas = [meta_of(n, b.nbytes, i) for i, (n, b) in enumerate(zip(numbers, blocks, strict=True))]
+    given = enumerate(zip(numbers, blocks, sums, strict=True))
+    metas = [meta_of(number, block.nbytes, place, said) for place, (number, block, said) in given]
     slots = [tier.reserve(meta, holder="park") for meta in metas]
     wait(tier.write_many(list(zip(slots, blocks, strict=True))))
     tier.commit(list(zip(slots, sums, strict=True)))

@@ -17,7 +17,7 @@ from kvtier.errors import KvtierError
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "up": ("cluster", "Start the daemon of this node."),
     "down": ("cluster", "End the daemon that `up` started, and nothing else."),
-    "drain": ("drain", "Take a node of the cluster out of service."),
+    "drain": ("drain", "Take NODE, by its name or the begin of Ray's id, out of service."),
     "status": ("status", "Show the node: tiers, workers, counters."),
     "ls": ("conversations", "List parked conversations."),
     "show": ("conversations", "Show one parked conversation."),
@@ -28,9 +28,9 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "size": ("size", "Tell how large a model's KV cache is."),
     "breakeven": ("breakeven", "Tell how long an idle conversation is worth keeping."),
     "hitratio": ("hitratio", "Replay a recorded trace against cache policies."),
-    "simulate": ("simulate", "Simulate a cluster under a recorded or generated load."),
-    "sweep": ("sweep", "Find the sizes of host memory and disk that pay."),
-    "record": ("record", "Check and replay what a daemon was told."),
+    "simulate": ("simulate", 'Ask "what if" of a day: memory, drives and policies of a cluster.'),
+    "sweep": ("sweep", "Simulate a load at every size of host memory and disk per node."),
+    "record": ("record", "Check a daemon's log of stimuli, and make a load of it."),
     "config": ("config", "Check or show the configuration."),
     "demo": ("demo", "Park and restore real conversations on this machine, and compare."),
 }

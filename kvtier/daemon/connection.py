@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ log = logging.getLogger(__name__)
 _SO_PEERPIDFD = 77
 _UCRED = struct.Struct("3i")
 _BACKLOG = 128
+# A greeting comes at once from whoever means to speak: silent connections are held neither long nor in
+# numbers.
+_GREETING_S = 5.0
+_UNGREETED_MOST = 128
+# Above the first, what a peer asks is not read until it has read its answers. That is for those that ask and
+# answer in turn; a service may be writing to us before it reads, so it is only bounded: above the last bounds
+# a connection ends. An answer has 16 MiB at most; a service or a worker's agent reads while it works, so what
+# waits for it is some hundred bytes for each block or park under way.
+_PAUSE_BYTES = 4 << 20
+_TURNS_MOST_BYTES, _STREAM_MOST_BYTES = 64 << 20, 256 << 20
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,10 @@ class Connection:
         self._forget = forget
         self._frames = FrameBuffer()
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
-        self._awaiting_room = False
+        self._outbox_bytes = 0
+        self._in_turn = True
+        self._paused = False
+        self._watched_for = (True, False)
         self.closed = False
         self.on_message: Callable[[Message, list[int]], None] = _drop
         self.on_close: Callable[[], None] = _nothing
@@ -61,15 +76,28 @@ class Connection:
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send, now or as soon as the other end takes it. Nothing is sent once closed."""
-        if not self.closed:
-            self._outbox.append((memoryview(protocol.encode(message)), tuple(fds)))
-            self._flush()
+        if self.closed:
+            return
+        frame = memoryview(protocol.encode(message))
+        self._outbox.append((frame, tuple(fds)))
+        self._outbox_bytes += len(frame)
+        self._flush()
+        most = _TURNS_MOST_BYTES if self._in_turn else _STREAM_MOST_BYTES
+        if self._outbox_bytes > most:
+            log.warning("a peer that does not read is let go: %d bytes wait for it", self._outbox_bytes)
+            self.close()
+
+    def streams(self) -> None:
+        """The other end may write before it reads: from here on it is always read."""
+        self._in_turn = False
 
     def close(self) -> None:
         """End the connection."""
         if self.closed:
             return
         self.closed = True
+        self._outbox.clear()
+        self._outbox_bytes = 0
         self._loop.unwatch(self._socket.fileno())
         self._frames.clear()
         self._socket.close()
@@ -92,7 +120,13 @@ class Connection:
     def _ready(self) -> None:
         if self._outbox:
             self._flush()
-        if not self.closed and self._fill():
+        if self.closed:
+            return
+        if not self._paused:
+            if self._fill():
+                self._deliver()
+        elif self._outbox_bytes <= _PAUSE_BYTES // 2:
+            self._paused = False
             self._deliver()
 
     def _fill(self) -> bool:
@@ -109,9 +143,12 @@ class Connection:
 
     def _deliver(self) -> None:
         try:
-            while not self.closed and (body := self._frames.peek()) is not None:
+            while not (self.closed or self._paused) and (body := self._frames.peek()) is not None:
                 message, fds = protocol.decode(body), self._frames.take()
                 self.on_message(message, fds)
+                self._paused = self._in_turn and self._outbox_bytes > _PAUSE_BYTES
+            if not self.closed:
+                self._watch()
         except ProtocolError as error:
             # Whoever sent this does not speak the protocol: say so, and be rid of it.
             self.send(failed(error, 0))
@@ -124,21 +161,22 @@ class Connection:
             try:
                 sent = self._socket.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                self._await_room(True)
-                return
+                break
             except OSError:
                 self.close()
                 return
+            self._outbox_bytes -= sent
             if sent < len(rest):
                 self._outbox[0] = (rest[sent:], ())
             else:
                 self._outbox.popleft()
-        self._await_room(False)
+        self._watch()
 
-    def _await_room(self, wanted: bool) -> None:
-        if wanted is not self._awaiting_room:
-            self._awaiting_room = wanted
-            self._loop.watch_writable(self._socket.fileno(), wanted)
+    def _watch(self) -> None:
+        wanted = (not self._paused, bool(self._outbox))
+        if wanted != self._watched_for:
+            self._watched_for = wanted
+            self._loop.watch_for(self._socket.fileno(), readable=wanted[0], writable=wanted[1])
 
 
 class Listener:
@@ -159,13 +197,20 @@ class Listener:
         self._access = access
         self._on_join = on_join
         self._connections: set[Connection] = set()
+        # Those that have not greeted, the oldest first, and when each came.
+        self._ungreeted: dict[Connection, float] = {}
+        # resting: the listening socket is not watched until the next tick.  starved: that was said.
+        self._resting = self._starved = False
         self._socket = _listen(path)
         self._inode = os.stat(path).st_ino
         loop.watch(self._socket.fileno(), self._accept)
+        loop.at_ticks(self._tick)
 
     def close(self) -> None:
         """Take no more, end all connections, remove the socket's file if it is still ours."""
-        self._loop.unwatch(self._socket.fileno())
+        self._loop.not_at_ticks(self._tick)
+        if not self._resting:
+            self._loop.unwatch(self._socket.fileno())
         self._socket.close()
         for connection in list(self._connections):
             connection.close()
@@ -177,12 +222,40 @@ class Listener:
         try:
             accepted, _ = self._socket.accept()
         except OSError as error:
-            # Nobody came after all, or there is no descriptor left for them: those that are here go on.
+            self._not_taken(error)
+            return
+        self._starved = False
+        connection = Connection(self._loop, accepted, self._gone)
+        self._connections.add(connection)
+        self._ungreeted[connection] = time.monotonic()
+        if len(self._ungreeted) > _UNGREETED_MOST:
+            # Whoever means to speak has done so by now.
+            next(iter(self._ungreeted)).close()
+        connection.on_message = lambda message, fds: self._greet(connection, message, fds)
+
+    def _not_taken(self, error: OSError) -> None:
+        """Nobody came after all, or there is no descriptor left for them: those that are here go on."""
+        if error.errno not in _NO_DESCRIPTORS:
             log.warning("a connection was not taken: %s", error)
             return
-        connection = Connection(self._loop, accepted, self._connections.discard)
-        self._connections.add(connection)
-        connection.on_message = lambda message, fds: self._greet(connection, message, fds)
+        if not self._starved:
+            log.error("connections wait until there is room for them: %s", error)
+        # They stay in the queue, which would call again at once and for ever.
+        self._resting = self._starved = True
+        self._loop.unwatch(self._socket.fileno())
+
+    def _gone(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._ungreeted.pop(connection, None)
+
+    def _tick(self) -> None:
+        if self._resting:
+            self._resting = False
+            self._loop.watch(self._socket.fileno(), self._accept)
+        late_s = time.monotonic() - _GREETING_S
+        for connection in [c for c, came_s in self._ungreeted.items() if came_s < late_s]:
+            log.warning("a connection that did not greet within %g s is let go", _GREETING_S)
+            connection.close()
 
     def _greet(self, connection: Connection, message: Message, fds: list[int]) -> None:
         close_all(fds)
@@ -203,6 +276,9 @@ class Listener:
             log.warning("a peer's process cannot be watched: %s", error)
             connection.close()
             return
+        del self._ungreeted[connection]
+        if message.role != "client":
+            connection.streams()
         connection.on_message = _drop
         self._on_join(connection, peer, message)
 

@@ -8,36 +8,26 @@ import random
 import select
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvtier import paths
 from kvtier.breaker import Backoff
 from kvtier.config import Config
+from kvtier.daemon.disk_lanes import Lanes, Session
+from kvtier.daemon.disk_probe import PROBE_ROOM_BYTES, check_direct_io, write_probe
 from kvtier.daemon.disk_wear import WearMeter
 from kvtier.daemon.disk_writes import DiskWriter, record_of
 from kvtier.daemon.joining import join_node
-from kvtier.disk.fileops import FileOps
-from kvtier.disk.ledger import room_for
+from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.master_key import read_master_key
 from kvtier.disk.tier import DiskTier
 from kvtier.disk.vault import Vault
-from kvtier.errors import (
-    CorruptObject,
-    KvtierError,
-    ProtocolError,
-    StaleSlot,
-    TierError,
-    TierFull,
-    TierUnavailable,
-)
-from kvtier.host.arena import ArenaView
+from kvtier.errors import CorruptObject, KvtierError, ProtocolError, TierError, TierFull, TierUnavailable
 from kvtier.messages import Message
+from kvtier.node.disk_reads import DISK_LEASE_S
 from kvtier.node.wire import pack_metas
-from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta, Root
+from kvtier.objects import ObjectId
 from kvtier.tier import Slot
 from kvtier.tier_messages import (
     Announce,
@@ -47,10 +37,11 @@ from kvtier.tier_messages import (
     DiskRemoved,
     DiskUsage,
     DiskWrite,
+    DiskWritten,
     TierHello,
     WireRecord,
 )
-from kvtier.wire import Channel, ChannelLost, close_all
+from kvtier.wire import close_all
 
 log = logging.getLogger(__name__)
 
@@ -58,25 +49,11 @@ _ANNOUNCE_OBJECTS = 2000
 _CALL_S = 10.0
 # The wait for the node's next message is bounded so that `stop` is noticed, and a sick drive tried again.
 _LISTEN_MS = 500
-# Jobs of one kind under way at once, each kind in threads of its own: a read waits for no write, and a write
-# that somebody waits for waits for no spill.  Writes that come together share a flush, so it takes many of
-# them to make small parks cheap.
-_WRITE_JOBS, _READ_JOBS, _SPILL_JOBS = 16, 4, 2
 # The node is on the same machine, and is back in about a second.
 RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
-
-
-# Written, and never listed, to see whether a drive works.
-_PROBE = ObjectMeta(
-    ObjectId(b"\0" * KEY_BYTES, 0, "probe"),
-    Root(b"\0" * KEY_BYTES, "", b"\0" * KEY_BYTES, "exact", 16),
-    b"\0" * KEY_BYTES,
-    0,
-    16,
-    0,
-    1,
-)
-_PROBE_ROOM_BYTES = room_for(_PROBE.nbytes)
+# A drive that is at one job for longer than this is taken for one that hangs: by then the node has taken the
+# job's right to its slots back.
+_HUNG_S = DISK_LEASE_S
 
 
 class _StoreGone(TierUnavailable):
@@ -84,40 +61,6 @@ class _StoreGone(TierUnavailable):
 
     def __init__(self) -> None:
         super().__init__("the folder of the disk tier was deleted")
-
-
-@dataclass(slots=True)
-class _Session:
-    """One connection to a node, and its host memory. said: the counts that it knows."""
-
-    channel: Channel
-    arena: ArenaView
-    lock: threading.Lock
-    said: DiskUsage | None = None
-
-    def send(self, message: Message) -> None:
-        with self.lock:
-            self.channel.send(message, time.monotonic() + _CALL_S)
-
-    def say(self, usage: DiskUsage) -> None:
-        self.said = usage
-        self.send(usage)
-
-
-class _Lanes:
-    """Threads for each kind of job."""
-
-    def __init__(self) -> None:
-        self.writes = ThreadPoolExecutor(_WRITE_JOBS, thread_name_prefix="kvtier-disk-job")
-        self.spills = ThreadPoolExecutor(_SPILL_JOBS, thread_name_prefix="kvtier-disk-spill-job")
-        self.reads = ThreadPoolExecutor(_READ_JOBS, thread_name_prefix="kvtier-disk-read-job")
-        # Removals and looking after a sick drive: one after the other.
-        self.rest = ThreadPoolExecutor(1, thread_name_prefix="kvtier-disk-rest-job")
-
-    def close(self) -> None:
-        """Return when nothing of them runs."""
-        for lane in (self.writes, self.spills, self.reads, self.rest):
-            lane.shutdown()
 
 
 class DiskService:
@@ -132,6 +75,7 @@ class DiskService:
         self._failure = ""
         self._connected = False
         self._attempts = 0
+        self._lanes: Lanes | None = None
         self._degraded = ""
         self._trying = threading.Lock()
         self._directory = Path(config.disk_directory)
@@ -154,8 +98,15 @@ class DiskService:
         return not self._thread.is_alive()
 
     def health(self) -> dict[str, Any]:
-        """Alive, and serving a node."""
-        return {"alive": self._thread.is_alive(), "ready": self._connected, "failure": self._failure}
+        """Alive, and serving a node. oldest_job_s: how long the oldest job has been under way, or 0."""
+        lanes = self._lanes
+        oldest = lanes.oldest() if lanes is not None else None
+        return {
+            "alive": self._thread.is_alive(),
+            "ready": self._connected,
+            "failure": self._failure or self._hanging(),
+            "oldest_job_s": oldest.age_s if oldest is not None else 0.0,
+        }
 
     def _open_store(self, worn: bytes = b"") -> None:
         """worn: what the drive was written, when a store of it was here before."""
@@ -169,6 +120,8 @@ class DiskService:
             open_vault=self._open_vault if settings.key_file else None,
         )
         try:
+            if settings.direct_io == "on":
+                check_direct_io(self._directory, self._ops or OsFileOps())
             self._meter = WearMeter(tier, settings.written_bytes_per_day, worn)
             self._writer = DiskWriter(tier, self._meter, settings.codec)
             self._place = self._find_place()
@@ -231,7 +184,7 @@ class DiskService:
     def _serve(self, path: str) -> None:
         """One session, until the node goes away or the service stops."""
         session = self._open(path)
-        lanes = _Lanes()
+        self._lanes = lanes = Lanes()
         try:
             self._announce(session)
             self._connected, self._failure, self._attempts = True, "", 0
@@ -239,15 +192,16 @@ class DiskService:
         finally:
             # Host memory stays mapped until no write or read touches it.
             lanes.close()
+            self._lanes = None
             session.channel.close()
             session.arena.close()
 
-    def _open(self, path: str) -> _Session:
+    def _open(self, path: str) -> Session:
         greeting = TierHello(pid=os.getpid(), capacity_bytes=self._config.disk.capacity_bytes)
         channel, arena = join_node(path, "disk", greeting, _CALL_S)
-        return _Session(channel, arena, threading.Lock())
+        return Session(channel, arena, threading.Lock())
 
-    def _listen(self, session: _Session, lanes: _Lanes) -> None:
+    def _listen(self, session: Session, lanes: Lanes) -> None:
         """Hand everything to its lane: nothing here waits for the drive, so no read waits for a write."""
         poll = select.poll()
         poll.register(session.channel.fileno(), select.POLLIN)
@@ -262,22 +216,22 @@ class DiskService:
                 self._look_after(session, lanes)
                 look_at_s = time.monotonic() + _LISTEN_MS / 1000
 
-    def _begin(self, session: _Session, lanes: _Lanes, message: Message) -> None:
+    def _begin(self, session: Session, lanes: Lanes, message: Message) -> None:
         if isinstance(message, DiskRead):
-            _submit(lanes.reads, self._read, session, message)
+            lanes.submit("read", self._read, session, message)
         elif isinstance(message, DiskWrite):
-            _submit(lanes.spills if message.spill else lanes.writes, self._write, session, message)
+            lanes.submit("spill" if message.spill else "write", self._write, session, message)
         elif isinstance(message, DiskRemove):
             # In the order of arrival: what follows may count on the room.  The index hears of it later.
             for key in message.object_keys:
                 self._tier.remove(ObjectId(*key))
-            _submit(lanes.rest, self._remove, session, message)
+            lanes.submit("rest", self._remove, session, message)
         else:
             raise ProtocolError(f"the disk service does not take {type(message).__name__}")
 
     # --- health -----------------------------------------------------------------------------------------
 
-    def _look_after(self, session: _Session, lanes: _Lanes) -> None:
+    def _look_after(self, session: Session, lanes: Lanes) -> None:
         """What changes by itself: counts, the drive's bound, and whether a sick drive is well again."""
         place = self._find_place()
         if place != self._place:
@@ -289,46 +243,36 @@ class DiskService:
         if session.said != usage:
             session.say(usage)
         if self._degraded and not self._trying.locked():
-            _submit(lanes.rest, self._try_again, session, usage)
+            lanes.submit("rest", self._try_again, session, usage)
 
-    def _try_again(self, session: _Session, _: DiskUsage) -> None:
+    def _hanging(self) -> str:
+        """What has kept the drive busy for too long; '' when nothing has."""
+        lanes = self._lanes
+        oldest = lanes.oldest() if lanes is not None else None
+        if oldest is None or oldest.age_s < _HUNG_S:
+            return ""
+        return f"the drive does not answer: a {oldest.what} has not ended for {oldest.age_s:.0f} s"
+
+    def _try_again(self, session: Session, _: DiskUsage) -> None:
         """Whether a drive that refused a write takes one by now: a block that is not listed, and a line."""
         with self._trying:
-            if self._find_place() != self._place or self._meter.reserve(_PROBE_ROOM_BYTES):
+            if self._find_place() != self._place or self._meter.reserve(PROBE_ROOM_BYTES):
                 return
             try:
-                self._write_probe()
+                write_probe(self._tier)
                 self._tier.commit_with_records([], [], {"tried_at": str(time.time()).encode()})
             except (TierError, OSError) as error:
                 log.info("the drive does not work yet: %s", error)
                 return
             finally:
-                self._meter.settle(_PROBE_ROOM_BYTES, whole=True)
+                self._meter.settle(PROBE_ROOM_BYTES, whole=True)
             self._degraded = ""
         log.info("the drive works again")
         session.say(self._usage())
 
-    def _write_probe(self) -> None:
-        """Write a block that is never listed. A store without room for it is not sick."""
-        try:
-            slot = self._tier.reserve(_PROBE, holder="probe")
-        except TierFull:
-            return
-        try:
-            self._tier.write(slot, bytes(_PROBE.nbytes))
-        finally:
-            self._give_up(slot)
-
-    def _give_up(self, slot: Slot) -> None:
-        try:
-            self._tier.abort(slot, quiet=True)
-        except StaleSlot:
-            # A write that failed has given it up.
-            return
-
     # --- announcing -------------------------------------------------------------------------------------
 
-    def _announce(self, session: _Session) -> None:
+    def _announce(self, session: Session) -> None:
         session.say(self._usage())
         for metas in self._tier.object_batches(_ANNOUNCE_OBJECTS):
             roots, wire_metas = pack_metas(metas)
@@ -340,14 +284,15 @@ class DiskService:
 
     def _usage(self) -> DiskUsage:
         usage, stats = self._tier.usage(), self._tier.stats()
+        sick = self._degraded or self._hanging()
         return DiskUsage(
             capacity_bytes=usage.capacity_bytes,
             used_bytes=usage.used_bytes,
             objects=usage.objects,
             quarantined=usage.quarantined,
             written_bytes=stats.device_bytes,
-            state="degraded" if self._degraded else "ready",
-            detail=self._degraded or ("" if stats.direct_io else "without O_DIRECT"),
+            state="degraded" if sick else "ready",
+            detail=sick or ("" if stats.direct_io else "without O_DIRECT"),
             user_bytes=stats.user_bytes,
             flushes=stats.flushes,
             direct_io=stats.direct_io,
@@ -360,16 +305,22 @@ class DiskService:
 
     # --- writing ----------------------------------------------------------------------------------------
 
-    def _write(self, session: _Session, message: DiskWrite) -> None:
-        answer = self._writer.carry_out(session.arena, message)
-        if answer.reason == "disk_error":
-            self._degraded = answer.detail
+    def _write(self, session: Session, message: DiskWrite) -> None:
+        try:
+            answer = self._writer.carry_out(session.arena, message)
+        except ValueError as error:
+            # Of this write alone: its names do not fit, or it contradicts itself. The drive is not sick.
+            log.exception("a write cannot be carried out")
+            answer = DiskWritten(job=message.job, ok=False, reason="disk_error", detail=str(error))
+        else:
+            if answer.reason == "disk_error":
+                self._degraded = answer.detail
         session.send(answer)
         session.say(self._usage())
 
     # --- reading and removing ---------------------------------------------------------------------------
 
-    def _read(self, session: _Session, message: DiskRead) -> None:
+    def _read(self, session: Session, message: DiskRead) -> None:
         begun_s = time.monotonic()
         failed: dict[int, str] = {}
         reads: list[tuple[int, Slot, Any]] = []
@@ -399,14 +350,16 @@ class DiskService:
         if failed:
             session.say(self._usage())
 
-    def _remove(self, session: _Session, message: DiskRemove) -> None:
+    def _remove(self, session: Session, message: DiskRemove) -> None:
         detail = ""
         try:
             records = [record_of(record) for record in message.records]
             if records or message.durable:
                 self._tier.commit_with_records([], records, forget=message.durable)
-        except (TierError, OSError) as error:
+        except TierFull as error:
             detail = str(error)
+        except (TierError, OSError) as error:
+            self._degraded = detail = str(error)
         session.send(DiskRemoved(job=message.job, ok=not detail, detail=detail))
         session.say(self._usage())
 
@@ -416,25 +369,3 @@ def _device(path: Path) -> int | None:
         return os.stat(path).st_dev
     except OSError:
         return None
-
-
-def _submit(
-    pool: ThreadPoolExecutor,
-    work: Callable[[_Session, Any], None],
-    session: _Session,
-    message: Message,
-) -> None:
-    def run() -> None:
-        try:
-            work(session, message)
-        except ChannelLost as error:
-            # Part of an answer may have gone: nothing more can be said over this connection.
-            log.info("the node could not be answered: %s", error)
-            session.channel.shutdown()
-        except BaseException:
-            # The node would wait for an answer for ever; without the connection it knows.
-            log.exception("%s was not carried out", type(message).__name__)
-            session.channel.shutdown()
-            raise
-
-    pool.submit(run)

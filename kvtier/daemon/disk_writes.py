@@ -94,7 +94,7 @@ class DiskWriter:
         metas = [
             (meta, place)
             for place, meta in enumerate(unpack_metas(message.roots, message.metas))
-            if self._tier.find(meta.object_id) is None
+            if not self._has_all_of(meta)
         ]
         worn_bytes = sum(room_for(meta.nbytes) for meta, _ in metas)
         wait_s = self._meter.reserve(worn_bytes)
@@ -120,6 +120,11 @@ class DiskWriter:
             self._meter.settle(worn_bytes, whole=begun and not done)
         return sum(each.slot.nbytes for each in reserved)
 
+    def _has_all_of(self, meta: ObjectMeta) -> bool:
+        """Whether the store has the object with all of its rows; one with fewer is replaced."""
+        known = self._tier.meta(meta.object_id)
+        return known is not None and known.first_valid <= meta.first_valid
+
     def _reserve(
         self,
         arena: ArenaView,
@@ -133,7 +138,7 @@ class DiskWriter:
             wish = message.codecs[place] if message.codecs else ""
             source = arena.view((item.arena, item.offset), item.nbytes)
             try:
-                slot = self._tier.reserve(meta, holder=message.job)
+                slot = self._tier.reserve(meta, holder=message.job, replacing=True)
             except ObjectExists:
                 continue
             reserved.append(_Reserved(slot, source, item.checksum or 0, self._codec_for(wish)))

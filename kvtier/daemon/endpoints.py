@@ -15,21 +15,30 @@ from kvtier.tier_messages import DiskUsage
 Answer = TypeVar("Answer")
 
 
+# A loop that stands still so long hangs. What it does at once takes a small part of this: a node that takes
+# over a large store must not be ended for it.
+STILL_MOST_S = 10.0
+
+
 class Ask(Protocol):
     """NodeService.ask."""
 
     def __call__(self, question: Callable[[NodeCore], Answer], /) -> Answer | None: ...
 
 
-def serve_endpoints(config: Config, ask: Ask) -> HealthServer:
-    """Start /metrics, /healthz and /readyz. Raises ConfigError."""
+def serve_endpoints(config: Config, ask: Ask, still_s: Callable[[], float]) -> HealthServer:
+    """Start /metrics, /healthz and /readyz. Raises ConfigError.
+
+    still_s: Loop.still_s. It needs no answer of the loop, so a node that is at work counts as alive.
+    """
 
     def snapshot() -> NodeMetrics:
         answer = ask(node_metrics)
         return answer or NodeMetrics(node=config.node.name, version="", ready=False)
 
     def alive() -> Sequence[str]:
-        return () if ask(lambda core: True) else ("the node's loop does not answer",)
+        still = still_s()
+        return () if still < STILL_MOST_S else (f"the node's loop stands still for {still:.0f} s",)
 
     def ready() -> Sequence[str]:
         reasons = ask(unready)

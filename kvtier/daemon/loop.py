@@ -24,9 +24,10 @@ class Loop:
         self._epoll = select.epoll()
         self._watched: dict[int, Callable[[], None]] = {}
         self._tick_s = tick_s
-        self._on_tick = on_tick
+        self._at_ticks = [on_tick]
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._running = True
+        self._turned_s = time.monotonic()
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.watch(self._wake_fd, self._woken)
@@ -36,14 +37,22 @@ class Loop:
         self._epoll.register(fd, select.EPOLLIN)
         self._watched[fd] = on_readable
 
-    def watch_writable(self, fd: int, wanted: bool) -> None:
-        """Also call back when the descriptor, which is watched already, is writable; or no longer."""
-        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+    def watch_for(self, fd: int, *, readable: bool, writable: bool) -> None:
+        """From now on call back for these of a descriptor that is watched already; always when it broke."""
+        self._epoll.modify(fd, (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0))
 
     def unwatch(self, fd: int) -> None:
         """Stop watching. Must come before the descriptor is closed."""
         del self._watched[fd]
         self._epoll.unregister(fd)
+
+    def at_ticks(self, work: Callable[[], None]) -> None:
+        """Also do this at every tick."""
+        self._at_ticks.append(work)
+
+    def not_at_ticks(self, work: Callable[[], None]) -> None:
+        """The end of `at_ticks`."""
+        self._at_ticks.remove(work)
 
     def call(self, work: Callable[[], None]) -> None:
         """Have the loop's thread do this soon; nothing happens once it ended. From any thread."""
@@ -51,6 +60,10 @@ class Loop:
         with self._lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
+
+    def still_s(self) -> float:
+        """How long ago the loop last came round; it does every `tick_s` while it lives. From any thread."""
+        return time.monotonic() - self._turned_s
 
     def stop(self) -> None:
         """End `run`. From any thread."""
@@ -60,6 +73,7 @@ class Loop:
         """Work until stopped. What a callback raises ends it and is raised here."""
         next_tick_s = time.monotonic() + self._tick_s
         while self._running:
+            self._turned_s = time.monotonic()
             wait_s = max(0.0, next_tick_s - time.monotonic())
             ready = [(fd, self._watched[fd]) for fd, _ in self._epoll.poll(wait_s, _READY_MOST)]
             for fd, call_back in ready:
@@ -67,7 +81,8 @@ class Loop:
                 if self._watched.get(fd) is call_back:
                     call_back()
             if time.monotonic() >= next_tick_s:
-                self._on_tick()
+                for work in tuple(self._at_ticks):
+                    work()
                 next_tick_s = time.monotonic() + self._tick_s
 
     def close(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import random
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,11 +45,14 @@ from kvtier.wire import close_all
 if TYPE_CHECKING:
     from kvtier.daemon.http import HealthServer
 
+log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 # Leases and deadlines are looked at this often.
 _TICK_S = 0.02
 _SERVICES = ("disk", "gpu")
+# Events that wait for a worker that has attached and has not opened its connection for them yet.
+_UNSENT_MOST = 10_000
 # What waits to be logged has this long at the end.
 _LOG_GRACE_S = 10.0
 
@@ -76,6 +81,7 @@ class NodeService:
         self._serial = 0
         self._log: StimulusLog | None = None
         self._endpoints: HealthServer | None = None
+        self._turn_asked = False
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -100,7 +106,7 @@ class NodeService:
                 # Only here: what serves metrics is not installed where the daemon is embedded.
                 from kvtier.daemon.endpoints import serve_endpoints
 
-                self._endpoints = serve_endpoints(config, self.ask)
+                self._endpoints = serve_endpoints(config, self.ask, self._loop.still_s)
                 self._core.state.metrics_url = self._endpoints.url
             undo.pop_all()
         self._thread = LoopThread(self._loop, "kvtier-node", self._close)
@@ -282,6 +288,14 @@ class NodeService:
             self._carry_out(send)
         if not isinstance(stimulus, Tick):
             self._drop_pools()
+        if self._core.has_more() and not self._turn_asked:
+            self._turn_asked = True
+            self._loop.call(self._turn)
+
+    def _turn(self) -> None:
+        """The core goes on with what it does in parts; between them sockets have their turn."""
+        self._turn_asked = False
+        self._handle(Tick())
 
     def _attached(self, worker: str) -> bool:
         found = self._core.state.workers.get(worker)
@@ -309,7 +323,18 @@ class NodeService:
         if connection is not None:
             connection.send(message)
         elif worker in self._pool_fds:
-            self._unsent.setdefault(worker, deque()).append(message)
+            waiting = self._unsent.setdefault(worker, deque())
+            waiting.append(message)
+            if len(waiting) == _UNSENT_MOST:
+                log.warning("%s does not listen to its events, and is let go", worker)
+                self._loop.call(partial(self._let_go, worker))
+
+    def _let_go(self, worker: str) -> None:
+        """End the connection that a worker attached with, and with it the worker."""
+        found = self._core.state.workers.get(worker)
+        link = self._links.get(found.peer) if found is not None else None
+        if link is not None and not link.gone:
+            link.connection.close()
 
     def _fds_for(self, send: Send) -> list[int]:
         if send.fds == "arenas":

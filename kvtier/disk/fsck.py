@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ from kvtier.disk.faults import INDEX_ERRORS
 from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.graves import Known
 from kvtier.disk.graves import read as read_graves
-from kvtier.disk.index import Batch, Index, ObjectRow
+from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
 from kvtier.disk.keys import EPOCH_SHIFT
 from kvtier.disk.ledger import room_for
 from kvtier.disk.lock import FORMAT, DirectoryLock, sync_directory
@@ -36,8 +36,9 @@ from kvtier.disk.recovery import sift, split_dead
 from kvtier.disk.scan import Found, SegmentReader, scan
 from kvtier.disk.segments import path_of, segment_numbers
 from kvtier.disk.store import INDEX, SEGMENTS, OpenVault
-from kvtier.errors import ConfigError, TierUnavailable
+from kvtier.errors import ConfigError, CorruptObject, TierUnavailable
 from kvtier.objects import ObjectId
+from kvtier.records import unframe
 
 _ROWS_AT_ONCE = 4096
 _REBUILT = "index.rebuilt.sqlite"
@@ -59,6 +60,7 @@ class Report:
     quarantined: known to be bad before.  orphans: intact, and not listed though nothing says that they
     ended: a crash cut their park off, or the index does not know of them.  forgotten: intact, and not to be
     served any more; their room is free.  foreign: pages that begin like a header of this store and are none.
+    conversations: records of them, damaged_records among them.
     """
 
     directory: str
@@ -82,12 +84,14 @@ class Report:
     forgotten: int = 0
     foreign: int = 0
     conversations: int = 0
+    damaged_records: int = 0
     repaired: list[str] = field(default_factory=list)
 
     @property
     def is_clean(self) -> bool:
         """Whether everything that was promised is there."""
         bad = self.damaged_headers + self.damaged_payloads + self.entries_without_object + self.overlaps
+        bad += self.damaged_records
         return self.index == "sound" and not bad + self.quarantined
 
 
@@ -145,6 +149,7 @@ class _Check:
         self._ops = ops
         self._on_progress = on_progress
         self._known: Known | None = None
+        self._damaged_records: list[ConversationRecord] = []
         self._report = Report(str(directory))
 
     def run(self, repair: bool) -> Report:
@@ -187,7 +192,10 @@ class _Check:
             return None
         try:
             report.index_problems = index.problems()
-            report.conversations = sum(len(part) for part in index.records(_ROWS_AT_ONCE))
+            for part in index.records(_ROWS_AT_ONCE):
+                report.conversations += len(part)
+                self._damaged_records += filter(_is_damaged, part)
+            report.damaged_records = len(self._damaged_records)
             index.segments()
             # SQLite's own check does not know what may be in a row.
             collections.deque(index.objects(), maxlen=0)
@@ -270,7 +278,8 @@ class _Check:
                 self._compare_row(row, seen, remove, quarantine)
         listed = {row.sequence for row in rows}
         orphans = [row for row in self._living(seen) if row.sequence not in listed]
-        return Batch(remove=remove, quarantine=quarantine), orphans
+        ended = [replace(record, data=b"") for record in self._damaged_records]
+        return Batch(remove=remove, quarantine=quarantine, records=ended), orphans
 
     def _compare_row(self, row: ObjectRow, seen: _Seen, remove: list[int], quarantine: list[int]) -> None:
         report, place = self._report, (row.segment, row.at)
@@ -306,7 +315,7 @@ class _Check:
 
     def _mend(self, index: Index, batch: Batch) -> None:
         try:
-            if batch.remove or batch.quarantine:
+            if batch.remove or batch.quarantine or batch.records:
                 index.apply(batch)
         finally:
             index.close()
@@ -314,6 +323,8 @@ class _Check:
             self._report.repaired.append(f"{len(batch.remove)} objects removed from the index")
         if batch.quarantine:
             self._report.repaired.append(f"{len(batch.quarantine)} objects quarantined")
+        if batch.records:
+            self._report.repaired.append(f"{len(batch.records)} records of conversations removed")
 
     def _rebuild(self, rows: list[ObjectRow], seen: _Seen) -> None:
         """Make an index beside the old one and put it in its place; until then nothing has changed."""
@@ -346,6 +357,14 @@ def _row(found: Found, segment: int, at: int) -> ObjectRow:
     header, sealed = found.header, found.header.seal is not None
     stored = (header.stored_bytes, header.codec)
     return ObjectRow(header.meta, header.sequence, segment, at, *stored, sealed=sealed)
+
+
+def _is_damaged(record: ConversationRecord) -> bool:
+    try:
+        unframe(record.tenant, record.conversation, record.version, record.data)
+    except CorruptObject:
+        return True
+    return False
 
 
 def _parts(rows: list[ObjectRow]) -> Iterator[list[ObjectRow]]:

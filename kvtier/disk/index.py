@@ -6,6 +6,7 @@ caller has flushed the segments before, so an object in the index is an object o
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import sys
 import threading
@@ -102,6 +103,7 @@ class Index:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            _check_schema(self._db)
             self._roots = {root: number for number, root in self._read_roots()}
         except INDEX_ERRORS:
             self._db.close()
@@ -256,6 +258,18 @@ class Index:
             )
             self._roots[root] = number
         return number
+
+
+def _tables(db: sqlite3.Connection) -> dict[str, str]:
+    return dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+
+
+def _check_schema(db: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError when the tables are not as they were made: bits of them have changed."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.executescript(_SCHEMA)
+        if _tables(fresh) != _tables(db):
+            raise sqlite3.DatabaseError("the schema is damaged")
 
 
 def _text(raw: bytes) -> str:

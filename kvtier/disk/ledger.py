@@ -97,15 +97,21 @@ class Ledger:
         self._slots: list[Entry | None] = []
         self._free_ids: list[int] = []
         self._names: dict[ObjectId, Entry] = {}
+        # What is being written beside the durable object of the same name, to take its place.
+        self._replacing: dict[ObjectId, Entry] = {}
         self._quarantined: dict[ObjectId, Entry] = {}
         self._changes = Changes()
         self._used = self._limbo = self._filling = self._objects = 0
 
     # -- filling
 
-    def reserve(self, meta: ObjectMeta, holder: str) -> Entry | None:
-        """Room for an object, or None when no free extent is long enough. Raises ObjectExists."""
-        if meta.object_id in self._names:
+    def reserve(self, meta: ObjectMeta, holder: str, *, replacing: bool = False) -> Entry | None:
+        """Room for an object, or None when no free extent is long enough. Raises ObjectExists.
+
+        replacing: a durable object of that name is no obstacle; it stays until the new one is published.
+        """
+        beside = replacing and self.find(meta.object_id) is not None
+        if meta.object_id in self._replacing or (meta.object_id in self._names and not beside):
             raise ObjectExists(f"{meta.object_id} is on disk, or being written")
         room = room_for(meta.nbytes)
         place = self.extents.allocate(room)
@@ -115,7 +121,7 @@ class Ledger:
         self._generation += 1
         entry.writer = holder
         self._leases.hold(entry.slot_id, holder)
-        self._names[meta.object_id] = entry
+        (self._replacing if beside else self._names)[meta.object_id] = entry
         self._filling += room
         return entry
 
@@ -145,8 +151,10 @@ class Ledger:
             self._filling -= spare
 
     def publish(self, entries: Iterable[Entry]) -> None:
-        """Make written entries visible; they are in the index now."""
+        """Make written entries visible; they are in the index now, and what they replace is not."""
         for entry in entries:
+            if self._replacing.get(entry.meta.object_id) is entry:
+                self._take_place(entry)
             entry.move(State.DURABLE)
             entry.committing = False
             entry.key = None
@@ -157,9 +165,14 @@ class Ledger:
 
     def fail_writers(self, segments: set[int]) -> None:
         """Whatever is being written to these segments may not reach the disk: it cannot be committed."""
-        for entry in self._names.values():
+        for entry in [*self._names.values(), *self._replacing.values()]:
             if entry.state is State.WRITING and entry.segment in segments:
                 entry.failed = True
+
+    def replaced_by(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The durable entries in whose place these come."""
+        names = [e.meta.object_id for e in entries if self._replacing.get(e.meta.object_id) is e]
+        return [old for old in map(self.find, names) if old is not None]
 
     # -- looking
 
@@ -357,10 +370,21 @@ class Ledger:
     def _is_nameless(self, entry: Entry) -> bool:
         return entry.state is State.ABSENT and not entry.settled
 
+    def _take_place(self, entry: Entry) -> None:
+        """Its room comes back with the next transaction: until then its write is not noted as ended."""
+        old = self.find(entry.meta.object_id)
+        if old is not None:
+            self.discard(old)
+        del self._replacing[entry.meta.object_id]
+        self._names[entry.meta.object_id] = entry
+
     def _unwrite(self, entry: Entry) -> None:
         entry.move(State.ABSENT)
         entry.committing = False
-        del self._names[entry.meta.object_id]
+        if self._replacing.get(entry.meta.object_id) is entry:
+            del self._replacing[entry.meta.object_id]
+        else:
+            del self._names[entry.meta.object_id]
         self._filling -= entry.room
         self._changes.given_up.append(entry.generation)
         self._settle(entry)

@@ -12,7 +12,6 @@ import numpy as np
 
 from kvtier.disk.buffers import BOUNCE_BYTES, PAGE, Scratch, ScratchPool, is_page_aligned
 from kvtier.disk.fileops import Bytes, FileOps
-from kvtier.disk.header import HEADER_BYTES
 from kvtier.errors import CorruptObject
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +31,7 @@ class Segments:
         self._ops = ops
         self._pool = ScratchPool(scratch)
         self._fds: dict[int, int] = {}
+        self._new: set[int] = set()
         self._direct = direct
         self._count_lock = threading.Lock()
         self._device_bytes = 0
@@ -51,20 +51,26 @@ class Segments:
         return segment_numbers(self._ops.names(self._directory))
 
     def create(self, segment: int, nbytes: int) -> None:
-        """Make a segment file of `nbytes` that survives power loss; when that fails, none is left."""
+        """Make a segment file of `nbytes`; when that fails, none is left.
+
+        The first flush of it makes the file itself survive power loss: whoever waits for room does not.
+        """
         path = self._path(segment)
         fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             try:
                 self._ops.posix_fallocate(fd, 0, nbytes)
-                self._ops.fsync(fd)
             finally:
                 self._ops.close(fd)
-            self._ops.fsync_directory(self._directory)
             self._fds[segment] = self._open_file(path)
         except OSError:
             self._ops.unlink(path)
             raise
+        self._new.add(segment)
+
+    def is_new(self, segment: int) -> bool:
+        """Whether the file may be gone after power loss, since it was not flushed yet."""
+        return segment in self._new
 
     def open(self, segment: int, nbytes: int) -> int:
         """Open a segment and make it `nbytes` long again if it is not; answers the length found.
@@ -95,6 +101,7 @@ class Segments:
     def remove(self, segment: int) -> None:
         """Close and delete a segment. The caller has made sure that nothing refers to it."""
         self._ops.close(self._fds.pop(segment))
+        self._new.discard(segment)
         self.delete(segment)
 
     def delete(self, segment: int) -> None:
@@ -103,34 +110,29 @@ class Segments:
         self._ops.fsync_directory(self._directory)
 
     def write_block(self, segment: int, offset: int, header: bytes, payload: Bytes) -> None:
-        """Write a header page and its payload, padded with zeros to whole pages."""
-        fd = self._fds[segment]
+        """Write a header page and its payload, or its first part, padded with zeros to whole pages."""
         with self._pool.take() as scratch:
             scratch.header[:] = np.frombuffer(header, dtype=np.uint8)
-            if self._direct and not is_page_aligned(payload):
-                self._write_bounced(fd, offset, scratch, payload)
-            else:
-                whole = payload.nbytes - payload.nbytes % PAGE
-                buffers = [scratch.header, payload[:whole], *_fill_tail(scratch, payload[whole:])]
-                self._write_all(fd, buffers, offset)
+            self._write_pages(self._fds[segment], offset, scratch, [scratch.header], payload)
+
+    def write_part(self, segment: int, offset: int, payload: Bytes) -> None:
+        """Write another part of a payload. offset: of the part itself; only the last part is padded."""
+        with self._pool.take() as scratch:
+            self._write_pages(self._fds[segment], offset, scratch, [], payload)
 
     def read_block(self, segment: int, offset: int, into: Bytes) -> bytes:
-        """Read the payload into `into` and answer its header page.
+        """Read the payload, or its first part, into `into` and answer its header page.
 
         Raises CorruptObject when the file ends before the block does.
         """
-        fd = self._fds[segment]
         with self._pool.take() as scratch:
-            if self._direct and not is_page_aligned(into):
-                self._read_bounced(fd, offset, scratch, into)
-            else:
-                whole = into.nbytes - into.nbytes % PAGE
-                buffers = [scratch.header, into[:whole]]
-                if whole < into.nbytes:
-                    buffers.append(scratch.tail)
-                self._read_all(fd, buffers, offset)
-                into[whole:] = scratch.tail[: into.nbytes - whole]
+            self._read_pages(self._fds[segment], offset, scratch, [scratch.header], into)
             return scratch.header.tobytes()
+
+    def read_part(self, segment: int, offset: int, into: Bytes) -> None:
+        """Read another part of a payload, as `read_block` does. offset: of the part itself."""
+        with self._pool.take() as scratch:
+            self._read_pages(self._fds[segment], offset, scratch, [], into)
 
     def read_pages(self, segment: int, offset: int, into: Bytes) -> None:
         """Read whole pages into page-aligned memory.
@@ -139,13 +141,20 @@ class Segments:
         """
         self._read_all(self._fds[segment], [into], offset)
 
-    def flush(self, segments: Iterable[int]) -> None:
+    def flush(self, segments: Sequence[int]) -> None:
         """Make everything written to these segments survive power loss."""
+        new = self._new.intersection(segments)
         for segment in segments:
             fd = self._fds[segment]
             if not self._ops.linked(fd):
                 raise FileNotFoundError(errno.ENOENT, "the segment file was deleted", self._path(segment))
-            self._ops.fdatasync(fd)
+            if segment in new:
+                self._ops.fsync(fd)
+            else:
+                self._ops.fdatasync(fd)
+        if new:
+            self._ops.fsync_directory(self._directory)
+            self._new -= new
 
     def close(self) -> None:
         """Close every file."""
@@ -177,21 +186,39 @@ class Segments:
             raise
         return fd
 
+    def _write_pages(
+        self, fd: int, offset: int, scratch: Scratch, front: list[Bytes], payload: Bytes
+    ) -> None:
+        if self._direct and not is_page_aligned(payload):
+            self._write_all(fd, front, offset)
+            self._write_bounced(fd, offset + sum(b.nbytes for b in front), scratch, payload)
+        else:
+            whole = payload.nbytes - payload.nbytes % PAGE
+            self._write_all(fd, [*front, payload[:whole], *_fill_tail(scratch, payload[whole:])], offset)
+
+    def _read_pages(self, fd: int, offset: int, scratch: Scratch, front: list[Bytes], into: Bytes) -> None:
+        if self._direct and not is_page_aligned(into):
+            self._read_all(fd, front, offset)
+            self._read_bounced(fd, offset + sum(b.nbytes for b in front), scratch, into)
+        else:
+            whole = into.nbytes - into.nbytes % PAGE
+            tail = [scratch.tail] if whole < into.nbytes else []
+            self._read_all(fd, [*front, into[:whole], *tail], offset)
+            into[whole:] = scratch.tail[: into.nbytes - whole]
+
     def _write_bounced(self, fd: int, offset: int, scratch: Scratch, payload: Bytes) -> None:
-        self._write_all(fd, [scratch.header], offset)
         for at in range(0, payload.nbytes, BOUNCE_BYTES):
             part = payload[at : at + BOUNCE_BYTES]
             whole = part.nbytes - part.nbytes % PAGE
             np.copyto(scratch.bounce[:whole], part[:whole])
             buffers = [scratch.bounce[:whole], *_fill_tail(scratch, part[whole:])]
-            self._write_all(fd, buffers, offset + HEADER_BYTES + at)
+            self._write_all(fd, buffers, offset + at)
 
     def _read_bounced(self, fd: int, offset: int, scratch: Scratch, into: Bytes) -> None:
-        self._read_all(fd, [scratch.header], offset)
         for at in range(0, into.nbytes, BOUNCE_BYTES):
             part = into[at : at + BOUNCE_BYTES]
             room = -(-part.nbytes // PAGE) * PAGE
-            self._read_all(fd, [scratch.bounce[:room]], offset + HEADER_BYTES + at)
+            self._read_all(fd, [scratch.bounce[:room]], offset + at)
             np.copyto(part, scratch.bounce[: part.nbytes])
 
     def _write_all(self, fd: int, buffers: Sequence[Bytes], offset: int) -> None:

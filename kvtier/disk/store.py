@@ -76,6 +76,8 @@ class Store:
         self._segment_bytes = segment_bytes
         self._ops = ops
         self._index_lock = threading.Lock()
+        # Segments made since the index was last told, and their lengths. Under `_index_lock`.
+        self._unlisted: dict[int, int] = {}
         self._held = DirectoryLock(directory)
         try:
             self._keys = self._open_keys(directory, open_vault)
@@ -284,12 +286,17 @@ class Store:
                     if bad is not None:
                         self.ledger.discard(bad)
                 changes = self.ledger.take_changes()
+                replaced = self.ledger.replaced_by(entries)
+            segments = [each for each in self._unlisted.items() if not self.segments.is_new(each[0])]
             batch = Batch(
                 add=rows,
-                remove=[entry.generation for entry in changes.drop],
+                # Their graves come with the next transaction: a grave before this one would take the old
+                # object away while the new one is not listed yet.
+                remove=[entry.generation for entry in (*changes.drop, *replaced)],
                 quarantine=[entry.generation for entry in changes.quarantine],
                 records=commit.records,
                 state=commit.state,
+                add_segments=segments,
             )
             done = False
             try:
@@ -304,6 +311,8 @@ class Store:
                         self.ledger.publish(entries)
                     else:
                         self.ledger.changes_failed(changes)
+            for number, _ in segments:
+                del self._unlisted[number]
             ended = [*(entry.generation for entry in changes.drop), *changes.given_up]
             self._keys.ended(ended, now=commit.forget)
             if changes.drop:
@@ -362,14 +371,8 @@ class Store:
             self.segments.create(number, nbytes)
         except OSError as problem:
             raise self.faults.of_device("making a segment", problem, nbytes) from problem
-        listed = False
-        try:
-            with self.faults.of_index():
-                self.index.apply(Batch(add_segments=[(number, nbytes)]))
-            listed = True
-        finally:
-            if not listed:
-                self.segments.remove(number)
+        # The index hears of it with the first object in it.  A file that it does not list is free room.
+        self._unlisted[number] = nbytes
         with self.lock:
             extents.add_segment(number, nbytes)
         return True
@@ -384,6 +387,7 @@ class Store:
                 if not extents.is_empty(segment):
                     continue
                 extents.remove_segment(segment)
+            self._unlisted.pop(segment, None)
             with self.faults.of_index():
                 self.index.apply(Batch(remove_segments=[segment]))
             try:

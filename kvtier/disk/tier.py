@@ -28,19 +28,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from kvtier.checksum import Buffer, checksum
-from kvtier.disk.buffers import byte_array
+from kvtier.checksum import Buffer
 from kvtier.disk.codecs import CODECS, RAW
-from kvtier.disk.faults import is_unreadable
-from kvtier.disk.fileops import Bytes, FileOps, OsFileOps
+from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.grouping import Group
 from kvtier.disk.header import BlockHeader, encode
 from kvtier.disk.index import ConversationRecord
 from kvtier.disk.ledger import Entry, batches, room_for
+from kvtier.disk.mover import Mover, OnEach, told
 from kvtier.disk.recovery import check_sizes
 from kvtier.disk.scrub import Scrubber, ScrubStats, ScrubThread
 from kvtier.disk.store import Commit, OpenVault, Store
-from kvtier.errors import CorruptObject, StaleSlot, TierError, TierFull
+from kvtier.disk.transfers import Transfer, failed, part_bytes
+from kvtier.errors import StaleSlot, TierError, TierFull
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State
 from kvtier.tier import Slot, Tier, TierUsage
@@ -49,8 +49,6 @@ _LOG = logging.getLogger(__name__)
 _SPARE_SCRATCH = 4
 _ANNOUNCED_AT_ONCE = 1024
 _LONGEST_CODEC = max(CODECS, key=len)
-
-OnEach = Callable[[Slot, TierError | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +125,8 @@ class DiskTier(Tier):
         self._lock = self._store.lock
         self._ledger = self._store.ledger
         self._longest = min(segment_bytes, self._ledger.capacity_bytes)
-        self._check = check
-        self._user_bytes = self._quarantines = self._reads_wanted = 0
+        self._mover = Mover(self._store, check=check)
+        self._writers, self._readers = writers, readers
         self._commits = Group(self._make_durable)
         self._scrub: ScrubThread | None = None
         self._scrubbed = ScrubStats()
@@ -137,8 +135,12 @@ class DiskTier(Tier):
 
     # -- filling
 
-    def reserve(self, meta: ObjectMeta, *, holder: str) -> Slot:
-        """See Tier.reserve. Raises ValueError when the object's names do not fit into a header."""
+    def reserve(self, meta: ObjectMeta, *, holder: str, replacing: bool = False) -> Slot:
+        """See Tier.reserve. Raises ValueError when the object's names do not fit into a header.
+
+        replacing: an object that is there already is no ObjectExists.  It stays, and is found, until the
+        commit of the new one, which takes its name in the same transaction.
+        """
         encode(BlockHeader(replace(meta, checksum=0), 0, bytes(16), meta.nbytes, _LONGEST_CODEC))
         room = room_for(meta.nbytes)
         if room > self._longest:
@@ -150,7 +152,9 @@ class DiskTier(Tier):
         while True:
             with self._lock:
                 self._store.check_open()
-                entry = None if self._store.is_over() else self._ledger.reserve(meta, holder)
+                entry = None
+                if not self._store.is_over():
+                    entry = self._ledger.reserve(meta, holder, replacing=replacing)
                 if entry is not None:
                     return entry.slot
             if not self._store.make_room(room):
@@ -162,25 +166,7 @@ class DiskTier(Tier):
         codec: one of `CODECS`; item_bytes: width of the numbers in `data`, for codecs that look at them.
         Raises CodecMissing when the codec's package is not installed; `check_codec` tells that beforehand.
         """
-        if codec not in CODECS:
-            raise ValueError(f"there is no codec {codec!r}")
-        payload = byte_array(data)
-        if payload.nbytes != slot.nbytes:
-            raise ValueError(f"{payload.nbytes} bytes for a slot of {slot.nbytes}")
-        with self._lock:
-            self._store.check_open()
-            entry = self._ledger.writing(slot)
-            self._ledger.pin(entry)
-        try:
-            self._write_entry(entry, payload, codec, item_bytes)
-        except OSError as problem:
-            with self._lock:
-                if entry.state is State.WRITING:
-                    self._ledger.give_up(entry, quiet=True)
-            raise self._store.faults.of_device("writing", problem, entry.room) from problem
-        finally:
-            with self._lock:
-                self._ledger.unpin(entry)
+        self._mover.writing(slot, data, codec, item_bytes).run()
 
     def commit(self, slots: Sequence[tuple[Slot, int]]) -> None:
         """See Tier.commit, and `commit_with_records`."""
@@ -267,23 +253,7 @@ class DiskTier(Tier):
 
     def read(self, slot: Slot, into: Buffer) -> None:
         """See Tier.read. What cannot be read for a bad sector is corrupt, too."""
-        target = byte_array(into)
-        if target.nbytes != slot.nbytes or not target.flags.writeable:
-            raise ValueError(f"a writable buffer of {slot.nbytes} bytes is needed")
-        with self._lock:
-            self._store.check_open()
-            entry = self._ledger.readable(slot)
-            self._ledger.pin(entry)
-            self._reads_wanted += 1
-        try:
-            self._read_entry(entry, target)
-        except CorruptObject as problem:
-            self._quarantine(entry, problem)
-            raise
-        finally:
-            with self._lock:
-                self._ledger.unpin(entry)
-                self._reads_wanted -= 1
+        self._mover.reading(slot, into).run()
 
     def remove(self, object_id: ObjectId) -> int:
         """See Tier.remove. Survives power loss from the next commit on."""
@@ -319,25 +289,30 @@ class DiskTier(Tier):
         codec: str = RAW,
         item_bytes: int = 2,
     ) -> list[Future[None]]:
-        """Write several slots, `writers` at a time; the futures raise what `write` does.
+        """Write several slots, large ones in parts, `writers` parts at a time.
 
-        on_each is called in the writing thread with (slot, None or the TierError) as each ends.  The
-        buffers must stay as they are until then.
+        The futures raise what `write` does, and cannot be cancelled.  on_each is called by a writing thread
+        with (slot, None or the TierError) as each ends.  The buffers must stay as they are until then.
         """
-        write = partial(self.write, codec=codec, item_bytes=item_bytes)
-        return [self._write_pool.submit(_each, write, slot, data, on_each) for slot, data in items]
+        step = part_bytes(sum(slot.nbytes for slot, _ in items), self._writers)
+        begin = partial(self._mover.writing, codec=codec, item_bytes=item_bytes, step=step, on_each=on_each)
+        return [_begun(begin, slot, data, on_each).submit(self._write_pool) for slot, data in items]
 
     def read_many(
         self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
     ) -> list[Future[None]]:
-        """Read several slots into writable buffers, `readers` at a time; see `write_many`."""
-        return [self._read_pool.submit(_each, self.read, slot, into, on_each) for slot, into in items]
+        """Read several slots into writable buffers, `readers` parts at a time; see `write_many`."""
+        step = part_bytes(sum(slot.nbytes for slot, _ in items), self._readers)
+        begin = partial(self._mover.reading, step=step, on_each=on_each)
+        return [_begun(begin, slot, into, on_each).submit(self._read_pool) for slot, into in items]
 
     # -- beyond the contract
 
     def start_scrub(self, bytes_per_s: int) -> None:
         """Read everything again in the background, again and again, until `close`; see `scrub`."""
-        scrubber = Scrubber(self._store, bytes_per_s, lambda: self._reads_wanted > 0, self._quarantine)
+        scrubber = Scrubber(
+            self._store, bytes_per_s, lambda: self._mover.reads_wanted > 0, self._mover.quarantine
+        )
         self._scrubbed = scrubber.stats
         self._scrub = ScrubThread(scrubber)
 
@@ -373,11 +348,11 @@ class DiskTier(Tier):
                 direct_io=self._store.segments.direct_io,
                 segments=len(extents.segments),
                 segment_bytes=extents.total_bytes,
-                user_bytes=self._user_bytes,
+                user_bytes=self._mover.user_bytes,
                 device_bytes=self._store.segments.device_bytes,
                 flushes=self._store.flushes,
                 lost_at_open=self._store.lost_at_open,
-                quarantined_total=self._quarantines,
+                quarantined_total=self._mover.quarantines,
                 scrub_bytes=self._scrubbed.read_bytes,
                 scrub_bad=self._scrubbed.found_bad,
                 scrub_passes=self._scrubbed.passes,
@@ -385,26 +360,6 @@ class DiskTier(Tier):
             )
 
     # -- inside
-
-    def _quarantine(self, entry: Entry, problem: CorruptObject) -> None:
-        with self._lock:
-            if not self._ledger.quarantine(entry):
-                return
-            self._quarantines += 1
-        _LOG.warning("quarantined: %s", problem)
-
-    def _write_entry(self, entry: Entry, payload: Bytes, codec: str, item_bytes: int) -> None:
-        meta = entry.meta
-        if meta.checksum is None:
-            meta = replace(meta, checksum=checksum(payload))
-        store = self._store
-        with store.coder.pack(meta, entry.generation, payload, codec, item_bytes) as packed:
-            store.segments.write_block(entry.segment, entry.at, packed.page, packed.body)
-            with self._lock:
-                entry.stored_bytes, entry.codec = packed.body.nbytes, packed.codec
-                entry.key, entry.sealed = packed.key, packed.key is not None
-                entry.written = True
-                self._user_bytes += payload.nbytes
 
     def _ready(self, slot: Slot) -> Entry:
         entry = self._ledger.writing(slot)
@@ -419,34 +374,12 @@ class DiskTier(Tier):
         self._store.flush([entry for commit in commits for entry in commit.entries])
         return self._store.list_all(commits)
 
-    def _read_entry(self, entry: Entry, target: Bytes) -> None:
-        store = self._store
-        if entry.codec == RAW and not entry.sealed:
-            page = self._read_block(entry, target)
-            if self._check:
-                store.check_header(entry, page)
-        else:
-            with store.coder.room_to_unpack(entry.codec, entry.stored_bytes) as room:
-                page = self._read_block(entry, room[: entry.stored_bytes])
-                store.coder.unpack(store.check_header(entry, page), page, room, target)
-        if self._check and checksum(target) != entry.meta.checksum:
-            raise CorruptObject(f"the bytes of {entry.meta.object_id} do not match their checksum")
 
-    def _read_block(self, entry: Entry, into: Bytes) -> bytes:
-        try:
-            return self._store.segments.read_block(entry.segment, entry.at, into)
-        except OSError as problem:
-            if is_unreadable(problem):
-                raise CorruptObject(f"{entry.meta.object_id} cannot be read: {problem}") from problem
-            raise self._store.faults.unavailable(f"reading failed: {problem}") from problem
-
-
-def _each(call: Callable[[Slot, Buffer], None], slot: Slot, data: Buffer, on_each: OnEach | None) -> None:
+def _begun(
+    begin: Callable[[Slot, Buffer], Transfer], slot: Slot, data: Buffer, on_each: OnEach | None
+) -> Transfer:
+    """The transfer, or one that fails with what spoke against it."""
     try:
-        call(slot, data)
-    except TierError as problem:
-        if on_each is not None:
-            on_each(slot, problem)
-        raise
-    if on_each is not None:
-        on_each(slot, None)
+        return begin(slot, data)
+    except (TierError, ValueError) as problem:
+        return Transfer([failed(problem)], lambda said: told(slot, said, on_each))

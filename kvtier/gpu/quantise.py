@@ -6,9 +6,10 @@ Encoded form of an object of v vectors of d values:  v scales, float32;  then v 
     fp8     scale = max|x| / 448    byte = x / scale as float16, then as E4M3, ties to even
 
 E4M3, of OCP's 8-bit floating point specification, has 4 bits of exponent and 3 of mantissa.  A vector of
-zeros, or of nothing larger than 6e-36, has scale 0.  Arithmetic is float32 throughout; rounding by way of float16 is part of the
-definition, so that every processor gives the same bytes.  What a vector loses is bounded by its own largest
-value: 1/254 of it for int8, and 1/16 of each value or 2**-10 / 448 of the largest for fp8.
+zeros, or of nothing larger than 6e-36, has scale 0.  Arithmetic is float32 throughout; rounding by
+way of float16 is part of the definition, so that every processor gives the same bytes.  What a vector loses
+is bounded by its own largest value: 1/254 of it for int8, and 1/16 of each value or 2**-10 / 448 of the
+largest for fp8.
 """
 
 from __future__ import annotations

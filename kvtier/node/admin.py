@@ -20,15 +20,18 @@ from kvtier.messages import (
     Status,
     StatusIs,
 )
+from kvtier.node.awaited import Awaited
 from kvtier.node.blocks import Block, ConversationId, Stored
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.parks import Parks
 from kvtier.node.reports import conversation_info, model_infos, status_report
 from kvtier.node.state import NodeState
 from kvtier.policy.interfaces import Segment
-from kvtier.receipts import ForgetReceipt
+from kvtier.receipts import ForgetReceipt, Reason
 
 _LIST_MOST = 1000
+# A client waits for a minute.
+_ERASE_MOST_S = 30.0
 
 
 class Admin:
@@ -38,6 +41,11 @@ class Admin:
         self._state = state
         self._disk = disk
         self._parks = parks
+        self._awaited = Awaited(_ERASE_MOST_S)
+
+    def tick(self) -> None:
+        """Who waits for an erasure that the disk does not answer is told so."""
+        self._awaited.tick(self._state.now_s)
 
     def status(self, peer: str, message: Status) -> None:
         """Answer Status."""
@@ -101,15 +109,12 @@ class Admin:
         self._parks.forget(name)
         known = state.conversations.get(name)
         erased, shared = self._split(name)
-        if known is None and not erased and name not in state.ended:
-            receipt = ForgetReceipt(message.conversation, message.tenant, found=False)
-            state.send(peer, Forgotten(id=message.id, receipt=receipt))
-            return
+        found = known is not None or bool(erased) or name in state.ended
         state.end_conversation(name)
         receipt = ForgetReceipt(
             message.conversation,
             message.tenant,
-            found=True,
+            found=found,
             erased_objects=len(erased),
             erased_bytes=sum(s.meta.nbytes for s in erased),
             kept_shared_objects=len(shared),
@@ -136,14 +141,13 @@ class Admin:
 
     def _erase(self, peer: str, message: Forget, receipt: ForgetReceipt, erased: list[Stored]) -> None:
         state = self._state
+        reason: Reason = "disk_error" if state.disk.ready else "no_disk"
 
         def done(ok: bool, detail: str) -> None:
             answer = receipt
             if not ok:
                 # It is out of host memory, and comes true on disk as soon as that works again.
-                answer = replace(
-                    receipt, erased_disk_bytes=0, durable=False, reason="disk_error", detail=detail
-                )
+                answer = replace(receipt, erased_disk_bytes=0, durable=False, reason=reason, detail=detail)
             state.send(peer, Forgotten(id=message.id, receipt=answer))
 
         for stored in erased:
@@ -151,7 +155,8 @@ class Admin:
             if slot is not None:
                 # Leased or not: it is no longer to be found, and its room is free when its readers are done.
                 state.host.withdraw(slot)
-        self._disk.erase(erased, (message.tenant, message.conversation), done)
+        bounded = self._awaited.bounded(state.now_s, done)
+        self._disk.erase(erased, (message.tenant, message.conversation), bounded)
         for stored in erased:
             state.forget_object(stored.meta.object_id)
 

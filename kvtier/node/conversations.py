@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgpack
+import msgspec
 
+from kvtier.errors import CorruptObject
 from kvtier.node.blocks import ConversationId, Private
+from kvtier.records import frame, unframe
 
 
 class Head(NamedTuple):
@@ -110,33 +112,35 @@ class Conversation:
 
     def to_bytes(self) -> bytes:
         """As the disk index keeps it."""
-        packed: bytes = msgpack.packb(
-            {
-                "heads": [list(h) for h in self.ends],
-                "returns_at_s": self.returns_at_s,
-                "keep_until_s": self.keep_until_s,
-                "codec": self.codec,
-            }
-        )
-        return packed
+        body = msgspec.msgpack.encode(_Body(self.ends, self.returns_at_s, self.keep_until_s, self.codec))
+        return frame(self.tenant, self.name, self.version, body)
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    """What a record says."""
+
+    heads: list[Head]
+    returns_at_s: float | None
+    keep_until_s: float | None
+    codec: str
 
 
 def from_bytes(tenant: str, name: str, version: int, data: bytes) -> Conversation:
-    """The reverse of `Conversation.to_bytes`."""
-    fields: dict[str, Any] = msgpack.unpackb(data)
-    heads = [
-        Head(key, tokens, root_key, fingerprint, tuple(private) if private else None, parked_at_s)
-        for key, tokens, root_key, fingerprint, private, parked_at_s in fields["heads"]
-    ]
+    """The reverse of `Conversation.to_bytes`. Raises CorruptObject for anything else."""
+    body = unframe(tenant, name, version, data)
+    try:
+        said = msgspec.msgpack.decode(body, type=_Body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        raise CorruptObject(f"the record of a conversation makes no sense: {problem}") from problem
     return Conversation(
         tenant,
         name,
         version,
-        heads,
-        durable={head.key for head in heads},
-        returns_at_s=fields.get("returns_at_s"),
-        keep_until_s=fields.get("keep_until_s"),
-        codec=fields.get("codec", ""),
+        said.heads,
+        durable={head.key for head in said.heads},
+        returns_at_s=said.returns_at_s,
+        keep_until_s=said.keep_until_s,
+        codec=said.codec,
         recorded=True,
     )
 

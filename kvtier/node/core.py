@@ -32,6 +32,7 @@ from kvtier.node.events import (
     Tick,
 )
 from kvtier.node.host_memory import HostMemory
+from kvtier.node.limits import check_names
 from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
@@ -124,7 +125,12 @@ class NodeCore:
 
     def busy(self) -> bool:
         """Whether anything is under way that time can end."""
-        return bool(self._copies.all()) or self.state.next_end_s() is not None
+        wishes = bool(self._disk.dues.wishes) and self._disk.usable()
+        return wishes or bool(self._copies.all()) or self.state.next_end_s() is not None
+
+    def has_more(self) -> bool:
+        """Whether another tick is wanted at once: a long piece of work is done in parts."""
+        return self._adoption.under_way
 
     def status(self) -> StatusReport:
         """The node at this instant."""
@@ -141,6 +147,7 @@ class NodeCore:
                 kind in _SERVICES_SAY and not stimulus.peer.startswith(_SERVICES_SAY[kind])
             ):
                 raise ProtocolError(f"a node does not take {type(stimulus.message).__name__} messages")
+            check_names(stimulus.message)
             handler(stimulus.peer, stimulus.message)
         except KvtierError as error:
             self.state.refuse(stimulus.peer, stimulus.message, error)
@@ -206,11 +213,14 @@ class NodeCore:
         self.state.faulted_in_bytes = sum(self._grown_bytes)
 
     def _tick(self) -> None:
+        self._adoption.go_on()
         for slot, holder in self.state.host.expire(self.state.now_s):
             self._expired(slot, holder)
         self._plans.tick()
         self._parks.tick()
         self._restores.tick()
+        self._admin.tick()
+        self._disk.tick()
 
     def _expired(self, slot: Slot, holder: str) -> None:
         """A right ended. Whoever cannot be touching the slot is taken out at once; the rest is in limbo."""

@@ -63,9 +63,10 @@ class WriteRequest:
 
 @dataclass(slots=True)
 class RemoveRequest:
-    """names: as of a WriteRequest."""
+    """metas: of its objects.  names: as of a WriteRequest."""
 
     message: DiskRemove
+    metas: list[ObjectMeta]
     names: frozenset[Hashable]
     done: RemoveDone | None = None
 

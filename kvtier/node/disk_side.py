@@ -10,6 +10,7 @@ import msgspec
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation
+from kvtier.node.disk_dues import DiskDues
 from kvtier.node.disk_reads import DISK_LEASE_S, DiskReads, Orphans
 from kvtier.node.disk_requests import (
     DiskRequests,
@@ -33,6 +34,11 @@ from kvtier.tier_messages import (
     WireRecord,
 )
 
+_FORGETS_LATER = (
+    "the disk tier is not there; what it has of the conversation goes once it is,"
+    " unless this node restarts before"
+)
+
 
 class DiskSide:
     """The node's half of the conversation with the disk service."""
@@ -42,6 +48,7 @@ class DiskSide:
         self._requests = DiskRequests()
         self._orphans = Orphans(state)
         self.reads = DiskReads(state, self._orphans)
+        self.dues = DiskDues(state)
         self._record_removals: set[ConversationId] = set()
         self._seen = False
 
@@ -84,8 +91,6 @@ class DiskSide:
         if objects and not self._make_room(sum(disk_bytes(s.meta) for s in objects), purpose):
             done(Written(False, "disk_full", "everything on disk is in use"))
             return
-        # A less complete copy on disk has the same name, so it goes first.
-        self.remove([s for s in objects if s.on_disk is not None])
         # What had to go for them may have been the last of a conversation.
         alive = [c for c in records if state.conversations.get(c.id) is c]
         self._requests.add(self._write_request(objects, alive, purpose, done, codec))
@@ -111,6 +116,7 @@ class DiskSide:
         for conversation in records:
             conversation.recorded = True
             state.records_changed.pop(conversation.id, None)
+            self.dues.wishes.pop(conversation.id, None)
         metas = [s.meta for s in objects]
         wishes = [codec or state.codec_of(meta) for meta in metas]
         message = msgspec.structs.replace(
@@ -147,9 +153,14 @@ class DiskSide:
         )
 
     def save_record(self, conversation: Conversation) -> None:
-        """Keep a changed record, when the disk works; nobody waits for it."""
-        if self.usable():
-            self.write([], [conversation], "record", _nobody_waits)
+        """Keep a changed record, with all others that change until the next tick; nobody waits for it."""
+        self.dues.wishes[conversation.id] = None
+
+    def tick(self) -> None:
+        """Time passed: records whose wishes changed are written, in one request."""
+        if self.dues.wishes and self.usable():
+            self._state.records_changed.update(self.dues.wishes)
+            self.dues.wishes.clear()
 
     def on_written(self, peer: str, message: DiskWritten) -> None:
         """The answer to a write."""
@@ -199,6 +210,8 @@ class DiskSide:
         if metas and self._state.disk.ready:
             self._requests.add(*self._removal(metas, {}, durable=False))
             self._send_requests()
+        elif metas:
+            self.dues.removal_failed(metas)
 
     def erase(self, objects: Iterable[Stored], name: ConversationId, done: RemoveDone) -> None:
         """Remove objects and what is left of a conversation that has ended; `done` when that is durable."""
@@ -208,23 +221,38 @@ class DiskSide:
         metas = self._drop_copies(objects) + being_written
         records = {name: state.ended[name]} if name in state.ended else {}
         if not state.disk.ready:
-            # With its record it goes when the disk comes back: what nobody names is not adopted.
+            # With its record it goes when the disk is there: what nobody names is not adopted.
             never_written = not (self._seen or state.settings.disk_expected)
-            done(never_written, "" if never_written else "the disk tier does not answer")
-        elif not metas and not records:
-            done(True, "")
-        else:
+            if not never_written:
+                self.dues.forgotten(name)
+                # The disk may have announced them already, and be looked through no more.
+                self.dues.removal_failed(metas)
+            done(never_written, "" if never_written else _FORGETS_LATER)
+            return
+        metas += self.dues.take_objects()
+        if metas or records:
             self._requests.add(*self._removal(metas, records, durable=True, done=done))
             self._send_requests()
+        else:
+            done(True, "")
 
     def tidy_records(self) -> None:
-        """Bring the records up to date of conversations that have ended, or have lost an end on disk."""
+        """Bring the records up to date of conversations that have ended, or have lost an end on disk.
+
+        What could not be removed is tried again, when the disk says that it works.
+        """
         state = self._state
         if not state.disk.ready:
             return
-        ended = {name: v for name, v in sorted(state.ended.items()) if name not in self._record_removals}
-        if ended or state.records_changed:
-            self._requests.add(*self._removal([], ended, durable=False))
+        ended: dict[ConversationId, int] = {}
+        metas: list[ObjectMeta] = []
+        again = False
+        if self.usable() and not self.dues.pause():
+            again = self.dues.take_again()
+            metas = self.dues.take_objects()
+            ended = {n: v for n, v in sorted(state.ended.items()) if n not in self._record_removals}
+        if metas or ended or state.records_changed:
+            self._requests.add(*self._removal(metas, ended, durable=again))
             self._send_requests()
 
     def remove_unnamed(self, metas: Sequence[ObjectMeta]) -> None:
@@ -271,18 +299,20 @@ class DiskSide:
         )
         ids: list[Hashable] = [meta.object_id for meta in metas]
         names = frozenset([*ids, *records, *(c.id for c in changed)])
-        return [*before, RemoveRequest(message, names, done)]
+        return [*before, RemoveRequest(message, list(metas), names, done)]
 
     def on_removed(self, message: DiskRemoved) -> None:
         """The answer to a removal."""
         removal = self._requests.removed(message.job)
         if removal is None:
             return
-        for record in removal.message.records if message.ok else ():
+        for record in removal.message.records:
             name = (record.tenant, record.conversation)
             self._record_removals.discard(name)
-            if self._state.ended.get(name) == record.version:
+            if message.ok and self._state.ended.get(name) == record.version:
                 del self._state.ended[name]
+        if not message.ok:
+            self.dues.removal_failed(removal.metas)
         if removal.done is not None:
             removal.done(message.ok, message.detail)
 
@@ -343,6 +373,7 @@ class DiskSide:
         """The service has said what it holds: it takes work from now on."""
         self._state.disk.ready = True
         self._record_removals.clear()
+        self.dues.announced()
 
     def on_usage(self, peer: str, message: DiskUsage) -> None:
         """The service's own count, and its health."""
@@ -371,7 +402,10 @@ class DiskSide:
             for stored in request.objects:
                 stored.writing = ""
             request.done(Written(False, "no_disk", "the disk service went away"))
-        elif request.done is not None:
+            return
+        if request.message.durable:
+            self.dues.removal_failed(request.metas)
+        if request.done is not None:
             request.done(False, "the disk service went away")
 
     def process_ended(self, peer: str) -> None:

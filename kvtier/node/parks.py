@@ -73,11 +73,13 @@ class Parks:
             before_waits |= job.waiting_since_s is not None
 
     def tick(self) -> None:
-        """Parks that waited too long for room are told to come again; disk is not waited for longer."""
+        """The time of some is over: no room came, copies are too slow, or disk is not waited for longer."""
         for job in list(self._jobs.values()):
             if self._state.now_s - job.started_s < job.message.timeout_s:
                 continue
-            if not job.gathered:
+            if job.running:
+                self._fail(job, "deadline", "its copies did not end in time")
+            elif not job.gathered:
                 self._fail(job, "backpressure", "host memory stayed full")
             elif job.lowered is None:
                 job.lowered = ("deadline", "the disk did not finish in time")

@@ -77,6 +77,11 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         warnings.append(f"the disk tier is degraded: {state.disk.said.detail}")
     if state.disk.ready and not state.disk.said.direct_io:
         warnings.append("the disk tier works without O_DIRECT: its writes and reads are slow")
+    if state.counters.damaged_records:
+        warnings.append(
+            f"{state.counters.damaged_records} damaged records of conversations were found on disk, "
+            "and removed"
+        )
     if state.log_ended:
         warnings.append(f"the stimulus log has ended, {state.log_lost} entries are lost: {state.log_ended}")
     said = state.disk.said
@@ -176,6 +181,7 @@ def _counters(state: NodeState) -> dict[str, float]:
         "parked_bytes": c.parked_bytes,
         "restored_bytes": c.restored_bytes,
         "restored_tokens": c.restored_tokens,
+        "damaged_records": c.damaged_records,
         "host_dirty_bytes": state.dirty_bytes,
         "disk_written_bytes": said.written_bytes,
         "disk_user_bytes": said.user_bytes,

@@ -56,6 +56,9 @@ class DiskView:
     said: DiskUsage = NOTHING_SAID
 
 
+# Roots that are kept, so that they need not be derived again.
+_ROOTS_MOST = 4096
+
 # An object takes whole units of this, and on disk one more for its header.
 _UNIT_BYTES = 4096
 
@@ -101,6 +104,7 @@ class Counters:
     parked_bytes: int = 0
     restored_bytes: int = 0
     restored_tokens: int = 0
+    damaged_records: int = 0
     restore_s: Histogram = field(default_factory=Histogram)
 
 
@@ -166,11 +170,14 @@ class NodeState:
     def root(self, tenant: str, fingerprint: bytes, fidelity: str, block_tokens: int) -> Root:
         """The start of all chains of this tenant, model, fidelity and block size."""
         name = (tenant, fingerprint, fidelity, block_tokens)
-        root = self._roots.get(name)
+        root = self._roots.pop(name, None)
         if root is None:
             secret = tenant_secret(self._secret, tenant)
             root = make_root(secret, tenant, fingerprint, fidelity, block_tokens)
-            self._roots[name] = root
+        self._roots[name] = root
+        if len(self._roots) > _ROOTS_MOST:
+            # The one asked for longest ago: a mere lookup is enough to be here.
+            del self._roots[next(iter(self._roots))]
         return root
 
     def send(self, peer: str, message: Message, fds: Literal["", "arenas", "pool"] = "") -> None:

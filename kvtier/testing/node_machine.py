@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtier.messages import DropPlan, Forget, Hint, Mode, Planned
+from kvtier.messages import DropPlan, Forget, Forgotten, Hint, Mode, Planned
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId
 from kvtier.node.coverage import Piece, restored_end
@@ -40,7 +40,8 @@ class NodeMachine(RuleBasedStateMachine):
     """See the module's text.
 
     small_disk, loosen: whether what is on disk may have to go, or may be found wrong.  promises: parks that
-    were said to be on disk, each with the objects that it needs there.
+    were said to be on disk, each with the objects that it needs there.  forgotten: conversations that were
+    not parked again since, each with the request for it; None for one that a node before this answered.
     """
 
     @initialize(
@@ -50,6 +51,7 @@ class NodeMachine(RuleBasedStateMachine):
         arena_units=st.sampled_from([(14,), (40,), (10, 10)]),
         spill_above=st.sampled_from([0.3, 1.0]),
         mode=MODES,
+        late=st.booleans(),
     )
     def start(
         self,
@@ -59,6 +61,7 @@ class NodeMachine(RuleBasedStateMachine):
         arena_units: tuple[int, ...],
         spill_above: float,
         mode: Mode,
+        late: bool,
     ) -> None:
         self.geometry = PLAIN if plain else HYBRID
         self.verify = verify
@@ -75,11 +78,20 @@ class NodeMachine(RuleBasedStateMachine):
             arena_bytes=[units * UNIT for units in arena_units],
             disk=None if disk_units is None else disk_units * UNIT,
             settings=base,
+            started=False,
         )
+        self._start(late)
+        self.forgotten: dict[ConversationId, int | None] = {}
         self.plans: list[tuple[RigWorker, Planned, int, int]] = []
         self.loosen = False
         self._watch()
         self.workers = [self.rig.attach(self.geometry, mode=mode)]
+
+    def _start(self, late: bool) -> None:
+        """The services of a node that begins; late: its disk comes some time after it."""
+        self.rig.start_gpu()
+        if self.rig.store is not None and not late:
+            self.rig.start_disk()
 
     def _watch(self) -> None:
         watch_promises(self.rig, self._promised)
@@ -109,10 +121,8 @@ class NodeMachine(RuleBasedStateMachine):
         """Whatever the core removes from the disk, its promises stand: unless they may be broken."""
         gone = {tuple(key) for key in message.object_keys}
         names = {(r.tenant, r.conversation) for r in message.records}
-        # A more complete copy of the same object takes the place of one.
-        replaced = {m.object_id for w in self.rig.core._disk._requests.writes() for m in w.metas}
         for promise, (job, keys) in list(self.promises.items()):
-            if job.name in names or not keys.isdisjoint(gone & replaced):
+            if job.name in names:
                 del self.promises[promise]
             elif keys & gone:
                 del self.promises[promise]
@@ -136,6 +146,7 @@ class NodeMachine(RuleBasedStateMachine):
         return self.workers[pick % len(self.workers)]
 
     def _park(self, worker: RigWorker, name: str, tokens: Sequence[int], **how: Any) -> None:
+        self.forgotten.pop((how["tenant"], name), None)
         held = [0] * len(self.geometry.groups)
         if how.pop("late") and len(held) > 1:
             held[1] = self.geometry.groups[1].needed_from(len(tokens))
@@ -160,11 +171,20 @@ class NodeMachine(RuleBasedStateMachine):
             private_from=private, late=late,
         )  # fmt: skip
 
-    @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, private=PRIVATE)
+    @rule(
+        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, private=PRIVATE, late=st.booleans()
+    )
     def park_all_the_way(
-        self, pick: int, who: tuple[str, str], story: int, length: int, level: ParkLevel, private: int | None
+        self,
+        pick: int,
+        who: tuple[str, str],
+        story: int,
+        length: int,
+        level: ParkLevel,
+        private: int | None,
+        late: bool,
     ) -> None:
-        self.park(pick, who, story, length, level, private, False)
+        self.park(pick, who, story, length, level, private, late)
         self.rig.run()
 
     @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS)
@@ -199,10 +219,20 @@ class NodeMachine(RuleBasedStateMachine):
             self.rig.ask(DropPlan(plan_id=planned.plan.plan_id))
         elif what == "hint":
             self.rig.ask(Hint(conversation=name, tenant=tenant, returns_in_s=5.0))
+            if pick % 2:
+                # Now it is on its way to the disk.
+                self.rig.tick()
         elif what == "forget":
             for promise in [p for p in self.promises if p[0] == who]:
                 del self.promises[promise]
             self.rig.ask(Forget(conversation=name, tenant=tenant))
+            self.forgotten[who] = max(self.rig.answers)
+
+    def _stays_forgotten(self, request: int | None) -> bool:
+        """Whether the answer promised it for ever, and not only as long as this node lives."""
+        return request is None or any(
+            isinstance(answer, Forgotten) and answer.receipt.durable for answer in self.rig.answers[request]
+        )
 
     # -- copies, the disk and time
 
@@ -222,7 +252,8 @@ class NodeMachine(RuleBasedStateMachine):
                 self.rig.finish(op)
             elif how == "fail":
                 failure = ("stale", "error: of the device")[pick % 2]
-                self.rig.finish(op, failure if isinstance(op.message, Copy) else "disk_error")
+                refusal = ("disk_error", "wear")[pick % 2]
+                self.rig.finish(op, failure if isinstance(op.message, Copy) else refusal)
                 return
 
     @rule(only=st.sampled_from(["all", "all", "copies", "disk"]))
@@ -309,15 +340,21 @@ class NodeMachine(RuleBasedStateMachine):
             self.promises.clear()
 
     @precondition(lambda self: self.rig.store is not None)
-    @rule(mode=MODES, often=st.integers(0, 3))
-    def lose_everything(self, mode: Mode, often: int) -> None:
+    @rule(mode=MODES, often=st.integers(0, 3), late=st.booleans())
+    def lose_everything(self, mode: Mode, often: int, late: bool) -> None:
         """Power loss: what was promised to be on disk is there."""
         if often:
             return
         before = self.rig
-        self.rig = before.restarted()
+        stay = [name for name, request in self.forgotten.items() if self._stays_forgotten(request)]
+        self.forgotten = dict.fromkeys(stay)
+        self.rig = whole = before.restarted()
         for promise, (job, _) in list(self.promises.items()):
-            self._check_promise(self.rig, promise, job)
+            self._check_promise(whole, promise, job)
+        if late:
+            self.rig = before.restarted(started=False)
+            self.rig.violations += whole.violations
+            self._start(late)
         self._watch()
         self.plans = []
         self.workers = [self.rig.attach(self.geometry, mode=mode)]
@@ -330,6 +367,7 @@ class NodeMachine(RuleBasedStateMachine):
             return
         rig, state = self.rig, self.rig.core.state
         assert not rig.violations, "\n".join(rig.violations)
+        assert state.conversations.keys().isdisjoint(self.forgotten), "what was forgotten came back"
         held = [p for plan in rig.core._plans._held.values() for p in plan.pieces if p.source == "host"]
         holds = Counter(id(piece.stored) for piece in held)
         for block in state.tree:
@@ -350,6 +388,8 @@ class NodeMachine(RuleBasedStateMachine):
         rig = self.rig
         if rig.store is not None:
             rig.store.broken = False
+            if rig.disk is not None:
+                rig.say_usage(rig.disk)
         drain(rig)
         self._start_services()
         self._at_rest()

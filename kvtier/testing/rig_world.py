@@ -185,10 +185,13 @@ class DiskStore:
         return sum(room_bytes(o.meta.nbytes) + ALIGN_BYTES for o in self.objects.values())
 
     def put(self, objects: Iterable[OnDisk], records: Iterable[WireRecord]) -> str:
-        """Make all of it durable or nothing; answers why not, or ''."""
+        """Make all of it durable or nothing; answers why not, or ''.
+
+        What has more rows than the one that is there is written beside it, and takes its place at the end.
+        """
         if self.broken:
             return "disk_error"
-        new = {_key(o.meta): o for o in objects if _key(o.meta) not in self.objects}
+        new = {_key(o.meta): o for o in objects if not self._has_all_of(o.meta)}
         needed = sum(room_bytes(o.meta.nbytes) + ALIGN_BYTES for o in new.values())
         if self.used_bytes + needed > self.capacity_bytes:
             return "disk_full"
@@ -196,6 +199,10 @@ class DiskStore:
         for record in records:
             self._put_record(record)
         return ""
+
+    def _has_all_of(self, meta: WireMeta) -> bool:
+        known = self.objects.get(_key(meta))
+        return known is not None and known.meta.first_valid <= meta.first_valid
 
     def _put_record(self, record: WireRecord) -> None:
         name = (record.tenant, record.conversation)

@@ -93,7 +93,8 @@ def test_show_of_what_is_not_here_is_a_no(kv, daemon):
     seen = kv("show", "chat-9")
     assert (seen.code, seen.out) == (1, "")
     assert "chat-9" in seen.err
-    assert kv("show", "chat-9", "--json").out == "null\n"
+    answer = json.loads(kv("show", "chat-9", "--json").out)
+    assert answer == {"conversation": "chat-9", "tenant": "default", "found": False}
 
 
 def test_models_lists_models(kv, daemon):

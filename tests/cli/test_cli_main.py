@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import kvtier
 from kvtier.cli import exits
 from kvtier.cli.app import COMMANDS
 from kvtier.cli.main import EXTRAS, run
@@ -83,7 +84,7 @@ def test_a_missing_module_of_kvtier_itself_is_no_missing_extra(monkeypatch):
 
 
 def test_extras_are_those_of_the_project():
-    assert set(EXTRAS.values()) == {"cli", "daemon", "sim", "transformers"}
+    assert set(EXTRAS.values()) == {"cli", "daemon", "disk", "encryption", "sim", "transformers"}
 
 
 def in_a_new_process(code):
@@ -123,3 +124,15 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys, daemon):
 
     daemon.status = interrupted
     assert run(["status"]) == exits.INTERRUPTED
+
+
+def test_python_m_kvtier_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtier", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[-1] == kvtier.__version__

@@ -23,6 +23,11 @@ def test_a_running_node_answers_every_command(kv, node):
     assert kv("ls", "--json", "--socket", node).out == ""
     assert kv("models", "--json", "--socket", node).out == ""
     assert kv("show", "nobody", "--socket", node).code == 1
+    seen = kv("show", "nobody", "--json", "--socket", node)
+    assert (seen.code, json.loads(seen.out)) == (
+        1,
+        {"conversation": "nobody", "tenant": "default", "found": False},
+    )
     assert kv("forget", "nobody", "--yes", "--socket", node).code == 1
 
 

@@ -6,13 +6,17 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvtier.client import Client, connect
+from kvtier.daemon import embedded
+from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.embedded import Embedded
+from kvtier.disk.fileops import OsFileOps
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import SHARD, KvMemory
 from kvtier.testing.node_bench import FAST, SETTINGS, Bench, LocalWorker, is_clean, until
@@ -75,6 +79,38 @@ def make_local(tmp_path: Path) -> Iterator[Callable[..., LocalWorker]]:
         local.worker.close(wait_s=1.0)
         client.close()
         local.kv.close()
+
+
+@pytest.fixture
+def with_ops(monkeypatch: pytest.MonkeyPatch) -> Callable[[OsFileOps], None]:
+    """Daemons of this test use these system calls."""
+
+    def use(ops: OsFileOps) -> None:
+        monkeypatch.setattr(embedded, "DiskService", partial(DiskService, ops=ops))
+
+    return use
+
+
+@pytest.fixture
+def client_of() -> Iterator[Callable[[Embedded], Client]]:
+    made: list[Client] = []
+
+    def make(daemon: Embedded) -> Client:
+        made.append(connect(daemon.socket_path, backoff=FAST))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "gates"
+    folder.mkdir()
+    yield folder
+    for name in ("write", "read", "sync"):
+        Gate(folder / name).open()
 
 
 def _descriptors(bench: Bench) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 from kvtier import protocol
 from kvtier.credentials import Access
+from kvtier.daemon import connection as connection_module
 from kvtier.daemon.connection import Connection, Listener, Peer, welcome
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import AuthError, KvtierError
@@ -177,6 +179,126 @@ def test_without_descriptors_left_those_that_are_here_are_served(
     monkeypatch.undo()
     ping(again := server.channel())
     again.close()
+    channel.close()
+
+
+def silent(server: Server) -> socket.socket:
+    """A connection that says nothing, and was taken."""
+    made = socket.socket(socket.AF_UNIX)
+    made.settimeout(10)
+    made.connect(server.path)
+    return made
+
+
+def test_whoever_does_not_greet_in_time_is_let_go(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    ping(greeted := server.channel())
+    quiet, slow = silent(server), silent(server)
+    slow.sendall(protocol.encode(hello("client"))[:9])
+    # An answer to a later one says that both have been taken.
+    ping(server.channel())
+    server.do()
+    monkeypatch.setattr(connection_module, "_GREETING_S", -1.0)
+    assert (quiet.recv(1), slow.recv(1)) == (b"", b"")
+    monkeypatch.undo()
+    ping(greeted)
+
+
+def test_of_many_that_do_not_greet_the_oldest_go(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "_UNGREETED_MOST", 3)
+    many = [silent(server) for _ in range(10)]
+    assert [each.recv(1) for each in many[:7]] == [b""] * 7
+    # The newest may still greet.
+    many[9].sendall(protocol.encode(hello("client")))
+    assert many[9].recv(4)
+    for each in many:
+        each.close()
+
+
+def test_without_descriptors_left_the_listener_rests_and_says_so_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ping(here := server.channel())
+    real, calls = server.listener._socket, [0]
+
+    class Starved:
+        """A listening socket of a process whose descriptors are all in use."""
+
+        def accept(self) -> None:
+            calls[0] += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        def fileno(self) -> int:
+            return real.fileno()
+
+        def close(self) -> None:
+            real.close()
+
+    rounds = [0]
+    server.loop.at_ticks(lambda: rounds.__setitem__(0, rounds[0] + 1))
+    monkeypatch.setattr(server.listener, "_socket", Starved())
+    waiting = silent(server)
+    until(lambda: calls[0] >= 5, "it was tried again")
+    # At most once between two ticks, and those that are here are served meanwhile.
+    assert calls[0] <= rounds[0] + 2
+    ping(here)
+    assert sum("wait until there is room" in line for line in caplog.messages) == 1
+    monkeypatch.undo()
+    waiting.sendall(protocol.encode(hello("client")))
+    assert waiting.recv(4)
+    waiting.close()
+
+
+def test_whoever_asks_and_does_not_read_is_not_read_either(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "_PAUSE_BYTES", 10_000)
+    channel = server.channel()
+    ((connection, _, _),) = server.joined
+    frame, count, sent, asked = protocol.encode(Ping(id=9)), 100_000, 0, []
+
+    def count_and_answer(message: Message, fds: list[int]) -> None:
+        asked.append(message.id)
+        connection.send(Pong(id=message.id))
+
+    connection.on_message = count_and_answer
+    flood = memoryview(frame * count)
+    while sent < len(flood) and not connection._paused:
+        with contextlib.suppress(BlockingIOError):
+            sent += channel._socket.send(flood[sent:])
+    assert connection._paused
+    ping(other := server.channel())
+    other.close()
+    # What waits has a bound, however much is asked.
+    assert connection._outbox_bytes <= 10_000 + len(protocol.encode(Pong(id=9)))
+    # Whoever reads gets all of its answers, and may go on.
+    for _ in range(sent // len(frame)):
+        assert channel.recv(time.monotonic() + 10)[0] == Pong(id=9)
+    rest = -sent % len(frame)
+    channel._socket.sendall(frame[len(frame) - rest :])
+    until(lambda: len(asked) == (sent + rest) // len(frame), "all were read")
+    assert not connection.closed
+    channel.close()
+
+
+def test_a_stream_is_read_however_much_waits_and_ends_above_its_bound(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection_module, "_PAUSE_BYTES", 0)
+    channel = Channel.open(server.path, hello("events"), time.monotonic() + 10)
+    ((connection, _, _),) = server.joined
+    for n in range(1, 1001):
+        channel.send(Ping(id=n), time.monotonic() + 10)
+    for n in range(1, 1001):
+        assert channel.recv(time.monotonic() + 10)[0].id == n
+    monkeypatch.setattr(connection_module, "_STREAM_MOST_BYTES", 1 << 20)
+
+    def send_on() -> None:
+        while not connection.closed and connection._outbox_bytes < 2 << 20:
+            connection.send(Ping(id=1))
+
+    server.do(send_on)
+    assert connection.closed and server.left == 1
+    assert any("does not read is let go" in line for line in caplog.messages)
     channel.close()
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvtier.client import Client, connect
-from kvtier.daemon import disk_service, disk_writes, embedded
-from kvtier.daemon.disk_service import DiskService
+from kvtier.client import Client
+from kvtier.daemon import disk_service, disk_writes
+from kvtier.daemon.disk_lanes import Lanes
 from kvtier.daemon.disk_wear import WearMeter
 from kvtier.daemon.embedded import Embedded
 from kvtier.disk.fileops import Bytes, OsFileOps
@@ -24,7 +23,7 @@ from kvtier.errors import ConfigError
 from kvtier.receipts import StatusReport, TierInfo
 from kvtier.testing.gates import Gate, GatedFileOps
 from kvtier.testing.kv_memory import BLOCK_BYTES, pages_for, truth
-from kvtier.testing.node_bench import ARENA_BYTES, FAST, LocalWorker, forget_all, until
+from kvtier.testing.node_bench import ARENA_BYTES, LocalWorker, forget_all, until
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)
@@ -60,29 +59,6 @@ class Faulty(OsFileOps):
             self.syncs.come()
 
 
-@pytest.fixture
-def with_ops(monkeypatch: pytest.MonkeyPatch) -> Callable[[OsFileOps], None]:
-    """Daemons of this test use these system calls."""
-
-    def use(ops: OsFileOps) -> None:
-        monkeypatch.setattr(embedded, "DiskService", partial(DiskService, ops=ops))
-
-    return use
-
-
-@pytest.fixture
-def client_of() -> Iterator[Callable[[Embedded], Client]]:
-    made: list[Client] = []
-
-    def make(daemon: Embedded) -> Client:
-        made.append(connect(daemon.socket_path, backoff=FAST))
-        return made[-1]
-
-    yield make
-    for client in made:
-        client.close()
-
-
 def disk(client: Client) -> TierInfo:
     return next(tier for tier in client.status().tiers if tier.name == "disk")
 
@@ -103,15 +79,6 @@ def only_on_disk(client: Client, local: LocalWorker, seed: int) -> None:
 
 
 # --- lanes --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gates(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "gates"
-    folder.mkdir()
-    yield folder
-    for name in ("write", "read", "sync"):
-        Gate(folder / name).open()
 
 
 def parked_before(make_daemon: MakeDaemon, make_local: MakeLocal, folder: Path) -> dict[str, Any]:
@@ -169,12 +136,13 @@ def test_with_one_lane_for_all_a_read_would_wait(
 ) -> None:
     """The control."""
 
-    class OneLane(disk_service._Lanes):
+    class OneLane(Lanes):
         def __init__(self) -> None:
-            self.writes = self.spills = self.reads = self.rest = ThreadPoolExecutor(4)
+            super().__init__()
+            self._pools = dict.fromkeys(self._pools, ThreadPoolExecutor(4))
 
     where = parked_before(make_daemon, make_local, tmp_path / "d")
-    monkeypatch.setattr(disk_service, "_Lanes", OneLane)
+    monkeypatch.setattr(disk_service, "Lanes", OneLane)
     with_ops(GatedFileOps(gates))
     local = make_local(make_daemon(host__capacity_bytes=2 * ARENA_BYTES, **where).socket_path)
     assert read_while_writes_hang(local, gates, 0.5).reason == "deadline"
@@ -194,7 +162,7 @@ def test_a_read_waits_for_no_removal(
     """Forgetting is durable before it is said, and that takes time; inline is how it must not be."""
     where = parked_before(make_daemon, make_local, tmp_path / "d")
     if inline:
-        monkeypatch.setattr(disk_service, "_submit", _at_once)
+        monkeypatch.setattr(Lanes, "submit", _at_once)
     ops = Faulty()
     with_ops(ops)
     daemon = make_daemon(disk__scrub_bytes_per_s=0, **where)
@@ -211,7 +179,7 @@ def test_a_read_waits_for_no_removal(
     assert receipt.tokens == (0 if inline else TOKENS)
 
 
-def _at_once(pool: Any, work: Callable[[Any, Any], None], session: Any, message: Any) -> None:
+def _at_once(lanes: Lanes, lane: str, work: Callable[[Any, Any], None], session: Any, message: Any) -> None:
     work(session, message)
 
 

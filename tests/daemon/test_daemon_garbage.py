@@ -20,6 +20,7 @@ from kvtier import messages as m
 from kvtier import protocol, tier_messages
 from kvtier.client import connect
 from kvtier.credentials import Access
+from kvtier.daemon import node_service
 from kvtier.daemon.embedded import Embedded
 from kvtier.errors import AuthError, KvtierError, ProtocolError, VersionMismatch
 from kvtier.messages import Failed, Hello
@@ -405,3 +406,27 @@ def test_answers_that_nobody_asked_for(bench: Bench, make_local: Callable[..., L
     assert local.restore(1, pages, 64).tokens == 64
     assert bench.client.forget("chat-1").found
     local.worker.close()
+
+
+def test_a_worker_that_never_listens_to_its_events_is_let_go(
+    make_daemon: Callable[..., Embedded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_service, "_UNSENT_MOST", 4)
+    daemon = make_daemon()
+    with joined(str(daemon.socket_path)) as channel:
+        attached = ask(channel, attach_of(KvMemory(4)))
+        assert isinstance(attached, m.Attached)
+        for number in range(1, 4):
+            park = m.Park(
+                worker=attached.worker,
+                request=number,
+                conversation="c",
+                tenant="t",
+                tokens=TOKENS,
+                timeout_s=0.0,
+            )
+            assert isinstance(ask(channel, park), m.ParkStarted)
+        with pytest.raises(ChannelLost):
+            until(lambda: not isinstance(ask(channel, m.Ping()), m.Pong), "the connection has ended")
+    with joined(str(daemon.socket_path)) as again:
+        assert isinstance(ask(again, m.Ping()), m.Pong)

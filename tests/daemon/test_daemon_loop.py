@@ -125,12 +125,12 @@ def test_writable_is_told_only_while_wanted(kit: Kit) -> None:
     told = threading.Event()
 
     def ready() -> None:
-        kit.loop.watch_writable(writer, False)
+        kit.loop.watch_for(writer, readable=True, writable=False)
         told.set()
 
     kit.do(
         lambda: kit.loop.watch(writer, ready),
-        lambda: kit.loop.watch_writable(writer, True),
+        lambda: kit.loop.watch_for(writer, readable=True, writable=True),
     )
     assert told.wait(10)
     kit.do(lambda: kit.loop.unwatch(writer))

@@ -54,6 +54,11 @@ class FaultyOps(OsFileOps):
         self._maybe("fdatasync")
         super().fdatasync(fd)
 
+    def fsync(self, fd: int) -> None:
+        """As a flush of a device that cannot flush: it fails with the same."""
+        self._maybe("fdatasync")
+        super().fsync(fd)
+
     def posix_fallocate(self, fd: int, offset: int, nbytes: int) -> None:
         self._maybe("posix_fallocate")
         super().posix_fallocate(fd, offset, nbytes)

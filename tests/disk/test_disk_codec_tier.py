@@ -236,7 +236,7 @@ def test_the_scrub_unpacks_and_finds_what_is_damaged(bench: Bench) -> None:
     slots = [bench.fill(n, bench.numbers(n), CODED[n % 2]) for n in range(8)]
     slots.append(bench.fill(8, bench.numbers(8, 900_000), "planes-zstd"))
     bench.flip(slots[3].address[0], (slots[3].address[1] + HEADER_BYTES + 5000) * 8)
-    scrubber = Scrubber(bench.tier._store, 1 << 30, lambda: False, bench.tier._quarantine)
+    scrubber = Scrubber(bench.tier._store, 1 << 30, lambda: False, bench.tier._mover.quarantine)
     now_s = 0.0
     while scrubber.stats.passes < 1:
         now_s += scrubber.step(now_s)
@@ -281,7 +281,7 @@ def test_a_missing_package_is_no_damage(
         with pytest.raises(CodecMissing):
             get(tier, slot)
         assert get(tier, found(tier, default_meta(2, NBYTES).object_id)) == bench.numbers(2)
-        scrubber = Scrubber(tier._store, 1 << 30, lambda: False, tier._quarantine)
+        scrubber = Scrubber(tier._store, 1 << 30, lambda: False, tier._mover.quarantine)
         for now_s in range(20):
             scrubber.step(float(now_s))
         assert (scrubber.stats.passes, scrubber.stats.found_bad) == (1, 0)

@@ -29,7 +29,7 @@ from kvtier.disk.index import Batch, ConversationRecord
 from kvtier.disk.store import Commit, OpenVault
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import CorruptObject, ObjectExists, TierError, TierFull
-from kvtier.objects import ObjectId
+from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.testing.tier_kit import content, default_meta, get
 from kvtier.tier import Slot
 
@@ -198,6 +198,15 @@ class GreedyTier(DiskTier):
         return freed
 
 
+class ImpatientTier(DiskTier):
+    """Wrong on purpose: what is to be replaced goes before the other is there."""
+
+    def reserve(self, meta: ObjectMeta, *, holder: str, replacing: bool = False) -> Slot:
+        if replacing:
+            self.remove(meta.object_id)
+        return super().reserve(meta, holder=holder)
+
+
 class CrashMachine(RuleBasedStateMachine):
     """The tier against a dictionary: for each object, what it may hold; None stands for absent."""
 
@@ -242,7 +251,7 @@ class CrashMachine(RuleBasedStateMachine):
         index.apply = with_crash_points  # type: ignore[method-assign]
 
     @rule(count=st.integers(1, 3), first=st.integers(0, INDEXES - 1), length=st.sampled_from(LENGTHS))
-    def put(self, count: int, first: int, length: int) -> None:
+    def put(self, count: int, first: int, length: int, replacing: bool = False) -> None:
         """Write some objects and a record that names their commit, in one commit."""
         self.seed += 1
         fresh: dict[int, bytes] = {}
@@ -251,7 +260,7 @@ class CrashMachine(RuleBasedStateMachine):
             index = (first + n) % INDEXES
             data = self.content(self.seed * 10 + n, length)
             try:
-                slot = self.tier.reserve(default_meta(index, length), holder="w")
+                slot = self.tier.reserve(default_meta(index, length), holder="w", replacing=replacing)
             except (ObjectExists, TierFull):
                 continue
             self.written[index].add(data)
@@ -268,6 +277,11 @@ class CrashMachine(RuleBasedStateMachine):
             self.allowed[index] = {data}
         self.removed.clear()
         self.versions = {self.seed}
+
+    @rule(count=st.integers(1, 3), first=st.integers(0, INDEXES - 1), length=st.sampled_from(LENGTHS))
+    def replace(self, count: int, first: int, length: int) -> None:
+        """Write objects in the place of others: at any point the old one is there, or the new one."""
+        self.put(count, first, length, replacing=True)
 
     def _commit(self, ready: list[tuple[Slot, int]], records: list[ConversationRecord]) -> None:
         """Every other time as callers who come at once do: a commit for each object."""
@@ -303,7 +317,7 @@ class CrashMachine(RuleBasedStateMachine):
     def leave_half_done(self, index: int) -> None:
         """Write an object and never commit it."""
         try:
-            slot = self.tier.reserve(default_meta(index, LENGTHS[0]), holder="dead")
+            slot = self.tier.reserve(default_meta(index, LENGTHS[0]), holder="dead", replacing=True)
         except (ObjectExists, TierFull):
             return
         self.written[index].add(bytes(LENGTHS[0]))
@@ -330,6 +344,10 @@ class CrashMachine(RuleBasedStateMachine):
     )
     def crash_in_put(self, after: int, seed: int, count: int, first: int) -> None:
         self._crash_in(after, seed, lambda: self.put(count, first, LENGTHS[seed % len(LENGTHS)]))
+
+    @rule(after=st.integers(0, 12), seed=SEEDS, first=st.integers(0, 5))
+    def crash_in_replace(self, after: int, seed: int, first: int) -> None:
+        self._crash_in(after, seed, lambda: self.replace(2, first, LENGTHS[seed % len(LENGTHS)]))
 
     @rule(after=st.integers(0, 8), seed=SEEDS, index=st.integers(0, INDEXES - 1))
     def crash_in_forget(self, after: int, seed: int, index: int) -> None:

@@ -60,7 +60,17 @@ def leave_and_go_on(machine: Any) -> None:
     machine.forget(2)
 
 
-WORKLOADS = [fill_and_reuse, forget_and_write_again, restart_in_between, leave_and_go_on]
+def write_more_rows(machine: Any) -> None:
+    machine.put(3, 0, 4096)
+    machine.replace(2, 0, 9000)
+    machine.replace(2, 1, 30_000)
+    machine.leave_half_done(2)
+    machine.restart()
+    machine.replace(1, 2, 9000)
+    machine.forget(0)
+
+
+WORKLOADS = [fill_and_reuse, forget_and_write_again, restart_in_between, leave_and_go_on, write_more_rows]
 
 
 def crash_everywhere(machine_class: Any, workload: Callable[[Any], None], seed: int) -> int:
@@ -106,3 +116,12 @@ def test_listing_before_flushing_is_caught() -> None:
     with pytest.raises((AssertionError, CorruptObject)):
         for seed in range(20):
             crash_everywhere(Eager, fill_and_reuse, seed)
+
+
+def test_removing_before_the_other_is_there_is_caught() -> None:
+    class Impatient(CrashMachine):  # type: ignore[misc]
+        tier_class = crash.ImpatientTier
+
+    with pytest.raises((AssertionError, CorruptObject)):
+        for seed in range(20):
+            crash_everywhere(Impatient, write_more_rows, seed)

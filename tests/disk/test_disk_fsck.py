@@ -16,6 +16,7 @@ from kvtier.disk.fsck import Report, fsck
 from kvtier.disk.header import HEADER_BYTES
 from kvtier.disk.index import ConversationRecord
 from kvtier.errors import ConfigError, CorruptObject, TierUnavailable
+from kvtier.records import frame
 from kvtier.testing.tier_kit import content, default_meta, found, get
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ COUNT = 12
 def filled(bench: Bench) -> None:
     for n in range(COUNT):
         bench.put(n)
-    bench.tier.commit_with_records([], [ConversationRecord("t", "c", 1, b"x")])
+    bench.tier.commit_with_records([], [ConversationRecord("t", "c", 1, frame("t", "c", 1, b"x"))])
 
 
 def checked(bench: Bench, *, repair: bool = False) -> Report:
@@ -88,6 +89,19 @@ def test_each_kind_of_damage_is_found_and_mended(bench: Bench) -> None:
     for n in range(4):
         assert get(bench.tier, bench.put(n)) == content(n, NBYTES)
     assert checked(bench).is_clean
+
+
+def test_a_damaged_record_is_found_and_removed(bench: Bench) -> None:
+    filled(bench)
+    damaged = frame("t", "d", 1, b"y")[:-1] + b"z"
+    bench.tier.commit_with_records([], [ConversationRecord("t", "d", 1, damaged)])
+    report = checked(bench)
+    assert not report.is_clean
+    assert (report.index, report.conversations, report.damaged_records) == ("sound", 2, 1)
+    assert checked(bench, repair=True).repaired == ["1 records of conversations removed"]
+    report = checked(bench)
+    assert report.is_clean
+    assert (report.conversations, report.objects) == (1, COUNT)
 
 
 def test_damage_goes_unnoticed_by_a_check_that_reads_no_payload(

@@ -162,7 +162,7 @@ class LoopExt4:
         if self.mounted:
             _run("umount", str(self.mount_point))
             self.mounted = False
-            # While a process with mounts of its own still sees it, it would be mounted again as it is: stopped.
+            # While a process with mounts of its own sees it, it would be mounted again as it is: stopped.
             free = wait_until(lambda: not _run("losetup", "-j", str(self.image)), 60.0)
             assert free, "somebody else holds the file system"
 

@@ -34,7 +34,7 @@ class Rig:
 
     def _on_bad(self, entry: Entry, problem: CorruptObject) -> None:
         self.bad.append(entry)
-        self.tier._quarantine(entry, problem)
+        self.tier._mover.quarantine(entry, problem)
 
     def run(self, *, passes: int = 1, steps: int = 100_000) -> None:
         for _ in range(steps):

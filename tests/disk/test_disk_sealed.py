@@ -262,7 +262,7 @@ def test_the_scrub_unseals_and_finds_what_is_damaged(sealed: Bench) -> None:
     slots = [sealed.fill(n, sealed.numbers(n), CODECS[n % 2]) for n in range(6)]
     for n in (2, 3):
         sealed.flip(slots[n].address[0], (slots[n].address[1] + HEADER_BYTES + 999) * 8)
-    scrubber = Scrubber(sealed.tier._store, 1 << 30, lambda: False, sealed.tier._quarantine)
+    scrubber = Scrubber(sealed.tier._store, 1 << 30, lambda: False, sealed.tier._mover.quarantine)
     now_s = 0.0
     while scrubber.stats.passes < 1:
         now_s += scrubber.step(now_s)

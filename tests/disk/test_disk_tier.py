@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +13,10 @@ import pytest
 
 from kvtier.checksum import checksum
 from kvtier.disk.buffers import PAGE
+from kvtier.disk.fsck import fsck
 from kvtier.disk.header import HEADER_BYTES
-from kvtier.disk.index import ConversationRecord
+from kvtier.disk.index import Batch, ConversationRecord
+from kvtier.disk.ledger import room_for
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import (
     ConfigError,
@@ -24,6 +28,7 @@ from kvtier.errors import (
     TierFull,
     TierUnavailable,
 )
+from kvtier.objects import ObjectId
 from kvtier.testing.tier_kit import content, default_meta, found, get
 from kvtier.tier import Slot
 
@@ -187,3 +192,100 @@ def test_after_close_everything_is_refused(bench: Bench) -> None:
         with pytest.raises(TierUnavailable, match="closed"):
             call()
     bench.tier.close()
+
+
+# -- in the place of another
+
+
+def beside(bench: Bench, nbytes: int = 2 * NBYTES) -> tuple[Slot, bytes]:
+    """Object 0 is there, and another one of its name is written and not committed."""
+    bench.put(0)
+    slot = bench.tier.reserve(default_meta(0, nbytes), holder="w", replacing=True)
+    data = content(77, nbytes)
+    bench.tier.write(slot, data)
+    return slot, data
+
+
+def stored(bench: Bench) -> bytes:
+    return get(bench.tier, found(bench.tier, default_meta(0, 1).object_id))
+
+
+def test_an_object_stays_until_the_commit_of_the_one_in_its_place(bench: Bench) -> None:
+    slot, data = beside(bench)
+    for replacing in (False, True):
+        with pytest.raises(ObjectExists):
+            bench.tier.reserve(default_meta(0, NBYTES), holder="x", replacing=replacing)
+    assert stored(bench) == content(0, NBYTES)
+    bench.tier.commit([(slot, checksum(data))])
+    assert stored(bench) == data
+    bench.tier.commit([])
+    usage = bench.tier.usage()
+    assert (usage.objects, usage.filling_bytes) == (1, 0)
+    assert usage.used_bytes == room_for(2 * NBYTES)
+    bench.reopen()
+    assert stored(bench) == data
+    assert bench.tier.usage().used_bytes == room_for(2 * NBYTES)
+    bench.tier.remove(object_id(0))
+    bench.reopen()
+    assert bench.find(0) is None
+
+
+@pytest.mark.parametrize("call", ["", "fdatasync"])
+def test_an_object_stays_when_the_one_in_its_place_does_not_come(bench: Bench, call: str) -> None:
+    slot, data = beside(bench)
+    if call:
+        bench.ops.fail[call] = errno.EIO
+        with pytest.raises(TierError):
+            bench.tier.commit([(slot, checksum(data))])
+        bench.ops.fail.clear()
+    else:
+        bench.tier.abort(slot, quiet=True)
+    assert stored(bench) == content(0, NBYTES)
+    bench.reopen()
+    assert stored(bench) == content(0, NBYTES)
+    usage = bench.tier.usage()
+    assert (usage.objects, usage.used_bytes) == (1, room_for(NBYTES))
+
+
+def test_an_object_stays_when_the_index_cannot_list_the_one_in_its_place(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot, data = beside(bench)
+
+    def apply(batch: Batch) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.tier._store.index, "apply", apply)
+        with pytest.raises(TierError):
+            bench.tier.commit([(slot, checksum(data))])
+    assert stored(bench) == content(0, NBYTES)
+    bench.tier.commit([])
+    bench.reopen()
+    assert stored(bench) == content(0, NBYTES)
+
+
+def test_what_is_removed_while_it_is_replaced_is_not_there_twice(bench: Bench) -> None:
+    slot, data = beside(bench)
+    bench.tier.remove(object_id(0))
+    assert bench.find(0) is None
+    bench.tier.commit([(slot, checksum(data))])
+    bench.tier.commit([])
+    assert stored(bench) == data
+    assert bench.tier.usage().used_bytes == room_for(2 * NBYTES)
+
+
+def test_an_index_made_anew_has_the_newer_of_two(bench: Bench) -> None:
+    slot, data = beside(bench)
+    bench.tier.commit([(slot, checksum(data))])
+    bench.tier.close()
+    for path in bench.directory.glob("index.sqlite*"):
+        path.unlink()
+    fsck(bench.directory, repair=True)
+    bench.open()
+    assert stored(bench) == data
+    assert bench.tier.usage().objects == 1
+
+
+def object_id(index: int) -> ObjectId:
+    return default_meta(index, 1).object_id

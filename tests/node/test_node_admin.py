@@ -287,6 +287,7 @@ def test_a_hint_is_kept_over_a_restart(rig, worker):
     rig.run()
     assert type(rig.ask(Hint(conversation="chat", tenant="acme", returns_in_s=5.0))).__name__ == "Done"
     rig.ask(Hint(conversation="chat", tenant="acme", keep_for_s=50.0))
+    rig.tick()
     rig.run()
     (known,) = rig.restarted().core.state.conversations.values()
     assert (known.returns_at_s, known.keep_until_s, known.version) == (1005.0, 1050.0, 3)

@@ -272,6 +272,26 @@ def test_more_rows_of_a_window_replace_fewer_on_disk(make_rig):
     assert reborn.violations == []
 
 
+@pytest.mark.parametrize("reason", ["wear", "disk_error", "power loss"])
+def test_fewer_rows_stay_on_disk_until_more_are_there(make_rig, reason):
+    rig = make_rig()
+    worker = rig.attach(HYBRID)
+    rig.park(worker, "chat", range(12), level="disk", held_from=[0, 7, 0])
+    rig.run()
+    held_bytes = rig.core.state.disk_held_bytes
+    again = rig.park(worker, "fork", range(11), level="disk")
+    rig.run_copies()
+    assert all(isinstance(op.message, DiskWrite) for op in rig.disk_ops())
+    if reason != "power loss":
+        while rig.ops:
+            rig.finish(rig.ops[0], reason)
+        assert said(again.receipt) == ("host", reason)
+        assert rig.core.state.disk_held_bytes == held_bytes
+        assert rig.resume(worker, "chat", range(12)).receipt.tokens == 12
+    reborn = rig.restarted()
+    assert reborn.resume(reborn.attach(HYBRID), "chat", range(12)).receipt.tokens == 12
+
+
 @pytest.mark.parametrize("level", ["host", "disk"])
 def test_a_wish_travels_with_the_park(rig, worker, level):
     rig.park(worker, "chat", range(4), level=level, returns_in_s=60.0, keep_for_s=600.0)

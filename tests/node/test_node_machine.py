@@ -7,7 +7,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from kvtier.host.slots import HostSlots
 from kvtier.keys import make_root, tenant_secret
 from kvtier.node.copies import Copies
+from kvtier.node.disk_dues import DiskDues
 from kvtier.node.disk_requests import DiskRequests
+from kvtier.node.disk_side import DiskSide
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET
@@ -62,6 +64,20 @@ def let_removals_overtake_writes(patch):
     patch.setattr(DiskRequests, "_is_held_back", lambda self, request: False)
 
 
+def believe_a_disk_that_comes_late(patch):
+    patch.setattr(DiskDues, "was_forgotten", lambda self, name: False)
+
+
+def remove_before_writing_more_rows(patch):
+    write = DiskSide.write
+
+    def careless(self, objects, *rest, **wishes):
+        self.remove([s for s in objects if s.on_disk is not None])
+        write(self, objects, *rest, **wishes)
+
+    patch.setattr(DiskSide, "write", careless)
+
+
 def evict_what_a_plan_holds(patch):
     def without_looking(call):
         def careless(self, block, *stored):
@@ -87,6 +103,8 @@ def evict_what_a_plan_holds(patch):
         forget_the_tenant,
         count_a_job_as_quiet_when_it_is_over,
         let_removals_overtake_writes,
+        believe_a_disk_that_comes_late,
+        remove_before_writing_more_rows,
         evict_what_a_plan_holds,
     ],
     ids=lambda control: control.__name__,

@@ -252,3 +252,19 @@ def test_parks_of_shards_stand_side_by_side(rig):
     rig.run()
     assert rig.resume(right, "chat", range(6)).receipt.tokens == 6
     assert len(rig.core.state.conversations) == 1
+
+
+def test_a_park_whose_copies_are_slow_ends_for_the_time_and_not_for_want_of_room(make_rig):
+    rig = make_rig()
+    worker = rig.attach()
+    park = rig.park(worker, "chat", range(8), timeout_s=1.0)
+    rig.tick(2.0)
+    for op in list(rig.ops):
+        rig.finish(op, "cancelled")
+    receipt = park.receipt
+    assert (receipt.level, receipt.reason, receipt.detail) == (
+        "none",
+        "deadline",
+        "its copies did not end in time",
+    )
+    assert receipt.retry_after_s is None

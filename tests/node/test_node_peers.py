@@ -1,10 +1,21 @@
 """Workers and services that come, go, stop and die: what was begun ends, and no slot is reused too early."""
 
+import msgspec
 import pytest
 
 from kvtier.errors import FingerprintError, GeometryError
 from kvtier.geometry import Geometry, GroupGeometry
-from kvtier.messages import Attach, CopiesEnded, Detach, Hint, Ping
+from kvtier.messages import (
+    Attach,
+    CopiesEnded,
+    Detach,
+    Forget,
+    Hint,
+    ListConversations,
+    Locate,
+    Ping,
+    Show,
+)
 from kvtier.node.events import Received
 from kvtier.testing.core_rig import MODEL
 from kvtier.testing.rig_uses import FULL, PLAIN, UNIT
@@ -325,3 +336,47 @@ def test_questions_do_not_move_anything(rig, worker):
     rig.ask(Ping())
     rig.ask(Hint(conversation="chat", tenant="acme"))
     assert len(rig.ops) == before
+
+
+# --- what callers may ask for -----------------------------------------------------------------------------
+
+LONG = "x" * 1025
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (Show(conversation=LONG, tenant="acme"), "conversation"),
+        (Show(conversation="chat", tenant=LONG), "tenant"),
+        (Show(conversation="", tenant="acme"), "conversation"),
+        (Locate(conversation="chat", tenant=LONG), "tenant"),
+        (Hint(conversation="é" * 513, tenant="acme"), "conversation"),
+        (Forget(conversation="chat", tenant=LONG), "tenant"),
+        (ListConversations(tenant=LONG), "tenant"),
+    ],
+)
+def test_names_have_a_bound_whoever_asks(make_rig, message, field):
+    refusal = make_rig().ask(message)
+    assert (refusal.error, refusal.message.partition(":")[0]) == ("ConfigError", field)
+    assert refusal.fix
+
+
+@pytest.mark.parametrize("field", ["tenant", "conversation", "fidelity", "codec"])
+def test_a_park_with_a_long_name_changes_nothing_and_reaches_no_disk(make_rig, field):
+    rig = make_rig()
+    worker = rig.attach()
+    names = {"name": "chat"} | {"name" if field == "conversation" else field: LONG}
+    park = rig.park(worker, **names, tokens=range(8), level="disk")
+    assert (park.failed.error, field in park.failed.message) == ("ConfigError", True)
+    assert not rig.ops and not rig.core.state.conversations
+    plan = rig.plan(worker, "chat", range(8), tenant=LONG)
+    assert plan.error == "ConfigError"
+
+
+@pytest.mark.parametrize("field", ["shard", "model", "layout"])
+def test_a_pool_with_a_long_name_is_not_attached(make_rig, field):
+    rig = make_rig()
+    attach = Attach(fingerprint=b"m" * 32, model="m", geometry=PLAIN, shard="s", layout="l", pool_pages=4)
+    refusal = rig.ask(msgspec.structs.replace(attach, **{field: LONG}), "client:1")
+    assert (refusal.error, field in refusal.message) == ("ConfigError", True)
+    assert not rig.core.state.workers

@@ -205,6 +205,7 @@ def test_a_park_to_disk_does_not_wait_for_the_spill_of_another_conversation(make
     waiting = rig.park(worker, "spilled", range(20), level="disk")
     rig.run_copies()
     rig.ask(Hint(conversation="spilled", tenant="acme", returns_in_s=5.0))
+    rig.tick()
     # ... and this one not.
     other = rig.park(worker, "other", range(50, 58), level="disk")
     while not other.receipts:
@@ -235,6 +236,7 @@ def test_a_queue_in_strict_order_makes_it_wait(make_rig, monkeypatch):
 
     monkeypatch.setattr(DiskRequests, "_is_held_back", strict)
     rig.ask(Hint(conversation="spilled", tenant="acme", returns_in_s=5.0))
+    rig.tick()
     assert stuck
     other = rig.park(worker, "other", range(50, 58), level="disk")
     for _ in range(8):

@@ -97,9 +97,7 @@ EXTRAS_WITH_CODE = ("cli", "daemon", "disk", "encryption", "sim", "transformers"
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     extras = PROJECT["project"]["optional-dependencies"]
     needed = names(PROJECT["project"]["dependencies"])
-    needed = needed.union(*(names(extras[extra]) for extra in EXTRAS_WITH_CODE)) - {
-        "kvtier"
-    }
+    needed = needed.union(*(names(extras[extra]) for extra in EXTRAS_WITH_CODE)) - {"kvtier"}
     # cupy's package has its CUDA version in its name; kvtier.testing is for those who have pytest.
     optional = {"cupy", "pytest", "hypothesis"}
     assert needed <= imported() <= needed | optional

@@ -48,13 +48,14 @@ def ls(tenant: str, limit: int | None, as_json: bool, **where: Any) -> None:
 @options.json_option
 @click.pass_context
 def show(ctx: click.Context, /, conversation: str, tenant: str, as_json: bool, **where: Any) -> None:
-    """Show one parked conversation. Exit code 1 when it is not here."""
+    """Show one parked conversation. Exit code 1 when it is not here; --json then writes "found": false."""
     from kvtier.cli import output
 
     with options.open_client(**where) as kv:
         info = kv.show(conversation, tenant=tenant)
     if as_json:
-        output.print_json(info)
+        nothing = {"conversation": conversation, "tenant": tenant, "found": False}
+        output.print_json(nothing if info is None else info)
     elif info is not None:
         output.print_facts(_facts(info, time.time()))
     if info is None:

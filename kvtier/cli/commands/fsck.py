@@ -106,7 +106,7 @@ def _print_report(report: Report) -> None:
             ("graves", report.graves),
             ("segments", f"{report.segments} ({output.size(report.segment_bytes)})"),
             ("objects", f"{report.objects:,} ({output.size(report.object_bytes)}) intact"),
-            ("conversations", f"{report.conversations:,}"),
+            ("conversations", _conversations(report)),
             ("not checked", ": ".join([f"{report.unchecked:,}", *report.unchecked_why])),
             ("damaged", f"{report.damaged_headers:,} headers, {report.damaged_payloads:,} payloads"),
             ("listed and not there", f"{report.entries_without_object:,}"),
@@ -123,12 +123,18 @@ def _print_report(report: Report) -> None:
     output.print_line(_verdict(report))
 
 
+def _conversations(report: Report) -> str:
+    damaged = f", {report.damaged_records:,} of their records damaged" if report.damaged_records else ""
+    return f"{report.conversations:,}{damaged}"
+
+
 def _verdict(report: Report) -> str:
     if report.is_clean:
         return "clean"
     if report.repaired:
         return "damage was found and repaired"
-    if report.damaged_headers + report.damaged_payloads + report.entries_without_object + report.overlaps:
+    listed = report.damaged_headers + report.damaged_payloads + report.entries_without_object
+    if listed + report.overlaps + report.damaged_records:
         return "damage was found: run with --repair"
     if report.index != "sound":
         return "the index cannot be used: run with --repair"

@@ -56,13 +56,13 @@ class SimulatedDisk:
         new = {
             (meta.block_key, meta.group, meta.shard): meta
             for meta in message.metas
-            if (meta.block_key, meta.group, meta.shard) not in self._objects
+            if _room_bytes(meta.nbytes) > self._objects.get((meta.block_key, meta.group, meta.shard), 0)
         }
         rooms = {key: _room_bytes(meta.nbytes) for key, meta in new.items()}
         if self.used_bytes + sum(rooms.values()) > self.capacity_bytes:
             return now_s, t.DiskWritten(job=message.job, ok=False, reason="disk_full")
+        self.used_bytes += sum(room - self._objects.get(key, 0) for key, room in rooms.items())
         self._objects.update(rooms)
-        self.used_bytes += sum(rooms.values())
         nbytes = 0
         for meta in new.values():
             tenant = message.roots[meta.root].tenant
