@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from benchmarks.awake import CoresAwake
 from benchmarks.echo import Echo
 from benchmarks.lines import Line, alternate, micros_line, rate_line, seconds
 from benchmarks.llama import (
@@ -94,6 +95,13 @@ def _park_and_restore(
 
 
 def _calls(client: Client) -> Iterator[Line]:
+    """As the machine is, and with no core asleep: what is between is the time to wake a core."""
+    yield _empty_call(client, "empty call over the socket")
+    with CoresAwake():
+        yield _empty_call(client, "empty call over the socket, no core asleep")
+
+
+def _empty_call(client: Client, name: str) -> Line:
     pings: list[float] = []
     echoes: list[float] = []
     with Echo() as echo:
@@ -102,7 +110,7 @@ def _calls(client: Client) -> Iterator[Line]:
             pings += [seconds(client.ping) for _ in range(_IN_A_ROW)]
     bare_us = round(statistics.median(echoes) * 1e6, 1)
     limit_is = "bare echo between two processes"
-    yield micros_line("empty call over the socket", pings, bare_us, limit_is=limit_is, aim_us=_CALL_AIM_US)
+    return micros_line(name, pings, bare_us, limit_is=limit_is, aim_us=_CALL_AIM_US)
 
 
 def _lookups(client: Client) -> Iterator[Line]:

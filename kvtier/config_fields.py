@@ -92,8 +92,6 @@ def _bounds(meta: msgspec.Meta) -> list[str]:
         texts.append(f"from {_number(meta.ge)}")
     if meta.le is not None:
         texts.append(f"to {_number(meta.le)}")
-    if meta.multiple_of is not None:
-        texts.append(f"a multiple of {meta.multiple_of:g}")
     return texts
 
 

@@ -185,21 +185,6 @@ class GpuConfig(Section, frozen=True):
     ] = 3
 
 
-class BlocksConfig(Section, frozen=True):
-    """How a conversation is cut up."""
-
-    block_tokens: Annotated[
-        int,
-        Meta(
-            ge=16,
-            le=16384,
-            multiple_of=16,
-            description="Tokens of one block; a multiple of the engine's page. "
-            "A change makes all parked KV a miss.",
-        ),
-    ] = 256
-
-
 class PolicyConfig(Section, frozen=True):
     """What is kept and how it is brought back."""
 
@@ -333,7 +318,6 @@ class Config(Section, frozen=True):
     host: HostConfig = HostConfig()
     disk: DiskConfig = DiskConfig()
     gpu: GpuConfig = GpuConfig()
-    blocks: BlocksConfig = BlocksConfig()
     policy: PolicyConfig = PolicyConfig()
     leases: LeasesConfig = LeasesConfig()
     access: AccessConfig = AccessConfig()

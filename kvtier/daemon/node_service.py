@@ -219,7 +219,7 @@ class NodeService:
             self._events[hello.worker] = connection
             for message in self._unsent.pop(hello.worker, ()):
                 connection.send(message)
-            self._handle(EventsJoined(hello.worker))
+            self._handle(EventsJoined(hello.worker, peer.pid))
 
     def _refusal(self, hello: Hello) -> KvtierError | None:
         if hello.role == "copy":

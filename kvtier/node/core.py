@@ -110,6 +110,9 @@ class NodeCore:
             self._peers.left(stimulus.peer)
         elif isinstance(stimulus, ProcessEnded):
             self._peers.process_ended(stimulus.peer)
+        elif isinstance(stimulus, EventsJoined):
+            if stimulus.worker in state.workers:
+                state.workers[stimulus.worker].pid = stimulus.pid
         elif isinstance(stimulus, ArenaGrew):
             self._arena_grew(stimulus)
         elif isinstance(stimulus, Tick):

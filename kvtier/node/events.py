@@ -36,9 +36,10 @@ class ProcessEnded:
 
 @dataclass(frozen=True, slots=True)
 class EventsJoined:
-    """A worker's events connection is open."""
+    """A worker's events connection is open. pid: of its process, as the kernel says; 0 where unknown."""
 
     worker: str
+    pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)

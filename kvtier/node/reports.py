@@ -104,7 +104,7 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         uptime_s=0.0 if state.started_s is None else state.now_s - state.started_s,
         tiers=tuple(_tiers(state)),
         workers=tuple(
-            WorkerInfo(w.name, w.model, w.shard, w.mode, state.pids.get(w.peer, 0), len(w.jobs))
+            WorkerInfo(w.name, w.model, w.shard, w.mode, w.pid, len(w.jobs))
             for w in state.workers.values()
             if w.connected
         ),

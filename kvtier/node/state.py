@@ -37,6 +37,7 @@ class Worker:
     pool_pages: int = 0
     pool: dict[str, Any] = field(default_factory=dict)
     connected: bool = True
+    pid: int = 0
     jobs: set[str] = field(default_factory=set)
 
 

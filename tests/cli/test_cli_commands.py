@@ -201,7 +201,7 @@ def test_config_show_prints_toml_and_origins(kv, tmp_path):
     assert tomllib.loads(few.out) == {"host": {"capacity_bytes": "1GiB"}}
     every = tomllib.loads(kv("config", "show", "--config", str(file), "--effective").out)
     assert every["host"]["capacity_bytes"] == "1GiB"
-    assert every["blocks"]["block_tokens"] == 256
+    assert every["gpu"]["mode"] == "worker"
     values = json.loads(kv("config", "show", "--set", "gpu.mode=shared", "--json").out)
     assert values == {"gpu.mode": {"value": "shared", "origin": "argument"}}
 

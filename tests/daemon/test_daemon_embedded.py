@@ -51,6 +51,7 @@ def test_connect_embedded() -> None:
         local = attach(client)
         with local.worker:
             assert local.park(1, PAGES, TOKENS, level="disk").result().raise_for_level().level == "disk"
+            assert [worker.pid for worker in client.status().workers] == [os.getpid()]
             assert local.restore(1, PAGES, TOKENS).tokens == TOKENS
             longer = local.worker.plan("chat-1", tokens_of(1, TOKENS + 40))
             assert longer.load_tokens == TOKENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from kvtier.cli.demo.scenario import BLOCK_TOKENS, DISK_BYTES, HOST_BYTES
+from kvtier.cli.demo.scenario import DISK_BYTES, HOST_BYTES
 from kvtier.config import load
 from kvtier.errors import KvtierError
 from kvtier.paths import node_socket
@@ -38,7 +38,6 @@ def daemon_settings(work: Path, runtime: Path) -> dict[str, str | int]:
         "disk.directory": str(work / "disk"),
         "disk.capacity_bytes": DISK_BYTES,
         "disk.segment_bytes": 64 << 20,
-        "blocks.block_tokens": BLOCK_TOKENS,
     }
 
 
