@@ -40,8 +40,8 @@ from benchmarks.real_kv import DIM, bf16_blocks
 from kvtier.checksum import checksum
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.coder import Coder
+from kvtier.disk.entry import room_for
 from kvtier.disk.header import decode
-from kvtier.disk.ledger import room_for
 from kvtier.disk.tier import DiskTier
 from kvtier.disk.vault import Vault
 from kvtier.geometry import LOSSY

@@ -8,13 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.disk.large import large
+from benchmarks.disk.async_files import async_files
+from benchmarks.disk.large import BLOCK_BYTES, CONVERSATIONS, large
 from benchmarks.disk.many import many
+from benchmarks.disk.peers import peers, skipped
 from benchmarks.disk.quiet import quiet
 from benchmarks.disk.scale import scale
 from benchmarks.lines import Line, table
 
-GROUPS = ("large", "many", "quiet", "scale")
+GROUPS = ("large", "peers", "aiofiles", "many", "quiet", "scale")
 
 
 def main() -> int:
@@ -26,6 +28,8 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=1.0, help="GiB of the large conversation")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--conversations", type=int, default=2000)
+    parser.add_argument("--lmcache-python", type=Path, help="a Python that has lmcache and torch")
+    parser.add_argument("--mooncake-python", type=Path, help="a Python that has mooncake-transfer-engine")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks of the large index")
     options = parser.parse_args()
     unknown = sorted(set(options.only.split(",")) - set(GROUPS))
@@ -46,6 +50,14 @@ def _figures(options: argparse.Namespace, folder: Path) -> Iterator[Line]:
     nbytes = int(options.gib * 32) * (32 << 20)
     if "large" in chosen:
         yield from large(folder, nbytes, options.rounds)
+    if "peers" in chosen:
+        for missing in skipped(options.lmcache_python, options.mooncake_python):
+            print(missing, file=sys.stderr)
+        # Half as much: the others keep a copy of everything in memory of their own.
+        half = max(CONVERSATIONS * BLOCK_BYTES, nbytes // 2)
+        yield from peers(folder, half, options.rounds, options.lmcache_python, options.mooncake_python)
+    if "aiofiles" in chosen:
+        yield from async_files(folder, nbytes, options.rounds)
     if "many" in chosen:
         yield from many(folder, options.conversations, options.rounds)
     if "quiet" in chosen:

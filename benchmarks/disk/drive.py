@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.memory import Bytes, faulted
 
@@ -37,9 +38,9 @@ class Drive:
     """A file of its own in `folder`, as long as `nbytes`, and memory to fill it from and into."""
 
     def __init__(self, folder: Path, nbytes: int) -> None:
-        self._path = folder / "limit.bin"
+        self.path = folder / "limit.bin"
         self.nbytes = nbytes
-        self.memory: Bytes = faulted(nbytes)
+        self.memory: Bytes = faulted(nbytes, huge=True)
         self._fill()
         self.renew()
 
@@ -53,8 +54,8 @@ class Drive:
 
     def renew(self) -> None:
         """A new file, preallocated, nothing of it written: what a store's next segment is."""
-        self._path.unlink(missing_ok=True)
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        self.path.unlink(missing_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
             os.fsync(fd)
@@ -77,11 +78,11 @@ class Drive:
 
     def close(self) -> None:
         """Delete the file."""
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     @contextmanager
     def _open(self, way: Way) -> Iterator[int]:
-        fd = os.open(self._path, os.O_RDWR | (os.O_DIRECT if way.direct else 0))
+        fd = os.open(self.path, os.O_RDWR | (os.O_DIRECT if way.direct else 0))
         try:
             yield fd
         finally:
@@ -94,7 +95,7 @@ class Drive:
                 pass
 
 
-def _whole(call: Callable[[int, Bytes, int], int], fd: int, part: Bytes, at: int) -> None:
+def _whole(call: Callable[[int, Any, int], int], fd: int, part: Bytes, at: int) -> None:
     done = 0
     while done < part.nbytes:
         moved = call(fd, part[done:], at + done)
@@ -104,7 +105,7 @@ def _whole(call: Callable[[int, Bytes, int], int], fd: int, part: Bytes, at: int
 
 
 def _pread_into(fd: int, part: Bytes, at: int) -> int:
-    return os.preadv(fd, [part], at)
+    return os.preadv(fd, [part.data], at)
 
 
 def forget_page_cache(*folders: Path) -> None:
@@ -125,5 +126,14 @@ def forget_page_cache(*folders: Path) -> None:
 
 def device_read_bytes() -> int:
     """What this process has had read from block devices so far: the proof that a read was cold."""
+    return _io("read_bytes")
+
+
+def written_bytes() -> int:
+    """What this process has written so far, and what it will, of what lies in the page cache."""
+    return _io("write_bytes")
+
+
+def _io(name: str) -> int:
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["read_bytes"])
+    return int(fields[name])

@@ -5,15 +5,27 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.disk.drive import READS, WRITES, Drive, Way, device_read_bytes, forget_page_cache
-from benchmarks.disk.store import blocks_of, opened, park, restore, sums_of
+from benchmarks.disk.drive import (
+    READS,
+    WRITES,
+    Drive,
+    Way,
+    device_read_bytes,
+    forget_page_cache,
+    written_bytes,
+)
+from benchmarks.disk.store import blocks_of, meta_of, opened, park, restore, sums_of
 from benchmarks.lines import Line, rate_line, seconds
+from benchmarks.memory import Bytes, pages_kind
 from kvtier.disk.tier import DiskTier
 
 MiB = 1 << 20
 BLOCK_BYTES = 32 * MiB
+CONVERSATIONS = 8
 _BEST_OF = 3
 
 
@@ -54,75 +66,144 @@ def large(folder: Path, nbytes: int, rounds: int) -> Iterator[Line]:
         yield from lines
         blocks = blocks_of(drive.memory, BLOCK_BYTES)
         sums = sums_of(blocks)
-        yield _parks(drive, folder, writes, rounds, lambda tier, first: _park_one(tier, first, blocks, sums))
+        yield _parks(drive, folder, writes, rounds, blocks, sums)
+        yield _parks_again(drive, folder, writes, rounds, blocks, sums)
         with opened(folder / "store", 4 * nbytes) as tier:
             park(tier, range(len(blocks)), blocks, sums)
-            names = {"one conversation": _restore_one, "eight conversations at once": _restore_eight}
-            for name, work in names.items():
-                yield _restores(drive, folder, reads, rounds, name, lambda w=work: w(tier, blocks))
+            names = {"one conversation": 1, "eight conversations at once": CONVERSATIONS}
+            for name, at_once in names.items():
+                work = partial(restore_all, tier, range(len(blocks)), blocks, at_once)
+                yield _restores(drive, folder, reads, rounds, name, work)
     finally:
         drive.close()
 
 
-def _park_one(tier: DiskTier, first: int, blocks: Sequence, sums: Sequence[int]) -> None:  # type: ignore[type-arg]
-    park(tier, range(first, first + len(blocks)), blocks, sums)
-
-
-def _restore_one(tier: DiskTier, blocks: Sequence) -> None:  # type: ignore[type-arg]
-    restore(tier, range(len(blocks)), blocks)
-
-
-def _restore_eight(tier: DiskTier, blocks: Sequence) -> None:  # type: ignore[type-arg]
-    parts = [range(i, len(blocks), 8) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in pool.map(lambda part: restore(tier, part, [blocks[i] for i in part]), parts):
+def restore_all(tier: DiskTier, numbers: range, blocks: Sequence[Bytes], at_once: int) -> None:
+    """Blocks of these numbers, as so many conversations at the same time."""
+    if at_once == 1:
+        restore(tier, numbers, blocks)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        for _ in pool.map(lambda n: restore(tier, numbers[n::at_once], blocks[n::at_once]), range(at_once)):
             pass
 
 
 def _parks(
-    drive: Drive, folder: Path, ways: Sequence[Way], rounds: int, work: Callable[[DiskTier, int], None]
+    drive: Drive,
+    folder: Path,
+    ways: Sequence[Way],
+    rounds: int,
+    blocks: Sequence[Bytes],
+    sums: Sequence[int],
 ) -> Line:
-    limits, works = [], []
-    for number in range(rounds):
-        limits.append(min(_write(drive, way) for way in ways))
+    amplification = []
+
+    def own() -> float:
         # A store of its own each round, so that its segments are as new as the drive's file.
-        with opened(folder / f"store-{number}", 2 * drive.nbytes) as tier:
-            works.append(seconds(lambda tier=tier: work(tier, 0)))  # type: ignore[misc]
-            written, user = tier.stats().device_bytes, tier.stats().user_bytes
-        _delete(folder / f"store-{number}")
-    return rate_line(
+        with opened(folder / "parked", 2 * drive.nbytes) as tier:
+            before = written_bytes()
+            took = seconds(lambda: park(tier, range(len(blocks)), blocks, sums))
+            amplification.append((tier.stats().device_bytes, written_bytes() - before))
+        delete(folder / "parked")
+        return took
+
+    limits, works = alternate_rounds([partial(_write, drive, way) for way in ways], own, rounds)
+    segments, device = (
+        statistics.median(column) / drive.nbytes for column in zip(*amplification, strict=True)
+    )
+    return _line(
         "durable park of one conversation",
         drive.nbytes,
+        ways,
         limits,
         works,
-        bytes=drive.nbytes,
-        device_over_user_bytes=round(written / user, 4),
-        limit_ways=[str(way) for way in ways],
+        segment_over_user_bytes=round(segments, 4),
+        device_over_user_bytes=round(device, 4),
     )
+
+
+def _parks_again(
+    drive: Drive,
+    folder: Path,
+    ways: Sequence[Way],
+    rounds: int,
+    blocks: Sequence[Bytes],
+    sums: Sequence[int],
+) -> Line:
+    """In room that was written before, as a store that is full has no other; the limit likewise."""
+    with opened(folder / "again", 2 * drive.nbytes) as tier:
+
+        def own() -> float:
+            took = seconds(lambda: park(tier, range(len(blocks)), blocks, sums))
+            for place in range(len(blocks)):
+                tier.remove(meta_of(place, BLOCK_BYTES).object_id)
+            tier.commit([])
+            return took
+
+        own()
+        drive.write(ways[0])
+        again = [partial(seconds, partial(drive.write, way)) for way in ways]
+        limits, works = alternate_rounds(again, own, rounds)
+    delete(folder / "again")
+    return _line("durable park of one conversation, in used room", drive.nbytes, ways, limits, works)
 
 
 def _restores(
     drive: Drive, folder: Path, ways: Sequence[Way], rounds: int, name: str, work: Callable[[], None]
 ) -> Line:
-    limits, works, cold = [], [], []
-    for _ in range(rounds):
-        limits.append(min(_read(drive, folder, way) for way in ways))
+    cold = []
+
+    def own() -> float:
         forget_page_cache(folder)
         before = device_read_bytes()
-        works.append(seconds(work))
+        took = seconds(work)
         cold.append((device_read_bytes() - before) / drive.nbytes)
+        return took
+
+    limits, works = alternate_rounds([partial(_read, drive, folder, way) for way in ways], own, rounds)
+    read = round(statistics.median(cold), 3)
+    return _line(f"cold restore of {name}", drive.nbytes, ways, limits, works, read_from_device=read)
+
+
+def alternate_rounds(
+    limits: Sequence[Callable[[], float]], own: Callable[[], float], rounds: int
+) -> tuple[list[list[float]], list[float]]:
+    """Seconds of each limit and of `own`, once a round; nobody always comes after the same other."""
+    calls = [*limits, own]
+    took: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        first = number % len(calls)
+        for place in [*range(first, len(calls)), *range(first)]:
+            took[place].append(calls[place]())
+    return took[:-1], took[-1]
+
+
+def _line(
+    name: str,
+    nbytes: int,
+    ways: Sequence[Way],
+    limits: Sequence[Sequence[float]],
+    works: Sequence[float],
+    **detail: Any,
+) -> Line:
+    """Against the way with the best median, round by round; and against the luckiest of each round."""
+    best = min(range(len(ways)), key=lambda place: statistics.median(limits[place]))
+    lucky = [min(each) / own for each, own in zip(zip(*limits, strict=True), works, strict=True)]
     return rate_line(
-        f"cold restore of {name}",
-        drive.nbytes,
-        limits,
+        name,
+        nbytes,
+        limits[best],
         works,
-        bytes=drive.nbytes,
-        read_from_device=round(statistics.median(cold), 3),
-        limit_ways=[str(way) for way in ways],
+        bytes=nbytes,
+        memory=pages_kind(),
+        limit_way=str(ways[best]),
+        ratio_to_luckiest_of_each_round=round(statistics.median(lucky), 3),
+        **detail,
     )
 
 
-def _delete(folder: Path) -> None:
+def delete(folder: Path) -> None:
+    """A folder and all that is in it."""
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()

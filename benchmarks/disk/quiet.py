@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from kvtier.worker import Worker
 MiB = 1 << 20
 _BLOCKS = 2
 _RESTORES = 300
+# As much is on the drive beforehand: what the scrub goes through.
+_SCRUBBED_BYTES = 5120 * MiB
 _SETTINGS = {
     "host.capacity_bytes": 1024 * MiB,
     "disk.capacity_bytes": 6144 * MiB,
@@ -33,7 +37,10 @@ _SETTINGS = {
 
 
 def quiet(folder: Path, rounds: int) -> Iterator[Line]:
-    """p99 of restores of 64 MiB, alone and beside another worker that parks more than memory holds."""
+    """p99 of restores of 64 MiB: alone, beside a worker that parks without a disk, and with all of it.
+
+    The second says what two processes that copy cost each other; the third is what the disk tier is held to.
+    """
     with (
         ServiceProcesses(folder / "node", _SETTINGS) as services,
         connect(services.socket_path) as client,
@@ -42,21 +49,69 @@ def quiet(folder: Path, rounds: int) -> Iterator[Line]:
         services.wait_faulted(client)
         tokens = np.random.default_rng(1).integers(0, 1 << 20, _BLOCKS * BLOCK_TOKENS, np.uint32)
         assert worker.park("kept", tokens, pages).result(timeout_s=60).ok
-        idle, busy, spilled = [], [], 0.0
+        one = _One(client, worker, tokens, pages)
+        with _Neighbour(services.socket_path):
+            one.restore_until("spilled_bytes", _SCRUBBED_BYTES)
+        idle, parks, busy, scrubbed, spilled = [], [], [], 0.0, 0.0
         for _ in range(max(1, rounds // 2)):
-            idle += _restores(worker, tokens, pages)
-            before = client.status().counters["spilled_bytes"]
+            services.kill("disk")
+            idle += one.restores()
             with _Neighbour(services.socket_path):
-                while client.status().counters["spilled_bytes"] < before + 256 * MiB:
-                    # Without use it would be among what is spilled.
-                    worker.restore(worker.plan("kept", tokens), pages, deadline_s=60)
-                busy += _restores(worker, tokens, pages)
-            spilled += client.status().counters["spilled_bytes"] - before
+                one.restore_until("parked_bytes", 2048 * MiB)
+                parks += one.restores()
+            # Its scrub begins where the last one stood, and goes through everything once.
+            services.start_all()
+            with _Neighbour(services.socket_path):
+                one.restore_until("spilled_bytes", 256 * MiB)
+                before = client.status().counters
+                busy += one.restores()
+                after = client.status().counters
+            spilled += after["spilled_bytes"] - before["spilled_bytes"]
+            scrubbed += after["disk_scrub_bytes"] - before["disk_scrub_bytes"]
     yield micros_line("host restore of 64 MiB, idle", idle)
-    quick, slow = _p99(idle), _p99(busy)
-    detail = {"p50_us": round(sorted(busy)[len(busy) // 2] * 1e6, 1), "spilled_bytes": spilled}
+    yield _beside("host restore of 64 MiB, beside parks without a disk, p99", idle, parks)
+    detail = {"spill_gb_per_s": spilled / sum(busy) / 1e9, "scrub_gb_per_s": scrubbed / sum(busy) / 1e9}
     name = "host restore of 64 MiB, spill and scrub flat out, p99"
-    yield Line(name, round(slow * 1e6), "us", round(quick * 1e6), round(slow / quick, 2), detail)
+    yield _beside(name, idle, busy, **{key: round(value, 2) for key, value in detail.items()})
+
+
+def _beside(name: str, idle: list[float], busy: list[float], **detail: float) -> Line:
+    """The p99 against that of the idle machine."""
+    quick, slow = _p99(idle), _p99(busy)
+    p50_us = round(sorted(busy)[len(busy) // 2] * 1e6, 1)
+    return Line(
+        name,
+        round(slow * 1e6),
+        "us",
+        round(quick * 1e6),
+        round(slow / quick, 2),
+        {"p50_us": p50_us, **detail},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """The worker whose restores are measured."""
+
+    client: Client
+    worker: Worker
+    tokens: np.ndarray
+    pages: list[int]
+
+    def restore_until(self, counter: str, more: float) -> None:
+        """Without use its blocks would be among what is spilled."""
+        until = self.client.status().counters[counter] + more
+        while self.client.status().counters[counter] < until:
+            self.worker.restore(self.worker.plan("kept", self.tokens), self.pages, deadline_s=60)
+
+    def restores(self) -> list[float]:
+        """Seconds of each."""
+        took = []
+        for _ in range(_RESTORES):
+            plan = self.worker.plan("kept", self.tokens)
+            assert {r.source for r in plan.ranges} == {"host"}, plan
+            took.append(seconds(partial(self.worker.restore, plan, self.pages, deadline_s=60)))
+        return took
 
 
 @contextmanager
@@ -71,15 +126,6 @@ def attached(client: Client, blocks: int, seed: int) -> Iterator[tuple[Worker, l
     model = Fingerprint.of_revision("bench@1", {"model_type": "llama"}, kv_dtype="bfloat16", layout=layout)
     with client.attach(model, pool, shard=Shard(0, LAYERS, 0, HEADS)) as worker:
         yield worker, pages
-
-
-def _restores(worker: Worker, tokens: np.ndarray, pages: list[int]) -> list[float]:  # type: ignore[type-arg]
-    took = []
-    for _ in range(_RESTORES):
-        plan = worker.plan("kept", tokens)
-        assert {r.source for r in plan.ranges} == {"host"}, plan
-        took.append(seconds(lambda plan=plan: worker.restore(plan, pages, deadline_s=60)))  # type: ignore[misc]
-    return took
 
 
 def _p99(samples: list[float]) -> float:

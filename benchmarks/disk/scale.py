@@ -11,8 +11,9 @@ from pathlib import Path
 
 from benchmarks.disk.store import SHARD, key_of, meta_of, opened
 from benchmarks.lines import Line, micros_line, seconds
-from kvtier.disk.index import Batch, Index, ObjectRow
+from kvtier.disk.index import Batch, Index
 from kvtier.disk.keys import EPOCH_SHIFT
+from kvtier.disk.rows import ObjectRow
 from kvtier.disk.segments import path_of
 from kvtier.disk.store import INDEX, SEGMENTS
 from kvtier.disk.tier import DiskTier

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtier.disk.entry import room_for
 from kvtier.disk.fileops import FileOps
-from kvtier.disk.ledger import room_for
 from kvtier.disk.lock import FORMAT
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import ConfigError, StaleSlot, TierFull

@@ -16,8 +16,9 @@ import msgpack
 
 from kvtier.daemon.disk_wear import WearMeter
 from kvtier.disk.codecs import RAW, CodecMissing, check_codec
+from kvtier.disk.codecs.planes import WIDTHS
+from kvtier.disk.entry import room_for
 from kvtier.disk.index import ConversationRecord
-from kvtier.disk.ledger import room_for
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import ConfigError, ObjectExists, StaleSlot, TierError, TierFull, TierUnavailable
 from kvtier.host.arena import ArenaView
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 # Of one spill so much is on its way at once, a block at least: the blocks of a park get in between.
 _SPILL_BLOCKS, _SPILL_BYTES = 16, 4 << 20
 _MODELS_KEY = "models"
+_USUAL_ITEM_BYTES = 2
 _NO_MODELS = b"\x90"
 
 
@@ -50,6 +52,7 @@ class _Reserved:
     source: Bytes
     checksum: int
     codec: str
+    item_bytes: int
 
 
 class DiskWriter:
@@ -141,7 +144,11 @@ class DiskWriter:
                 slot = self._tier.reserve(meta, holder=message.job, replacing=True)
             except ObjectExists:
                 continue
-            reserved.append(_Reserved(slot, source, item.checksum or 0, self._codec_for(wish)))
+            root = message.metas[place].root
+            said = message.item_bytes[root] if message.item_bytes else 0
+            # Any width decodes to the same bytes: where it is not known, that of most KV.
+            width = said if said in WIDTHS else _USUAL_ITEM_BYTES
+            reserved.append(_Reserved(slot, source, item.checksum or 0, self._codec_for(wish), width))
 
     def _copy(self, reserved: Sequence[_Reserved], *, spill: bool) -> None:
         """Write all of them; when one fails, the others have ended too before it is raised."""
@@ -151,7 +158,10 @@ class DiskWriter:
                 most = max(1, min(_SPILL_BLOCKS, _SPILL_BYTES // each.slot.nbytes))
                 while spill and len(running) >= most:
                     running.popleft().result()
-                running += self._tier.write_many([(each.slot, each.source)], codec=each.codec)
+                block = [(each.slot, each.source)]
+                running += self._tier.write_many(
+                    block, codec=each.codec, item_bytes=each.item_bytes, spill=spill
+                )
             while running:
                 running.popleft().result()
         finally:

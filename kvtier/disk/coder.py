@@ -21,7 +21,6 @@ from kvtier.disk.buffers import PAGE, StagingPool, padded
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.fileops import Bytes
 from kvtier.disk.header import UNSEALED, BlockHeader, Seal, associated, encode
-from kvtier.disk.index import ObjectRow
 from kvtier.disk.sealing import NONCE_BYTES, TAG_BYTES, seal, unseal
 from kvtier.errors import CorruptObject
 from kvtier.objects import ObjectMeta
@@ -72,10 +71,6 @@ class Coder:
         assert self.vault is not None
         assert meta.checksum is not None
         return replace(meta, checksum=meta.checksum ^ self.vault.mask(sequence, meta.root.tenant))
-
-    def unmasked(self, row: ObjectRow) -> ObjectRow:
-        """A row of the index with the payload's own checksum."""
-        return replace(row, meta=self.masked(row.meta, row.sequence)) if row.sealed else row
 
     # -- packing
 

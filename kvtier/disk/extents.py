@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Places: TypeAlias = npt.NDArray[np.int64]
 
 
 class ExtentAllocator:
@@ -45,21 +51,42 @@ class ExtentAllocator:
         """Every free extent as (segment, offset, length), in order of place."""
         return sorted((segment, offset, length) for length, segment, offset in self._by_length)
 
-    def add_segment(self, segment: int, nbytes: int, used: Iterable[tuple[int, int]] = ()) -> None:
-        """Take over a segment; `used` are its (offset, length) in order of offset, without overlap."""
+    def add_segment(self, segment: int, nbytes: int) -> None:
+        """Take over a segment that is wholly free."""
         if segment in self._segment_bytes:
             raise ValueError(f"segment {segment} is known already")
         self._segment_bytes[segment] = nbytes
         self._total_bytes += nbytes
-        at = 0
-        for offset, length in used:
-            if offset < at or length <= 0:
-                raise ValueError(f"used extents of segment {segment} overlap or are out of order")
-            self._insert(segment, at, offset - at)
-            at = offset + length
-        if at > nbytes:
-            raise ValueError(f"a used extent ends behind segment {segment}")
-        self._insert(segment, at, nbytes - at)
+        self._insert(segment, 0, nbytes)
+
+    def take_over(self, segments: Mapping[int, int], segment: Places, offset: Places, length: Places) -> None:
+        """Take over segments by their lengths, and what is used of them, in order of place.
+
+        For an allocator that has none yet.  Raises ValueError when used extents overlap, are not in order,
+        or are not within their segment.
+        """
+        end = offset + length
+        numbers = np.array(sorted(segments), dtype=np.int64)
+        lengths = np.array([segments[n] for n in numbers.tolist()], dtype=np.int64)
+        # From where on the used extents are of each segment, and the end of all.
+        bounds = np.append(np.searchsorted(segment, numbers), len(segment))
+        # A gap lies before each used extent, and one at the end of each segment.
+        before = np.roll(end, 1)
+        before[bounds[:-1][bounds[:-1] < len(end)]] = 0
+        last = np.where(np.diff(bounds) > 0, end[bounds[1:] - 1] if len(end) else 0, 0)
+        gaps = np.concatenate([offset - before, lengths - last])
+        ordered = (np.diff(segment) >= 0).all() and np.isin(segment, numbers).all()
+        if not ordered or (gaps < 0).any() or (length <= 0).any():
+            raise ValueError("used extents overlap, are out of order, or are not within their segment")
+        some = np.flatnonzero(gaps)
+        columns = gaps, np.concatenate([segment, numbers]), np.concatenate([before, last])
+        free = list(zip(*(column[some].tolist() for column in columns), strict=True))
+        self._by_length = sorted(free)
+        self._length_at = {(number, at): nbytes for nbytes, number, at in free}
+        self._by_place = sorted(self._length_at)
+        self._free_bytes = int(gaps.sum())
+        self._segment_bytes = dict(segments)
+        self._total_bytes = sum(segments.values())
 
     def remove_segment(self, segment: int) -> None:
         """Give up a segment that is wholly free. Raises ValueError when it is not."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, wait
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +46,10 @@ class FileOps(Protocol):
 
     def fsync_directory(self, directory: str) -> None:
         """Make names created or removed in the directory survive power loss."""
+        ...
+
+    def together(self, calls: Sequence[Callable[[], None]], threads: Executor) -> None:
+        """Make these calls in any order, or at once. When one of them raises, the others have ended, too."""
         ...
 
 
@@ -90,3 +95,14 @@ class OsFileOps:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def together(self, calls: Sequence[Callable[[], None]], threads: Executor) -> None:
+        # Each flush sleeps until the drive answers: several take hardly longer than one.
+        running = [threads.submit(call) for call in calls[1:]]
+        try:
+            for call in calls[:1]:
+                call()
+        finally:
+            wait(running)
+        for each in running:
+            each.result()

@@ -13,7 +13,6 @@ whatever else says that it is there.
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,15 +23,16 @@ from typing import Literal
 import numpy as np
 
 from kvtier.disk.coder import Coder
+from kvtier.disk.entry import room_for
 from kvtier.disk.faults import INDEX_ERRORS
 from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.graves import Known
 from kvtier.disk.graves import read as read_graves
-from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
+from kvtier.disk.index import Batch, ConversationRecord, Index
 from kvtier.disk.keys import EPOCH_SHIFT
-from kvtier.disk.ledger import room_for
 from kvtier.disk.lock import FORMAT, DirectoryLock, sync_directory
-from kvtier.disk.recovery import sift, split_dead
+from kvtier.disk.recovery import dead, sift
+from kvtier.disk.rows import ObjectRow
 from kvtier.disk.scan import Found, SegmentReader, scan
 from kvtier.disk.segments import path_of, segment_numbers
 from kvtier.disk.store import INDEX, SEGMENTS, OpenVault
@@ -41,7 +41,7 @@ from kvtier.objects import ObjectId
 from kvtier.records import unframe
 
 _ROWS_AT_ONCE = 4096
-_REBUILT = "index.rebuilt.sqlite"
+REBUILT = "index.rebuilt.sqlite"
 _WAL, _SHM = "-wal", "-shm"
 
 # Told (bytes checked, bytes there are).
@@ -198,7 +198,7 @@ class _Check:
             report.damaged_records = len(self._damaged_records)
             index.segments()
             # SQLite's own check does not know what may be in a row.
-            collections.deque(index.objects(), maxlen=0)
+            index.objects()
             older = self._known is not None and index.epoch() < self._known.next_sequence >> EPOCH_SHIFT
         except INDEX_ERRORS as problem:
             report.index_problems.append(str(problem))
@@ -261,9 +261,9 @@ class _Check:
     def _compare(self, index: Index, seen: _Seen) -> tuple[Batch, list[ObjectRow]]:
         """What a repair would tell the index, and the intact objects that it does not list."""
         report = self._report
-        rows, remove = split_dead(list(index.objects()), self._known)
-        recovered = sift(rows, seen.file_bytes)
-        misplaced = set(recovered.lost)
+        rows = index.objects()
+        remove = rows.drop(dead(rows, self._known))
+        misplaced = set(rows.column("sequence", sift(rows, seen.file_bytes)).tolist())
         quarantine: list[int] = []
         for row in rows:
             if row.sequence in misplaced:
@@ -328,7 +328,7 @@ class _Check:
 
     def _rebuild(self, rows: list[ObjectRow], seen: _Seen) -> None:
         """Make an index beside the old one and put it in its place; until then nothing has changed."""
-        path, fresh = self._directory / INDEX, self._directory / _REBUILT
+        path, fresh = self._directory / INDEX, self._directory / REBUILT
         _delete(fresh)
         index = Index(fresh)
         try:

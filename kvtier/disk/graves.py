@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,13 +91,13 @@ class Graves:
         """Whether so much ended since `start` that a new list is shorter."""
         return self._ended > max(_SHORT_LOG, self._living)
 
-    def start(self, living: Iterable[int], next_sequence: int) -> None:
+    def start(self, living: Sequence[int] | npt.NDArray[np.int64], next_sequence: int) -> None:
         """Write a new file, durably, and delete the older ones.
 
         living: every sequence below `next_sequence` that is listed in the index or may still be committed.
         """
         older = _numbers(self._directory, self._ops)
-        listed = np.sort(np.fromiter(living, dtype="<u8"))
+        listed = np.sort(np.asarray(living, dtype="<u8"))
         path = _path(self._directory, max(older, default=0) + 1)
         fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvtier.disk.faults import INDEX_ERRORS
-from kvtier.objects import ObjectId, ObjectMeta, Root
+from kvtier.disk.rows import LISTED, QUARANTINED, Column, ObjectRow, Rows
+from kvtier.objects import KEY_BYTES, Root
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS segments (segment INTEGER PRIMARY KEY, nbytes INTEGER NOT NULL);
@@ -43,25 +45,26 @@ _PUT_STATE = "INSERT INTO state VALUES (?,?) ON CONFLICT (name) DO UPDATE SET va
 _EPOCH = "store.epoch"
 # What SQLite stored may come back as something else when bits of its file have changed.
 _OBJECT = (int, bytes, int, str, int, bytes, *(int,) * 5, str, *(int,) * 5)
+_ALL_OBJECTS = """SELECT sequence, block_key, layer_group, shard, root, parent_key, start, tokens,
+    first_valid, nbytes, checksum, codec, stored_bytes, segment, at, quarantined, sealed
+    FROM objects ORDER BY sequence"""
+_ROWS_AT_ONCE = 1 << 14
+# Columns of the query that are taken over as they are.
+_NUMBERS = {
+    "sequence": 0,
+    "group": 2,
+    "start": 6,
+    "tokens": 7,
+    "first_valid": 8,
+    "nbytes": 9,
+    "checksum": 10,
+    "stored_bytes": 12,
+    "segment": 13,
+    "at": 14,
+    "quarantined": 15,
+}
 _ROOT = (int, bytes, str, bytes, str, int)
 _RECORD = (str, str, int, bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectRow:
-    """An object and where it is: byte `at` of a segment, where its header starts.
-
-    The checksum of a sealed object is masked, as in its header.
-    """
-
-    meta: ObjectMeta
-    sequence: int
-    segment: int
-    at: int
-    stored_bytes: int
-    codec: str
-    quarantined: bool = False
-    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,6 @@ class Index:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             # One process owns the directory, so SQLite need not share its own index of the WAL.
-            self._db.text_factory = _text
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -150,28 +152,17 @@ class Index:
             rows = self._db.execute("SELECT segment, nbytes FROM segments")
             return dict(_checked(row, (int, int)) for row in rows)
 
-    def objects(self) -> Iterator[ObjectRow]:
-        """Every object in the order in which they were written. For recovery, before other threads run."""
-        roots = {number: root for root, number in self._roots.items()}
-        # A block's key is its children's parent key, and in every group and shard the same: kept once.
-        keys: dict[bytes, bytes] = {}
-        for row in self._db.execute("SELECT * FROM objects ORDER BY sequence"):
-            sequence, block_key, group, shard, root, parent_key, start, tokens = _checked(row, _OBJECT)[:8]
-            if root not in roots:
-                raise sqlite3.IntegrityError(f"object {sequence} names an unknown root")
-            first_valid, nbytes, checksum, codec, stored_bytes, segment, at, bad, sealed = row[8:]
-            meta = ObjectMeta(
-                object_id=ObjectId(keys.setdefault(block_key, block_key), group, sys.intern(shard)),
-                root=roots[root],
-                parent_key=keys.setdefault(parent_key, parent_key),
-                start=start,
-                tokens=tokens,
-                first_valid=first_valid,
-                nbytes=nbytes,
-                checksum=_unsigned(checksum),
-            )
-            codec = sys.intern(codec)
-            yield ObjectRow(meta, sequence, segment, at, stored_bytes, codec, bool(bad), bool(sealed))
+    def objects(self) -> Rows:
+        """Every object in the order in which they were written. For recovery, before other threads run.
+
+        Raises sqlite3.DatabaseError for a row that no kvtier wrote.
+        """
+        rows = Rows()
+        number_of = {number: rows.roots.number(root) for root, number in self._roots.items()}
+        told = self._db.execute(_ALL_OBJECTS)
+        while part := told.fetchmany(_ROWS_AT_ONCE):
+            rows.extend(_columns(part, number_of, rows))
+        return rows
 
     def record(self, tenant: str, conversation: str) -> ConversationRecord | None:
         """One conversation's record."""
@@ -272,23 +263,41 @@ def _check_schema(db: sqlite3.Connection) -> None:
             raise sqlite3.DatabaseError("the schema is damaged")
 
 
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as problem:
-        raise sqlite3.DatabaseError(f"a text is damaged: {problem}") from problem
-
-
 def _checked(row: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Any, ...]:
     if tuple(map(type, row)) != types:
         raise sqlite3.DatabaseError("a row is damaged: its values are of other types")
     return row
 
 
+def _columns(part: list[tuple[Any, ...]], number_of: Mapping[int, int], rows: Rows) -> dict[str, Column]:
+    """Rows of SQLite as columns of `rows`. number_of: of roots, by their number in the file."""
+    columns = list(zip(*part, strict=True))
+    for values, kind in zip(columns, _OBJECT, strict=True):
+        if set(map(type, values)) != {kind}:
+            raise sqlite3.DatabaseError("a row is damaged: its values are of other types")
+    block_key, shard, root, parent_key, codec = (columns[n] for n in (1, 3, 4, 5, 11))
+    if {*map(len, block_key), *map(len, parent_key)} != {KEY_BYTES}:
+        raise sqlite3.DatabaseError(f"a row is damaged: its keys are not {KEY_BYTES} bytes long")
+    if not number_of.keys() >= set(root):
+        raise sqlite3.IntegrityError("an object names an unknown root")
+    numbers = {name: np.array(columns[n], dtype=np.int64) for name, n in _NUMBERS.items()}
+    checksum, quarantined = numbers.pop("checksum"), numbers.pop("quarantined")
+    return numbers | {
+        "block_key": _words(block_key),
+        "parent_key": _words(parent_key),
+        "shard": np.array(rows.shards.numbers(shard)),
+        "root": np.array([number_of[number] for number in root]),
+        "codec": np.array(rows.codecs.numbers(codec)),
+        "checksum": checksum.view(np.uint64),
+        "sealed": np.array(columns[16], dtype=np.int64) != 0,
+        "state": np.where(quarantined != 0, QUARANTINED, LISTED),
+    }
+
+
+def _words(keys: Sequence[bytes]) -> Column:
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, KEY_BYTES // 8)
+
+
 def _signed(value: int) -> int:
     """SQLite's integers are signed, checksums are not."""
     return value - (1 << 64) if value >> 63 else value
-
-
-def _unsigned(value: int) -> int:
-    return value & ((1 << 64) - 1)

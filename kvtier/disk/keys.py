@@ -12,15 +12,17 @@ than the blocks is refused, since opening would drop every block whose key it la
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtier.disk.index import ObjectRow
+import numpy as np
+
+from kvtier.disk.rows import LISTED, QUARANTINED, Numbers, Rows
 from kvtier.errors import TierError, TierUnavailable
 
 if TYPE_CHECKING:
-    from kvtier.disk.ledger import Entry
+    from kvtier.disk.entry import Entry
     from kvtier.disk.vault import Vault
 
 _LOG = logging.getLogger(__name__)
@@ -42,13 +44,15 @@ class Keys:
         self.vault = vault
         self._directory = directory
         self._doomed: list[int] = []
-        self._kept: set[int] = set() if vault is None else set(vault.generations())
+        kept = () if vault is None else vault.generations()
+        # Of keys that there were at the opening, until it is over.
+        self._kept: Numbers = np.fromiter(kept, dtype=np.int64)
         if sealed and vault is None:
             raise TierUnavailable(
                 f"directory {directory} holds sealed blocks, and no key store was given",
                 fix="give the key store and the master key that it was sealed with",
             )
-        if sealed and not self._kept:
+        if sealed and not len(self._kept):
             raise TierUnavailable(
                 f"directory {directory} holds sealed blocks, and the key store has no key for it",
                 fix="give the key store that it was sealed with, or its latest backup",
@@ -57,23 +61,23 @@ class Keys:
     @property
     def latest_epoch(self) -> int:
         """The latest opening that the vault knows of; 0 before the first."""
-        return max(self._kept, default=0) >> EPOCH_SHIFT
+        return int(self._kept.max(initial=0)) >> EPOCH_SHIFT
 
-    def check(self, rows: Iterable[ObjectRow]) -> None:
+    def check(self, rows: Rows) -> None:
         """Raise TierUnavailable when the vault is older than a listed block."""
-        latest = max((row.sequence for row in rows if row.sealed), default=0) >> EPOCH_SHIFT
+        latest = int(rows.column("sequence", _sealed(rows)).max(initial=0)) >> EPOCH_SHIFT
         if latest > self.latest_epoch:
             raise TierUnavailable(
                 f"the key store is older than the blocks in {self._directory}",
                 fix="give the latest key store; or empty the directory, and what it holds is lost",
             )
 
-    def split(self, rows: Sequence[ObjectRow]) -> tuple[list[ObjectRow], list[int]]:
-        """Part the rows that can be read from the sequences of those whose key is gone."""
+    def keyless(self, rows: Rows) -> Numbers:
+        """The numbers of rows that cannot be read, since their key is gone."""
+        numbers = _sealed(rows)
         if self.vault is None:
-            return list(rows), []
-        living = [row for row in rows if not row.sealed or row.sequence in self._kept]
-        return living, [row.sequence for row in rows if row.sealed and row.sequence not in self._kept]
+            return numbers[:0]
+        return numbers[~np.isin(rows.column("sequence", numbers), self._kept)]
 
     def begin(self, epoch: int) -> None:
         """Leave the mark of this opening; before anything is sealed."""
@@ -81,12 +85,12 @@ class Keys:
             mark = epoch << EPOCH_SHIFT
             self.vault.keep([self.vault.new_key(mark, _MARK)])
 
-    def reconcile(self, rows: Iterable[ObjectRow]) -> None:
+    def reconcile(self, rows: Rows) -> None:
         """Destroy every key from before this opening that belongs to none of the rows."""
-        unlisted = self._kept.difference(row.sequence for row in rows if row.sealed)
-        if self.vault is not None and unlisted:
-            self.vault.destroy(sorted(unlisted))
-        self._kept = set()
+        unlisted = np.setdiff1d(self._kept, rows.column("sequence", _sealed(rows)))
+        if self.vault is not None and len(unlisted):
+            self.vault.destroy(unlisted.tolist())
+        self._kept = self._kept[:0]
 
     def keep(self, entries: Iterable[Entry]) -> frozenset[int]:
         """Make the keys of written blocks durable; answers generations whose tenant's key was destroyed."""
@@ -122,3 +126,9 @@ class Keys:
             _LOG.warning("keys of removed blocks stay until the next opening: %s", problem)
         finally:
             self.vault.close()
+
+
+def _sealed(rows: Rows) -> Numbers:
+    numbers = rows.numbers(LISTED, QUARANTINED)
+    sealed: Numbers = numbers[rows.column("sealed", numbers) != 0]
+    return sealed

@@ -11,10 +11,10 @@ from functools import partial
 from kvtier.checksum import PIECE_BYTES, Buffer, checksum, combine, piece_sum
 from kvtier.disk.buffers import byte_array
 from kvtier.disk.codecs import CODECS, RAW
+from kvtier.disk.entry import Entry
 from kvtier.disk.faults import is_unreadable
 from kvtier.disk.fileops import Bytes
 from kvtier.disk.header import HEADER_BYTES
-from kvtier.disk.ledger import Entry
 from kvtier.disk.store import Store
 from kvtier.disk.transfers import Transfer, cuts
 from kvtier.errors import CorruptObject, TierError

@@ -2,73 +2,55 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import resource
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.disk.buffers import PAGE
 from kvtier.disk.codecs import CODECS, RAW, CodecMissing
+from kvtier.disk.entry import room_for
 from kvtier.disk.graves import Known
-from kvtier.disk.index import ObjectRow
-from kvtier.disk.ledger import Ledger, room_for
+from kvtier.disk.header import HEADER_BYTES
+from kvtier.disk.ledger import Ledger
+from kvtier.disk.name_table import mixed_names
+from kvtier.disk.rows import LISTED, QUARANTINED, Numbers, Rows
 from kvtier.errors import ConfigError
-from kvtier.objects import ObjectId
 
 _LOG = logging.getLogger(__name__)
 _SPARE_FILES = 64
 
 
-@dataclass(slots=True)
-class Recovered:
-    """What of the index can be used, and the sequence numbers of what cannot."""
+def dead(rows: Rows, known: Known | None) -> Numbers:
+    """The rows of ended writes.
 
-    rows: list[ObjectRow] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-
-
-def split_dead(rows: Sequence[ObjectRow], known: Known | None) -> tuple[list[ObjectRow], list[int]]:
-    """Part the rows of living writes from the sequences of ended ones.
-
-    Both are there when an older index was put in place of the right one, or when the power failed between
+    They are there when an older index was put in place of the right one, or when the power failed between
     noting that a write ended and telling the index.
     """
+    numbers = rows.numbers(LISTED, QUARANTINED)
     if known is None:
-        return list(rows), []
-    dead = known.dead(np.fromiter((row.sequence for row in rows), dtype=np.uint64, count=len(rows))).tolist()
-    living = [row for row, gone in zip(rows, dead, strict=True) if not gone]
-    return living, [row.sequence for row, gone in zip(rows, dead, strict=True) if gone]
+        return numbers[:0]
+    return numbers[known.dead(rows.column("sequence", numbers).astype(np.uint64))]
 
 
-def sift(rows: Iterable[ObjectRow], found_bytes: dict[int, int]) -> Recovered:
-    """Part usable rows from those that cannot be right.
+def sift(rows: Rows, found_bytes: Mapping[int, int]) -> Numbers:
+    """The rows that cannot be right.
 
     found_bytes: length at which each segment's file was found.  Lost is what lies outside of its segment
     or beyond where its file ended, what has a codec that is not known here or lengths that cannot be, an
     older write of an object that is there twice, and of two that overlap the older one.
     """
-    recovered = Recovered()
-    longest = max(found_bytes.values(), default=0)
-    newest: dict[tuple[ObjectId, bool], ObjectRow] = {}
-    for row in rows:
-        end = row.at + room_for(row.stored_bytes)
-        inside = row.at >= 0 and row.at % PAGE == 0 and end <= found_bytes.get(row.segment, 0)
-        if not inside or not lengths_can_be(row.codec, row.stored_bytes, row.meta.nbytes, longest):
-            recovered.lost.append(row.sequence)
-            continue
-        name = (row.meta.object_id, row.quarantined)
-        older = newest.get(name)
-        if older is not None:
-            recovered.lost.append(min(older.sequence, row.sequence))
-        if older is None or older.sequence < row.sequence:
-            newest[name] = row
-    _drop_overlaps(sorted(newest.values(), key=lambda row: (row.segment, row.at)), recovered)
-    return recovered
+    numbers = rows.numbers(LISTED, QUARANTINED)
+    possible = _can_be(rows, numbers, found_bytes)
+    lost = [numbers[~possible]]
+    numbers = numbers[possible]
+    for older in (_superseded, _overlapped):
+        gone = older(rows, numbers)
+        lost.append(gone)
+        numbers = np.setdiff1d(numbers, gone, assume_unique=True)
+    return np.concatenate(lost)
 
 
 def lengths_can_be(codec: str, stored_bytes: int, nbytes: int, longest: int) -> bool:
@@ -82,50 +64,109 @@ def lengths_can_be(codec: str, stored_bytes: int, nbytes: int, longest: int) -> 
     return codec in CODECS and 0 <= stored_bytes < nbytes and room_for(nbytes) <= longest
 
 
-def _drop_overlaps(rows: list[ObjectRow], recovered: Recovered) -> None:
-    kept = recovered.rows
-    for row in rows:
-        while kept and _overlap(kept[-1], row) and kept[-1].sequence < row.sequence:
-            recovered.lost.append(kept.pop().sequence)
+def _can_be(rows: Rows, numbers: Numbers, found_bytes: Mapping[int, int]) -> npt.NDArray[np.bool_]:
+    """Whether each row lies within what was found, and its lengths can be."""
+    longest = max(found_bytes.values(), default=0)
+    segment, at, stored, nbytes, codec = (
+        rows.column(field, numbers) for field in ("segment", "at", "stored_bytes", "nbytes", "codec")
+    )
+    # With one more that nothing is in, for segments behind the last.
+    known = np.array([*sorted(found_bytes), np.iinfo(np.int64).max], dtype=np.int64)
+    which = np.searchsorted(known, segment)
+    end = np.array([found_bytes.get(n, 0) for n in known.tolist()], dtype=np.int64)[which]
+    end[known[which] != segment] = 0
+    fits: npt.NDArray[np.bool_] = (stored >= 0) & (stored <= longest) & (at >= 0) & (at % PAGE == 0)
+    fits &= at <= end - _rooms(np.where(fits, stored, 0))
+    raw = codec == rows.codecs.known(RAW)
+    fits &= ~raw | (stored == nbytes)
+    for each in np.flatnonzero(fits & ~raw).tolist():
+        name = rows.codecs.values[codec[each]]
+        fits[each] = lengths_can_be(name, int(stored[each]), int(nbytes[each]), longest)
+    return fits
+
+
+def _superseded(rows: Rows, numbers: Numbers) -> Numbers:
+    """Of objects that are there twice, quarantined or not, the older writes."""
+    mixed = mixed_names(rows, numbers)
+    order = np.argsort(mixed, kind="stable")
+    equal = np.flatnonzero(mixed[order][1:] == mixed[order][:-1])
+    newest: dict[tuple[object, bool], tuple[int, int]] = {}
+    older: list[int] = []
+    for number in np.unique(numbers[order[np.concatenate([equal, equal + 1])]]).tolist():
+        row = rows.get(number)
+        name, this = (row.meta.object_id, row.quarantined), (row.sequence, number)
+        if name in newest:
+            older.append(min(newest[name], this)[1])
+        newest[name] = max(newest.get(name, this), this)
+    return np.array(older, dtype=np.int64)
+
+
+def _overlapped(rows: Rows, numbers: Numbers) -> Numbers:
+    """Of rows that overlap, the older writes; in order of place, so that each is looked at once."""
+    order, segment, at, end = _by_place(rows, numbers)
+    clash = (segment[1:] == segment[:-1]) & (end[:-1] > at[1:])
+    hit = np.isin(segment, np.unique(segment[1:][clash]))
+    places = [values[hit].tolist() for values in (segment, at, end)]
+    sequences = rows.column("sequence", order[hit]).tolist()
+    kept: list[tuple[int, int, int, int, int]] = []
+    gone: list[int] = []
+    for row in zip(*places, sequences, order[hit].tolist(), strict=True):
+        while kept and _overlap(kept[-1], row) and kept[-1][3] < row[3]:
+            gone.append(kept.pop()[4])
         if kept and _overlap(kept[-1], row):
-            recovered.lost.append(row.sequence)
+            gone.append(row[4])
         else:
             kept.append(row)
+    return np.array(gone, dtype=np.int64)
 
 
-def _overlap(before: ObjectRow, after: ObjectRow) -> bool:
-    return before.segment == after.segment and before.at + room_for(before.stored_bytes) > after.at
+def _overlap(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    return before[0] == after[0] and before[2] > after[1]
 
 
-def warn_of_missing_codecs(rows: Iterable[ObjectRow]) -> None:
+def _by_place(rows: Rows, numbers: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """The rows in order of place, and where each is: segment, from, to."""
+    segment, at = rows.column("segment", numbers), rows.column("at", numbers)
+    order = np.lexsort((at, segment))
+    rooms = _rooms(rows.column("stored_bytes", numbers))
+    return numbers[order], segment[order], at[order], (at + rooms)[order]
+
+
+def _rooms(stored_bytes: Numbers) -> Numbers:
+    """`room_for` of each."""
+    rooms: Numbers = HEADER_BYTES + -(-stored_bytes // PAGE) * PAGE
+    return rooms
+
+
+def warn_of_missing_codecs(rows: Rows) -> None:
     """Say once which blocks cannot be read here, though nothing is wrong with them."""
-    for name, count in Counter(row.codec for row in rows).items():
+    counts = np.bincount(rows.column("codec", rows.numbers(LISTED, QUARANTINED)))
+    for name, count in zip(rows.codecs.values, counts.tolist(), strict=False):
         try:
-            CODECS[name].check_installed()
+            if count:
+                CODECS[name].check_installed()
         except CodecMissing as problem:
             _LOG.warning("%d blocks of the codec %s cannot be read: %s", count, name, problem)
 
 
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Keep the garbage collector off a heap that only grows: it took half of the time of an opening."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+def unmask(rows: Rows, mask: Callable[[int, str], int]) -> None:
+    """Give sealed rows the checksums of their payloads. mask: for a sequence and a tenant."""
+    numbers = rows.numbers(LISTED, QUARANTINED)
+    numbers = numbers[rows.column("sealed", numbers) != 0]
+    tenants = [rows.roots.values[root].tenant for root in rows.column("root", numbers).tolist()]
+    of_rows = zip(rows.column("sequence", numbers).tolist(), tenants, strict=True)
+    masks = np.array([mask(sequence, tenant) for sequence, tenant in of_rows], dtype=np.uint64)
+    rows.put_checksums(numbers, rows.column("checksum", numbers) ^ masks)
 
 
-def fill_ledger(ledger: Ledger, rows: list[ObjectRow], segments: dict[int, int]) -> None:
-    """Enter the rows, in order of place, and make everything between them free."""
-    used: dict[int, list[tuple[int, int]]] = {segment: [] for segment in segments}
-    for row in rows:
-        ledger.adopt(row)
-        used[row.segment].append((row.at, room_for(row.stored_bytes)))
-    for segment, nbytes in segments.items():
-        ledger.extents.add_segment(segment, nbytes, used[segment])
+def make_ledger(
+    capacity_bytes: int, first_generation: int, rows: Rows, segments: Mapping[int, int]
+) -> Ledger:
+    """Books of the rows, with everything between them free. segments: their lengths."""
+    _, segment, at, end = _by_place(rows, rows.numbers(LISTED, QUARANTINED))
+    ledger = Ledger(capacity_bytes, first_generation, rows)
+    ledger.extents.take_over(segments, segment, at, end - at)
+    return ledger
 
 
 def check_sizes(capacity_bytes: int, segment_bytes: int) -> None:

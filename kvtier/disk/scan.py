@@ -20,9 +20,9 @@ from kvtier.checksum import PIECE_BYTES, combine, piece_sum
 from kvtier.disk.buffers import PAGE
 from kvtier.disk.codecs import CODECS, RAW, CodecMissing
 from kvtier.disk.coder import Coder, KeyGone
+from kvtier.disk.entry import room_for
 from kvtier.disk.fileops import Bytes, FileOps
 from kvtier.disk.header import HEADER_BYTES, MAGIC, BlockHeader, HeaderError, decode
-from kvtier.disk.ledger import room_for
 from kvtier.disk.recovery import lengths_can_be
 from kvtier.errors import CorruptObject
 from kvtier.objects import Root

@@ -18,16 +18,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
+from kvtier.disk.background import step_back
 from kvtier.disk.buffers import BOUNCE_BYTES, PAGE, Scratch, padded
 from kvtier.disk.codecs import RAW, CodecMissing
+from kvtier.disk.entry import Entry
 from kvtier.disk.faults import is_unreadable
 from kvtier.disk.fileops import Bytes
 from kvtier.disk.header import HEADER_BYTES
-from kvtier.disk.ledger import Entry
 from kvtier.disk.pacing import Pace
 from kvtier.disk.store import Commit, Store
 from kvtier.errors import CorruptObject, TierError, TierUnavailable
 from kvtier.states import State
+from kvtier.tier import Slot
 
 _LOG = logging.getLogger(__name__)
 POSITION = "disk.scrub"
@@ -83,7 +85,7 @@ class Scrubber:
         self._others_wait = others_wait
         self._on_bad = on_bad
         self._scratch = Scratch()
-        self._queue: list[Entry] = []
+        self._queue: list[Slot] = []
         self._current: _Current | None = None
         self._saved_s = self._pass_s = float("-inf")
         said = store.index.state(POSITION) or b""
@@ -136,10 +138,11 @@ class Scrubber:
         while True:
             if not self._queue and not self._fill_queue(now_s):
                 return None
-            entry = self._queue.pop()
+            slot = self._queue.pop()
             with self._store.lock:
-                if entry.state is not State.DURABLE or self._store.closed:
+                if self._store.closed or not self._store.ledger.rows.holds(slot.slot_id, slot.generation):
                     continue
+                entry = self._store.ledger.readable(slot)
                 self._store.ledger.pin(entry)
             self._place = (entry.segment, entry.at)
             self._current = _Current(entry)
@@ -151,16 +154,11 @@ class Scrubber:
             if now_s - self._pass_s < _PASS_S:
                 return False
             self._pass_s = now_s
-        with self._store.lock:
-            entries = self._store.ledger.entries()
-        ahead = [e for e in entries if (e.segment, e.at) >= self._place and e.state is State.DURABLE]
-        if not ahead:
+        self._queue = self._store.ledger.rows.slots_from(*self._place)[::-1]
+        if not self._queue:
             self.stats.passes += self._place != (0, 0)
             self._place = (0, 0)
-            return False
-        segment = min(e.segment for e in ahead)
-        self._queue = sorted((e for e in ahead if e.segment == segment), key=lambda e: -e.at)
-        return True
+        return bool(self._queue)
 
     def _read_piece(self, current: _Current, now_s: float) -> None:
         entry, store = current.entry, self._store
@@ -233,6 +231,7 @@ class ScrubThread:
         return self._scrubber.stop()
 
     def _run(self) -> None:
+        step_back()
         wait_s = 0.0
         while not self._stopping.wait(wait_s):
             wait_s = self._scrubber.step(time.monotonic())

@@ -7,6 +7,8 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from kvtier.errors import CorruptObject
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".seg"
+# A commit rarely touches more segments.
+_FLUSHERS = 4
 
 
 class Segments:
@@ -35,6 +39,7 @@ class Segments:
         self._direct = direct
         self._count_lock = threading.Lock()
         self._device_bytes = 0
+        self._flushers = ThreadPoolExecutor(_FLUSHERS, thread_name_prefix="kvtier-disk-flush")
 
     @property
     def direct_io(self) -> bool:
@@ -143,21 +148,23 @@ class Segments:
 
     def flush(self, segments: Sequence[int]) -> None:
         """Make everything written to these segments survive power loss."""
-        new = self._new.intersection(segments)
         for segment in segments:
-            fd = self._fds[segment]
-            if not self._ops.linked(fd):
+            if not self._ops.linked(self._fds[segment]):
                 raise FileNotFoundError(errno.ENOENT, "the segment file was deleted", self._path(segment))
-            if segment in new:
-                self._ops.fsync(fd)
-            else:
-                self._ops.fdatasync(fd)
+        new = self._new.intersection(segments)
+        calls = [
+            partial(self._ops.fsync if segment in new else self._ops.fdatasync, self._fds[segment])
+            for segment in segments
+        ]
         if new:
-            self._ops.fsync_directory(self._directory)
-            self._new -= new
+            calls.append(partial(self._ops.fsync_directory, self._directory))
+        self._ops.together(calls, self._flushers)
+        self._new -= new
 
     def close(self) -> None:
-        """Close every file."""
+        """Close every file, and give back scratch memory."""
+        self._flushers.shutdown()
+        self._pool.close()
         while self._fds:
             self._ops.close(self._fds.popitem()[1])
 

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kvtier.disk.buffers import PAGE
 from kvtier.disk.coder import Coder
+from kvtier.disk.entry import Changes, Entry
 from kvtier.disk.faults import Faults
 from kvtier.disk.fileops import FileOps
 from kvtier.disk.graves import Graves, Known
 from kvtier.disk.graves import read as read_graves
 from kvtier.disk.header import BlockHeader, decode
-from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
+from kvtier.disk.index import Batch, ConversationRecord, Index
 from kvtier.disk.keys import EPOCH_SHIFT, Keys
-from kvtier.disk.ledger import Changes, Entry, Ledger
 from kvtier.disk.lock import DirectoryLock, sync_directory
-from kvtier.disk.recovery import fill_ledger, sift, split_dead, warn_of_missing_codecs, without_collector
+from kvtier.disk.recovery import dead, make_ledger, sift, unmask, warn_of_missing_codecs
+from kvtier.disk.rows import ObjectRow, Rows
 from kvtier.disk.segments import Segments
 from kvtier.errors import CorruptObject, StaleSlot, TierError, TierUnavailable
-from kvtier.states import State
 
 if TYPE_CHECKING:
     from kvtier.disk.vault import Vault
@@ -144,11 +144,10 @@ class Store:
                 self.index = Index(path)
                 try:
                     sync_directory(directory)
-                    with without_collector():
-                        rows = list(self.index.objects())
-                        self._keys.check(rows)
-                        due, found = self._open_segments(on_disk)
-                        self._adopt(capacity_bytes, rows, (due, found), known)
+                    rows = self.index.objects()
+                    self._keys.check(rows)
+                    due, found = self._open_segments(on_disk)
+                    self._adopt(capacity_bytes, rows, (due, found), known)
                 except BaseException:
                     self.index.close()
                     raise
@@ -178,7 +177,7 @@ class Store:
     def _adopt(
         self,
         capacity_bytes: int,
-        rows: Sequence[ObjectRow],
+        rows: Rows,
         segments: tuple[dict[int, int], dict[int, int]],
         known: Known | None,
     ) -> None:
@@ -193,21 +192,20 @@ class Store:
         self._keys.begin(epoch)
         if self._keys.vault is not None:
             self._held.note_sealed()
-        # The first number of an opening is its mark's in the key store.
-        self.ledger = Ledger(capacity_bytes, (epoch << EPOCH_SHIFT) + 1)
-        rows, dead = split_dead(rows, known)
-        rows, unreadable = self._keys.split(rows)
-        recovered = sift(rows, found)
-        warn_of_missing_codecs(recovered.rows)
-        fill_ledger(self.ledger, [self.coder.unmasked(row) for row in recovered.rows], due)
-        self.lost_at_open = len(recovered.lost)
-        if recovered.lost:
+        gone = [*rows.drop(dead(rows, known)), *rows.drop(self._keys.keyless(rows))]
+        lost = rows.drop(sift(rows, found))
+        self.lost_at_open = len(lost)
+        if lost:
             _LOG.warning("%d objects of the index are not in its segments", self.lost_at_open)
-        gone = [*recovered.lost, *dead, *unreadable]
-        if gone:
-            self.index.apply(Batch(remove=gone))
-        self._keys.reconcile(recovered.rows)
-        self._graves.start((row.sequence for row in recovered.rows), self.ledger.next_generation)
+        if lost or gone:
+            self.index.apply(Batch(remove=[*lost, *gone]))
+        warn_of_missing_codecs(rows)
+        if self._keys.vault is not None:
+            unmask(rows, self._keys.vault.mask)
+        self._keys.reconcile(rows)
+        # The first number of an opening is its mark's in the key store.
+        self.ledger = make_ledger(capacity_bytes, (epoch << EPOCH_SHIFT) + 1, rows, due)
+        self._graves.start(self.ledger.living(), self.ledger.next_generation)
         self._delete_empty_segments()
 
     def close(self, state: Mapping[str, bytes]) -> None:
@@ -320,15 +318,7 @@ class Store:
 
     def _row(self, entry: Entry) -> ObjectRow:
         meta = self.coder.masked(entry.meta, entry.generation) if entry.sealed else entry.meta
-        return ObjectRow(
-            meta,
-            entry.generation,
-            entry.segment,
-            entry.at,
-            entry.stored_bytes,
-            entry.codec,
-            sealed=entry.sealed,
-        )
+        return replace(entry.row, meta=meta)
 
     def _bury(self, changes: Changes, *, forget: bool) -> None:
         """Note which writes ended. Before the index is told: what it drops is then known to be dead."""
@@ -338,8 +328,8 @@ class Store:
                 self._graves.sync()
             if self._graves.is_long:
                 with self.lock:
-                    entries, upto = self.ledger.entries(), self.ledger.next_generation
-                self._graves.start((e.generation for e in entries if e.state is not State.ABSENT), upto)
+                    living, upto = self.ledger.living(), self.ledger.next_generation
+                self._graves.start(living, upto)
         except OSError as problem:
             raise self.faults.of_device("noting what was removed", problem, 0) from problem
 

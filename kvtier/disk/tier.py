@@ -29,16 +29,18 @@ from functools import partial
 from pathlib import Path
 
 from kvtier.checksum import Buffer
+from kvtier.disk.background import step_back
 from kvtier.disk.codecs import CODECS, RAW
+from kvtier.disk.entry import Entry, room_for
 from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.grouping import Group
 from kvtier.disk.header import BlockHeader, encode
 from kvtier.disk.index import ConversationRecord
-from kvtier.disk.ledger import Entry, batches, room_for
 from kvtier.disk.mover import Mover, OnEach, told
 from kvtier.disk.recovery import check_sizes
 from kvtier.disk.scrub import Scrubber, ScrubStats, ScrubThread
 from kvtier.disk.store import Commit, OpenVault, Store
+from kvtier.disk.sweep import batches
 from kvtier.disk.transfers import Transfer, failed, part_bytes
 from kvtier.errors import StaleSlot, TierError, TierFull
 from kvtier.objects import ObjectId, ObjectMeta
@@ -47,6 +49,8 @@ from kvtier.tier import Slot, Tier, TierUsage
 
 _LOG = logging.getLogger(__name__)
 _SPARE_SCRATCH = 4
+# Threads for writes that nobody waits for: a park does not queue up behind them.
+_SPILLERS = 2
 _ANNOUNCED_AT_ONCE = 1024
 _LONGEST_CODEC = max(CODECS, key=len)
 
@@ -101,7 +105,7 @@ class DiskTier(Tier):
         capacity_bytes: int,
         *,
         segment_bytes: int = 1 << 30,
-        writers: int = 4,
+        writers: int = 8,
         readers: int = 8,
         direct: bool = True,
         ops: FileOps | None = None,
@@ -111,7 +115,7 @@ class DiskTier(Tier):
     ) -> None:
         check_sizes(capacity_bytes, segment_bytes)
         self.directory = directory
-        scratch = writers + readers + _SPARE_SCRATCH
+        scratch = writers + readers + _SPILLERS + _SPARE_SCRATCH
         self._store = Store(
             directory,
             capacity_bytes,
@@ -132,6 +136,7 @@ class DiskTier(Tier):
         self._scrubbed = ScrubStats()
         self._write_pool = ThreadPoolExecutor(writers, thread_name_prefix="kvtier-disk-write")
         self._read_pool = ThreadPoolExecutor(readers, thread_name_prefix="kvtier-disk-read")
+        self._spill_pool = ThreadPoolExecutor(_SPILLERS, "kvtier-disk-spill", initializer=step_back)
 
     # -- filling
 
@@ -222,8 +227,7 @@ class DiskTier(Tier):
     def find(self, object_id: ObjectId) -> Slot | None:
         """See Tier.find."""
         with self._lock:
-            entry = self._ledger.find(object_id)
-            return None if entry is None else entry.slot
+            return self._ledger.slot_of(object_id)
 
     def meta(self, object_id: ObjectId) -> ObjectMeta | None:
         """See Tier.meta."""
@@ -275,8 +279,8 @@ class DiskTier(Tier):
         with self._lock:
             if self._store.closed:
                 return
-        self._write_pool.shutdown()
-        self._read_pool.shutdown()
+        for pool in (self._write_pool, self._spill_pool, self._read_pool):
+            pool.shutdown()
         self._store.close({} if self._scrub is None else self._scrub.stop())
 
     # -- several at once
@@ -288,15 +292,18 @@ class DiskTier(Tier):
         *,
         codec: str = RAW,
         item_bytes: int = 2,
+        spill: bool = False,
     ) -> list[Future[None]]:
         """Write several slots, large ones in parts, `writers` parts at a time.
 
         The futures raise what `write` does, and cannot be cancelled.  on_each is called by a writing thread
         with (slot, None or the TierError) as each ends.  The buffers must stay as they are until then.
+        spill: nobody waits for it, so it goes by threads of its own that leave the processor to others.
         """
-        step = part_bytes(sum(slot.nbytes for slot, _ in items), self._writers)
+        pool, threads = (self._spill_pool, _SPILLERS) if spill else (self._write_pool, self._writers)
+        step = part_bytes(sum(slot.nbytes for slot, _ in items), threads)
         begin = partial(self._mover.writing, codec=codec, item_bytes=item_bytes, step=step, on_each=on_each)
-        return [_begun(begin, slot, data, on_each).submit(self._write_pool) for slot, data in items]
+        return [_begun(begin, slot, data, on_each).submit(pool) for slot, data in items]
 
     def read_many(
         self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
@@ -317,13 +324,13 @@ class DiskTier(Tier):
         self._scrub = ScrubThread(scrubber)
 
     def object_batches(self, size: int) -> Iterator[list[ObjectMeta]]:
-        """Every committed object, `size` at a time, without holding others up in between."""
+        """Every committed object, at most `size` at a time, without holding others up in between.
+
+        What is there all the time is told; what is replaced meanwhile may be told twice.
+        """
         with self._lock:
-            ids = self._ledger.names()
-        for part in batches(ids, size):
-            with self._lock:
-                entries = [self._ledger.find(object_id) for object_id in part]
-            yield [entry.meta for entry in entries if entry is not None]
+            sweep = self._ledger.sweep()
+        yield from batches(sweep, self._lock, size)
 
     def record_batches(self, size: int) -> Iterator[list[ConversationRecord]]:
         """Every conversation's record, `size` at a time."""

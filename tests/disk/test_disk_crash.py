@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,6 +134,11 @@ class CrashOps:
         self.durable_table = dict(self.table)
         self.step()
 
+    def together(self, calls: Sequence[Callable[[], None]], threads: Executor) -> None:
+        """One after the other, in any order: the power may fail after any of them."""
+        for call in random.Random(self.next_fd).sample(calls, len(calls)):
+            call()
+
     def power_loss(self, draw: random.Random) -> None:
         """Forget what was not flushed, or keep some of it."""
         for path in sorted({*self.table, *self.durable_table}):
@@ -190,8 +196,9 @@ class GreedyTier(DiskTier):
     """Wrong on purpose: room of a removed object is handed out while the index still lists it."""
 
     def remove(self, object_id: ObjectId) -> int:
-        entry = self._ledger.find(object_id)
+        there = self._ledger.find(object_id) is not None
         freed = super().remove(object_id)
+        entry = self._ledger._changes.drop[-1] if there else None
         if entry is not None and entry.settled:
             self._ledger.extents.free(entry.segment, entry.at, entry.room)
             entry.settled = False
@@ -437,16 +444,12 @@ def abandon(tier: DiskTier) -> None:
 CHECKED = settings(
     max_examples=40,
     stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    print_blob=False,
-    database=None,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 
 # Where a failure is wanted, the first will do.
-CAUGHT = settings(CHECKED, max_examples=300, phases=[Phase.generate])
+CAUGHT = settings(CHECKED, max_examples=3000, phases=[Phase.generate])
 
 TestCrashMachine = CrashMachine.TestCase
 TestCrashMachine.settings = CHECKED

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvtier.disk.extents import ExtentAllocator
 
 LENGTHS = {0: 64, 3: 40, 7: 1}
+
+
+def taken_over(segments: dict[int, int], used: list[tuple[int, int, int]]) -> ExtentAllocator:
+    extents = ExtentAllocator()
+    places = np.array(used, dtype=np.int64).reshape(-1, 3)
+    extents.take_over(segments, places[:, 0], places[:, 1], places[:, 2])
+    return extents
 
 
 class ExtentMachine(RuleBasedStateMachine):
@@ -69,16 +78,54 @@ TestExtentMachine = ExtentMachine.TestCase
 
 
 def test_a_segment_is_taken_over_with_its_used_extents() -> None:
-    extents = ExtentAllocator()
-    extents.add_segment(1, 100, [(0, 10), (10, 20), (50, 50)])
-    assert extents.extents() == [(1, 30, 20)]
-    assert extents.total_bytes == 100
+    extents = taken_over({1: 100, 4: 30, 2: 50, 0: 7}, [(1, 0, 10), (1, 10, 20), (1, 50, 50), (2, 5, 45)])
+    assert extents.extents() == [(0, 0, 7), (1, 30, 20), (2, 0, 5), (4, 0, 30)]
+    assert (extents.total_bytes, extents.free_bytes, extents.largest) == (187, 62, 30)
+    assert extents.allocate(7) == (0, 0)
+    extents.free(1, 10, 20)
+    assert extents.extents() == [(1, 10, 40), (2, 0, 5), (4, 0, 30)]
 
 
-@pytest.mark.parametrize("used", [[(0, 10), (5, 10)], [(20, 5), (0, 5)], [(90, 20)]])
-def test_used_extents_that_cannot_be_are_refused(used: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(
+    "used",
+    [
+        [(1, 0, 10), (1, 5, 10)],
+        [(1, 20, 5), (1, 0, 5)],
+        [(1, 90, 20)],
+        [(1, 5, 0)],
+        [(1, -5, 10)],
+        [(3, 0, 10)],
+        [(0, 0, 10)],
+        [(2, 10, 5), (1, 0, 5)],
+    ],
+)
+def test_used_extents_that_cannot_be_are_refused(used: list[tuple[int, int, int]]) -> None:
     with pytest.raises(ValueError):
-        ExtentAllocator().add_segment(1, 100, used)
+        taken_over({1: 100, 2: 100}, used)
+
+
+@given(st.dictionaries(st.integers(0, 5), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)))))
+def test_taking_over_is_as_good_as_allocating(layout: dict[int, list[tuple[int, int]]]) -> None:
+    """A layout: by segment, what is left free before each used extent, and its length."""
+    used, whole, lengths = [], ExtentAllocator(), {}
+    for segment, runs in sorted(layout.items()):
+        at = 0
+        for gap, length in runs:
+            used.append((segment, at + gap, length))
+            at += gap + length
+        lengths[segment] = at + 3
+        whole.add_segment(segment, at + 3)
+        whole.allocate(at + 3)
+    taken = taken_over(lengths, used)
+    for segment, nbytes in lengths.items():
+        at = 0
+        for _, offset, length in [each for each in used if each[0] == segment]:
+            if offset > at:
+                whole.free(segment, at, offset - at)
+            at = offset + length
+        whole.free(segment, at, nbytes - at)
+    assert taken.extents() == whole.extents()
+    assert (taken.free_bytes, taken.largest) == (whole.free_bytes, whole.largest)
 
 
 def test_only_an_empty_segment_can_be_removed() -> None:

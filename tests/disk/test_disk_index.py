@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.disk.index import Batch, ConversationRecord, Index, ObjectRow
+from kvtier.disk.index import Batch, ConversationRecord, Index
 from kvtier.disk.lock import DirectoryLock
+from kvtier.disk.rows import ObjectRow
 from kvtier.errors import ConfigError, TierUnavailable
 from kvtier.objects import ObjectId, ObjectMeta, Root
 

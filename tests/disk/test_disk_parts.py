@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.checksum import PIECE_BYTES, checksum
+from kvtier.disk.background import NICER
 from kvtier.disk.buffers import PAGE
 from kvtier.disk.fileops import Bytes, OsFileOps
 from kvtier.disk.header import HEADER_BYTES
@@ -299,6 +300,54 @@ def test_what_end_makes_of_a_problem_is_raised() -> None:
 
     with pytest.raises(TierUnavailable, match="of the tier"):
         Transfer([part], lambda problem: TierUnavailable("of the tier")).run()
+
+
+# -- what nobody waits for
+
+
+def nice_now() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_a_spill_leaves_the_processor_to_others_and_a_park_does_not(large: Large) -> None:
+    seen: dict[int, int] = {}
+    large.ops.before = lambda offset: seen.update({offset: nice_now()})
+    spilled, parked = large.reserve(0), large.reserve(1)
+    for slot, spill in ((spilled, True), (parked, False)):
+        block = [(slot, aligned(content(slot.slot_id, NBYTES)))]
+        large.tier.write_many(block, spill=spill)[0].result(PATIENCE_S)
+    assert {seen[part_at(parked, part)] for part in range(PARTS)} == {nice_now()}
+    assert seen[part_at(spilled, 0)] == min(19, nice_now() + NICER)
+
+
+def test_a_park_does_not_wait_behind_spills(large: Large) -> None:
+    go = threading.Event()
+    spilled, parked = large.reserve(0), large.reserve(1)
+    spilling = range(spilled.address[1], spilled.address[1] + NBYTES)
+    large.ops.before = lambda offset: assert_waited(go) if offset in spilling else None
+    first = large.tier.write_many([(spilled, aligned(content(0, NBYTES)))], spill=True)[0]
+    large.tier.write_many([(parked, aligned(content(1, NBYTES)))])[0].result(PATIENCE_S)
+    assert not first.done()
+    go.set()
+    first.result(PATIENCE_S)
+
+
+def test_the_scrub_leaves_the_processor_to_others(large: Large) -> None:
+    large.put(0)
+    read, seen = threading.Event(), set()
+
+    def before(offset: int) -> None:
+        seen.add(nice_now())
+        read.set()
+
+    large.ops.before = before
+    large.tier.start_scrub(1 << 40)
+    assert read.wait(PATIENCE_S)
+    assert seen == {min(19, nice_now() + NICER)}
+
+
+def assert_waited(event: threading.Event) -> None:
+    assert event.wait(PATIENCE_S)
 
 
 # -- new segments

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvtier.disk.entry import Entry
 from kvtier.disk.header import HEADER_BYTES
-from kvtier.disk.ledger import Entry
 from kvtier.disk.pacing import Pace
 from kvtier.disk.scrub import POSITION, Scrubber
 from kvtier.errors import CorruptObject

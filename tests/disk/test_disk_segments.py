@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -189,4 +190,51 @@ def test_a_deleted_file_cannot_be_flushed(tmp_path: Path) -> None:
     os.unlink(tmp_path / "00000000.seg")
     with pytest.raises(FileNotFoundError):
         segments.flush([0])
+    segments.close()
+
+
+class MeetingOps(OsFileOps):
+    """Each flush waits until all of them are under way; the one of `bad` fails."""
+
+    def __init__(self, flushes: int, bad: str = "") -> None:
+        self.meeting = threading.Barrier(flushes)
+        self.bad = bad
+        self.ended: list[str] = []
+
+    def _come(self, what: str) -> None:
+        self.meeting.wait(20)
+        if what == self.bad:
+            raise OSError(errno.EIO, what)
+        self.ended.append(what)
+
+    def fsync(self, fd: int) -> None:
+        super().fsync(fd)
+        self._come("file")
+
+    def fsync_directory(self, directory: str) -> None:
+        super().fsync_directory(directory)
+        self._come("directory")
+
+
+def test_several_new_segments_and_their_names_are_flushed_at_once(tmp_path: Path) -> None:
+    ops = MeetingOps(4)
+    segments = Segments(str(tmp_path), ops, scratch=1)
+    for number in range(3):
+        segments.create(number, SEGMENT_BYTES)
+    segments.flush([0, 1, 2])
+    assert sorted(ops.ended) == ["directory", "file", "file", "file"]
+    assert not any(segments.is_new(number) for number in range(3))
+    segments.close()
+
+
+def test_when_one_of_the_flushes_fails_the_segments_stay_new(tmp_path: Path) -> None:
+    ops = MeetingOps(3, bad="directory")
+    segments = Segments(str(tmp_path), ops, scratch=1)
+    for number in range(2):
+        segments.create(number, SEGMENT_BYTES)
+    with pytest.raises(OSError, match="directory"):
+        segments.flush([0, 1])
+    assert ops.ended == ["file", "file"], "the others have ended too"
+    assert segments.is_new(0)
+    assert segments.is_new(1)
     segments.close()

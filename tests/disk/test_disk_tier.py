@@ -13,10 +13,10 @@ import pytest
 
 from kvtier.checksum import checksum
 from kvtier.disk.buffers import PAGE
+from kvtier.disk.entry import room_for
 from kvtier.disk.fsck import fsck
 from kvtier.disk.header import HEADER_BYTES
 from kvtier.disk.index import Batch, ConversationRecord
-from kvtier.disk.ledger import room_for
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import (
     ConfigError,
