@@ -186,4 +186,15 @@ class GpuActor(TierActor):
     role = "gpu"
 
 
-ACTORS: dict[TierRole, type[TierActor]] = {"host": HostActor, "disk": DiskActor, "gpu": GpuActor}
+class DirectoryActor(TierActor):
+    """Holds shards of the directory, on nodes whose settings say so."""
+
+    role = "directory"
+
+
+ACTORS: dict[TierRole, type[TierActor]] = {
+    "host": HostActor,
+    "directory": DirectoryActor,
+    "disk": DiskActor,
+    "gpu": GpuActor,
+}

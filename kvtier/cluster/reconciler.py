@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-TierRole: TypeAlias = Literal["host", "disk", "gpu"]
-# The order of starts: the other two look for the host's socket and would otherwise begin with a wait.
-ROLES: tuple[TierRole, ...] = ("host", "disk", "gpu")
+TierRole: TypeAlias = Literal["host", "directory", "disk", "gpu"]
+# The order of starts: disk and gpu look for the host's socket and would otherwise begin with a wait.
+ROLES: tuple[TierRole, ...] = ("host", "directory", "disk", "gpu")
 # A million starts for each second of a controller's life, and 2**53 is still far away.
 EPOCHS_PER_TERM = 1 << 20
 

@@ -11,6 +11,7 @@ from kvtier.errors import KvtierError
 
 SERVICES: dict[TierRole, str] = {
     "host": "kvtier.daemon.node_service:NodeService",
+    "directory": "kvtier.daemon.directory_service:DirectoryService",
     "disk": "kvtier.daemon.disk_service:DiskService",
     "gpu": "kvtier.daemon.gpu_service:GpuService",
 }
@@ -18,7 +19,8 @@ SERVICES: dict[TierRole, str] = {
 
 def services_for(config: Config) -> dict[TierRole, str]:
     """The services of a node with these settings, in the order in which they start."""
-    return {role: path for role, path in SERVICES.items() if role != "disk" or config.disk.enabled}
+    wanted = {"disk": config.disk.enabled, "directory": bool(config.cluster.directory_listen)}
+    return {role: path for role, path in SERVICES.items() if wanted.get(role, True)}
 
 
 def load_service(path: str) -> Any:

@@ -1,14 +1,19 @@
-"""The node's numbers for Prometheus, and whether it is alive and ready."""
+"""The node's numbers for Prometheus, whether it is alive and ready, and where a conversation is at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from kvtier import paths
 from kvtier.config import Config
+from kvtier.config_checks import is_loopback
+from kvtier.credentials import read_token
 from kvtier.daemon.http import HealthServer
-from kvtier.daemon.metrics import DiskMetrics, Histogram, NodeMetrics, TierMetrics, make_registry
+from kvtier.daemon.locating import Locating
+from kvtier.daemon.metrics import DiskMetrics, EtaMetrics, Histogram, NodeMetrics, TierMetrics, make_registry
 from kvtier.node.core import NodeCore
+from kvtier.node.eta import ERROR_BOUNDS
 from kvtier.node.state import BUCKETS_S
 from kvtier.tier_messages import DiskUsage
 
@@ -27,7 +32,7 @@ class Ask(Protocol):
 
 
 def serve_endpoints(config: Config, ask: Ask, still_s: Callable[[], float]) -> HealthServer:
-    """Start /metrics, /healthz and /readyz. Raises ConfigError.
+    """Start /metrics, /healthz, /readyz and /locate. Raises ConfigError.
 
     still_s: Loop.still_s. It needs no answer of the loop, so a node that is at work counts as alive.
     """
@@ -44,12 +49,19 @@ def serve_endpoints(config: Config, ask: Ask, still_s: Callable[[], float]) -> H
         reasons = ask(unready)
         return alive() or ("the node's loop does not answer",) if reasons is None else reasons
 
+    locating = Locating(
+        paths.node_socket(config.node.runtime_dir),
+        token=read_token(config.access.token_file) if config.access.token_file else "",
+        open_to_all=is_loopback(config.metrics.host),
+    )
     server = HealthServer(
         config.metrics.host,
         config.metrics.port,
         registry=make_registry(snapshot),
         alive=alive,
         ready=ready,
+        posts={"/locate": locating},
+        on_close=locating.close,
         allow_remote=config.metrics.allow_remote,
     )
     server.start()
@@ -90,6 +102,12 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
         errors=dict(counters.errors),
         restore_s=Histogram(BUCKETS_S, tuple(counters.restore_s.counts), counters.restore_s.sum_s),
         backpressure_s=counters.backpressure_s,
+        eta=EtaMetrics(
+            outcomes=dict(counters.eta.outcomes),
+            errors=Histogram(ERROR_BOUNDS, tuple(counters.eta.errors), counters.eta.errors_sum),
+            ways=dict(counters.eta.ways),
+            prefills=counters.eta.prefills,
+        ),
         disk=_disk(core.state.disk.said),
         spilled_bytes=counters.spilled_bytes,
         host_dirty_bytes=core.state.dirty_bytes,

@@ -89,7 +89,9 @@ def test_other_paths_are_404(server, path):
 def test_query_and_head_are_understood_and_other_methods_refused(server):
     assert ask(server, "/readyz?verbose=1")[0] == 200
     assert ask(server, "/metrics", "HEAD")[2] == b""
-    assert ask(server, "/metrics", "POST")[0] == 501
+    assert ask(server, "/metrics", "PUT")[0] == 501
+    assert ask(server, "/metrics", "POST")[0] == 405
+    assert ask(server, "/somewhere", "POST")[0] == 404
 
 
 def test_a_client_that_says_nothing_does_not_hold_up_others(server):

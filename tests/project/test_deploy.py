@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvtier.cli.app import app
 from kvtier.config import load
 from kvtier.daemon.metrics import NodeMetrics, TierMetrics, make_registry
+from kvtier.sim.cluster.scenario import load_scenario
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -55,6 +56,11 @@ def test_the_example_configuration_loads():
     assert load(DEPLOY / "kvtier.toml").metrics.port == 9464
 
 
+def test_the_load_to_size_nodes_for_is_a_scenario():
+    scenario = load_scenario(DEPLOY / "capacity/scenario.toml")
+    assert (scenario.nodes.count, scenario.worker.gpus) == (2, 8)
+
+
 @pytest.mark.parametrize("path", ["grafana/kvtier.json", "prometheus/alerts.yaml"])
 def test_every_metric_that_is_named_exists(path):
     named = named_metrics((DEPLOY / path).read_text())
@@ -86,7 +92,14 @@ def test_alerts_and_scrapes_are_yaml_of_the_expected_shape():
     assert job["static_configs"][0]["targets"] == ["127.0.0.1:9464"]
 
 
-@pytest.mark.parametrize("path", ["systemd/kvtier.service", "ray/cluster.yaml", "kubernetes/kuberay.yaml"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "systemd/kvtier.service",
+        "ray/cluster.yaml",
+        "kubernetes/kuberay.yaml",
+    ],
+)
 def test_every_command_line_names_options_that_exist(path):
     commands = list(kvtier_commands((DEPLOY / path).read_text()))
     assert commands
