@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.checksum import PIECE_BYTES, piece_sum
+from kvtier.host.sysmem import shared_huge_pages, want_huge
 
 Bytes = npt.NDArray[np.uint8]
 _THREADS = (1, 2, 4)
@@ -19,18 +20,28 @@ _LARGE = 32 << 20
 _POPULATE_WRITE = 23
 
 
-def faulted(nbytes: int) -> Bytes:
-    """Shared memory with all its pages there: the first touch of a page costs ten copies."""
+def faulted(nbytes: int, *, huge: bool = False) -> Bytes:
+    """Shared memory with all its pages there: the first touch of a page costs ten copies.
+
+    huge: whether to ask for huge pages, as host memory does; see `pages_kind` for what comes of it.
+    """
     fd = os.memfd_create("kvtier-bench")
     os.ftruncate(fd, nbytes)
     mapped = mmap.mmap(fd, nbytes)
     os.close(fd)
     array = np.frombuffer(mapped, np.uint8)
+    if huge:
+        want_huge(array)
     libc = ctypes.CDLL(None, use_errno=True)
     address = ctypes.c_void_p(array.ctypes.data)
     if libc.madvise(address, ctypes.c_size_t(nbytes), _POPULATE_WRITE) != 0:
         array[:: mmap.PAGESIZE] = 0
     return array
+
+
+def pages_kind() -> str:
+    """What pages memory of `faulted` with `huge` has, by the kernel's setting."""
+    return "4 KiB pages" if shared_huge_pages() in ("never", "deny") else "huge pages"
 
 
 class CopyLimits:

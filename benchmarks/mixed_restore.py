@@ -181,7 +181,7 @@ def plan(engine: Engine, rate: AchievedRate, load_s: float) -> RestorePlan:
     """What the policy expects of a mixed restore."""
     runs = (Run(0, engine.tokens, BLOCK, (("host", float(engine.tokens)),)),)
     line = LoadLine(0.0, engine.tokens / load_s)
-    return plan_restore(runs, Question(engine.tokens + TURN, rate, {"host": line}, mixed=True))
+    return plan_restore(runs, Question(engine.tokens + TURN, rate, {"host": line}, takes="both"))
 
 
 def learned_rate(engine: Engine, rounds: int) -> AchievedRate:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier.arguments import Duration, seconds
 from kvtier.client import Client, connect
+from kvtier.explanation import Explanation
 from kvtier.handles import QUIET_S, ParkHandle, RestoreHandle
 from kvtier.objects import Shard
 from kvtier.receipts import (
@@ -150,6 +151,10 @@ class AsyncWorker:
         await _ended(handle.when_done)
         raise asyncio.CancelledError
 
+    async def prefilled(self, tokens: int, seconds: float, *, past: int = 0) -> None:
+        """See Worker.prefilled. Does not wait."""
+        self.worker.prefilled(tokens, seconds, past=past)
+
     async def drop(self, plan: WorkerPlan) -> None:
         """See Worker.drop."""
         self.worker.drop(plan)
@@ -211,6 +216,10 @@ class AsyncClient:
             if not (page.more and page.conversations):
                 return
             after = (page.conversations[-1].tenant, page.conversations[-1].conversation)
+
+    async def explain(self, conversation: str, **options: Any) -> Explanation:
+        """See Client.explain."""
+        return await self._threads.run(partial(self.client.explain, conversation, **options))
 
     async def show(self, conversation: str, **options: Any) -> ConversationInfo | None:
         """See Client.show."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvtier.arguments import DEFAULT_TENANT, Duration, name, optional_seconds, seconds
 from kvtier.attachment import MakeEngine
 from kvtier.breaker import Backoff
+from kvtier.explanation import Explanation
 from kvtier.link import DEFAULT_BACKOFF, Link, LinkSettings
 from kvtier.messages import (
     Conversations,
     Done,
+    Explain,
+    Explained,
     Forget,
     Forgotten,
     Hint,
@@ -33,9 +36,10 @@ from kvtier.objects import Shard
 from kvtier.paths import default_runtime_dir, node_socket
 from kvtier.receipts import ConversationInfo, ForgetReceipt, ModelInfo, StatusReport
 from kvtier.worker import CALL_TIMEOUT_S, Worker
-from kvtier.worker_inputs import ModelIdentity
+from kvtier.worker_inputs import Computing, ModelIdentity
 
 if TYPE_CHECKING:
+    from kvtier.keys import Tokens
     from kvtier.worker_inputs import AnyPool
 
 EMBEDDED = "embedded:"
@@ -123,15 +127,21 @@ class Client:
         shard: Shard,
         call_timeout_s: Duration = CALL_TIMEOUT_S,
         make_engine: MakeEngine | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
+        device: str = "",
+        devices: int = 1,
     ) -> Worker:
         """Show the daemon this worker's KV memory, over connections of the worker's own.
 
         model: a Fingerprint.  pool: a Pool; a SharedPool, which the daemon maps and copies; or the layout of
         a contiguous cache.  shard: the slice that this rank holds.  call_timeout_s: for park, plan and
         restore to be answered.  make_engine: makes the copy engine from the slots' memory; by default the
-        CPU's.
+        CPU's.  config: the model's config.json, its folder or what it holds: with it, and what `prefilled`
+        tells, the node weighs loading against computing.  device, devices: what computes, as its driver calls
+        it, and how many together.
 
-        Raises FingerprintError, GeometryError, DaemonNotFound (not with connect(required=False)).
+        Raises FingerprintError, GeometryError, ModelSpecError, DaemonNotFound (not with
+        connect(required=False)).
         """
         return Worker(
             self._settings,
@@ -141,6 +151,7 @@ class Client:
             call_timeout_s=seconds("call_timeout_s", call_timeout_s),
             make_engine=make_engine,
             required=self._required,
+            computing=Computing.of(config, device, devices),
         )
 
     def ping(self) -> None:
@@ -164,9 +175,21 @@ class Client:
         )
         self._link.call(message, Done)
 
-    def locate(self, conversation: str, *, tenant: str = DEFAULT_TENANT) -> list[tuple[str, int, float]]:
-        """(node, tokens held, expected seconds to load), best first."""
-        message = Locate(conversation=name("conversation", conversation), tenant=name("tenant", tenant))
+    def locate(
+        self, conversation: str, tokens: Tokens = (), *, tenant: str = DEFAULT_TENANT
+    ) -> list[tuple[str, int, float]]:
+        """(node, tokens held, expected seconds to load there; 0.0 for another node), most tokens first.
+
+        tokens: of the next turn: only what they begin with counts, where a worker is attached to this node.
+        """
+        # Only here: a client that names no tokens loads no numpy.
+        from kvtier.keys import pack_tokens
+
+        message = Locate(
+            conversation=name("conversation", conversation),
+            tenant=name("tenant", tenant),
+            tokens=pack_tokens(tokens) if len(tokens) else b"",
+        )
         return self._link.call(message, Located).nodes
 
     def forget(
@@ -197,6 +220,11 @@ class Client:
         """One conversation; None when it is not known here."""
         message = Show(conversation=name("conversation", conversation), tenant=name("tenant", tenant))
         return next(iter(self._link.call(message, Conversations).conversations), None)
+
+    def explain(self, conversation: str, *, tenant: str = DEFAULT_TENANT) -> Explanation:
+        """Where each part of the conversation lies, what it is worth there, and why it stays or goes."""
+        message = Explain(conversation=name("conversation", conversation), tenant=name("tenant", tenant))
+        return self._link.call(message, Explained).explanation
 
     def models(self) -> list[ModelInfo]:
         """Model fingerprints that are known here."""

@@ -19,6 +19,7 @@ def check(config: Config) -> None:
     _check_keys(config)
     _check_metrics(config)
     _check_ray(config)
+    _check_cluster(config)
     if config.access.token_file:
         read_secret("access.token_file", config.access.token_file, TOKEN_MIN_BYTES)
     if config.access.tenant_secret_file:
@@ -47,6 +48,8 @@ def _check_folders(config: Config) -> None:
         folders["disk.key_file"] = config.disk.key_file
     if config.log.stimulus_log != "off":
         folders["log.stimulus_log"] = config.log.stimulus_log
+    if config.policy.prices:
+        folders["policy.prices"] = config.policy.prices
     for field, value in folders.items():
         if not value.startswith("/"):
             raise ConfigError(
@@ -146,6 +149,36 @@ def _check_ray(config: Config) -> None:
             )
     if ray.token_file:
         read_secret("ray.token_file", ray.token_file, RAY_TOKEN_MIN_BYTES)
+
+
+def _check_cluster(config: Config) -> None:
+    cluster = config.cluster
+    named = {"cluster.listen": cluster.listen, "cluster.directory_listen": cluster.directory_listen}
+    named |= {f"cluster.directory[{i}]": address for i, address in enumerate(cluster.directory)}
+    for field, address in named.items():
+        if address and not re.fullmatch(r"\S+:\d{1,5}", address):
+            raise ConfigError(field, f"{address!r} is not host:port", fix='write it like "10.0.0.1:7200"')
+    if cluster.directory_listen and cluster.directory_listen not in cluster.directory:
+        raise ConfigError(
+            "cluster.directory_listen",
+            f"{cluster.directory_listen!r} is not one of cluster.directory",
+            fix="write it as it stands there",
+        )
+    if not (cluster.listen or cluster.directory_listen):
+        return
+    if not cluster.directory:
+        raise ConfigError("cluster.directory", "is empty", fix="name at least one directory service")
+    if not cluster.token_file:
+        raise ConfigError(
+            "cluster.token_file", "is needed between nodes", fix="set it, with the same secret on all nodes"
+        )
+    read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
+    if cluster.listen and not config.access.tenant_secret_file:
+        raise ConfigError(
+            "access.tenant_secret_file",
+            "is needed with cluster.listen: nodes with different secrets have no key in common",
+            fix="set it, with the same secret on all nodes",
+        )
 
 
 def _check_listen(listen: str) -> None:

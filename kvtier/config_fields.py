@@ -12,7 +12,7 @@ import msgspec
 from kvtier.config_schema import Config, Section, TenantConfig
 from kvtier.config_units import format_bytes
 
-_PLAIN = {int: "integer", str: "text", bool: "true or false", float: "seconds", tuple: "list of integers"}
+_PLAIN = {int: "integer", str: "text", bool: "true or false", float: "seconds"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ def _describe(annotation: Any) -> str:
         return ", ".join([_describe(inner), *bounds])
     if origin is Literal:
         return " or ".join(f'"{choice}"' for choice in get_args(annotation))
+    if origin is tuple:
+        return "list of texts" if str in get_args(annotation) else "list of integers"
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in get_args(annotation))
     return _PLAIN[origin or annotation]

@@ -188,10 +188,57 @@ class GpuConfig(Section, frozen=True):
 class PolicyConfig(Section, frozen=True):
     """What is kept and how it is brought back."""
 
-    name: Annotated[Literal["lru"], Meta(description="Eviction: least recently used leaves first.")] = "lru"
-    restore: Annotated[Literal["load"], Meta(description="Restore plans: always load what is stored.")] = (
-        "load"
-    )
+    eviction: Annotated[
+        Literal["lru", "cost"],
+        Meta(
+            description='What leaves a tier first: what was used longest ago ("lru"), or what is worth least '
+            'for its room ("cost"), by learned return times and by what computing and loading take.'
+        ),
+    ] = "lru"
+    prices: Annotated[
+        str,
+        Meta(
+            description="File of prices (see deploy/prices.toml): `kvtier explain` then speaks of money, and "
+            '"cost" writes to disk only what pays for its write; empty: nothing is known of money.'
+        ),
+    ] = ""
+    device: Annotated[
+        str,
+        Meta(description="Which price of [gpu_hour] in policy.prices counts; empty where there is only one."),
+    ] = ""
+    retire_after_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="KV of a model is worth nothing once no worker has served its fingerprint for so "
+            'long, while workers serve another of the same name; with eviction "cost".',
+        ),
+    ] = 3600.0
+    restore: Annotated[
+        Literal["load", "cost"],
+        Meta(
+            description='Restore plans: "load" brings back all that is stored; "cost" loads, recomputes or '
+            "does both, whatever gives the first token sooner, for workers that show their model's config."
+        ),
+    ] = "cost"
+    queue_scale: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1000,
+            description='With "cost": how much a second of the GPU counts for each request that waits in a '
+            "worker's prefill queue; 0 looks at the asking request alone.",
+        ),
+    ] = 1.0
+    keep_learned_s: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=3600,
+            description="How often what was learned of costs and return times is written to node.state_dir; "
+            "it is written at the end in any case.",
+        ),
+    ] = 60.0
 
 
 class LeasesConfig(Section, frozen=True):
@@ -299,6 +346,67 @@ class RayConfig(Section, frozen=True):
     ] = 64
 
 
+class ClusterConfig(Section, frozen=True):
+    """Other nodes: what they find here, and where this one looks for them."""
+
+    listen: Annotated[
+        str,
+        Meta(
+            description="host:port at which other nodes reach this one, for KV and questions; empty: the "
+            "node is alone."
+        ),
+    ] = ""
+    token_file: Annotated[
+        str,
+        Meta(description="File with the secret (16 bytes or more) by which nodes know each other."),
+    ] = ""
+    directory: Annotated[
+        tuple[str, ...],
+        Meta(
+            max_length=64,
+            description="host:port of each directory service, the same list in the same order on all nodes.",
+        ),
+    ] = ()
+    directory_listen: Annotated[
+        str,
+        Meta(
+            description="Which entry of cluster.directory this node serves; empty: none. Its shards are made "
+            "anew from the nodes' announcements after every start."
+        ),
+    ] = ""
+    shards: Annotated[
+        int,
+        Meta(ge=1, le=1024, description="Parts of the directory, spread over its services; all nodes agree."),
+    ] = 16
+    streams: Annotated[
+        int,
+        Meta(
+            ge=1, le=64, description="Connections that one read from a peer uses, and objects sent at once."
+        ),
+    ] = 4
+    ask_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=10,
+            description="Longest that a plan waits for the directory and for peers; then it goes on with "
+            "what is here.",
+        ),
+    ] = 0.25
+    lost_after_s: Annotated[
+        float,
+        Meta(ge=1, le=600, description="Silence after which the directory counts a node as lost."),
+    ] = 6.0
+    keep_tombstones_s: Annotated[
+        float,
+        Meta(
+            ge=60,
+            description="Longest that the directory waits for an absent node to carry out what was "
+            "forgotten.",
+        ),
+    ] = 90 * 86400.0
+
+
 class LogConfig(Section, frozen=True):
     """What is written down."""
 
@@ -323,6 +431,7 @@ class Config(Section, frozen=True):
     access: AccessConfig = AccessConfig()
     metrics: MetricsConfig = MetricsConfig()
     ray: RayConfig = RayConfig()
+    cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
     tenants: dict[str, TenantConfig] = {}
     origins: dict[str, Origin] = {}

@@ -75,7 +75,7 @@ def _toml_value(field: Field, value: Any) -> str:
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
-        return f"[{', '.join(str(item) for item in value)}]"
+        return f"[{', '.join(_toml_value(field, item) for item in value)}]"
     if isinstance(value, int) and field.is_size:
         return f'"{format_bytes(value)}"'
     return repr(value)

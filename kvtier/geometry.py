@@ -55,11 +55,15 @@ class GroupGeometry:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The KV of one shard: tokens in a block and in an engine page, and the layer groups."""
+    """The KV of one shard: tokens in a block and in an engine page, and the layer groups.
+
+    item_bytes: width of one number, for codecs that take numbers apart.
+    """
 
     block_tokens: int
     page_tokens: int
     groups: tuple[GroupGeometry, ...]
+    item_bytes: int = 2
 
     @property
     def token_bytes(self) -> int:
@@ -82,4 +86,4 @@ class Geometry:
                     fix="lossy codecs take fp32, fp16 and bf16 values with a head's values side by side",
                 )
         lossy = tuple(replace(g, token_bytes=g.lossy_token_bytes) for g in self.groups)
-        return replace(self, groups=lossy)
+        return replace(self, groups=lossy, item_bytes=1)

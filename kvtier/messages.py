@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from kvtier.explanation import Explanation
 from kvtier.geometry import Geometry
 from kvtier.receipts import (
     ConversationInfo,
@@ -79,6 +80,8 @@ class Attach(Message, frozen=True, tag="attach"):
     """A worker shows its pool. In 'shared' mode the pool's descriptors come with it.
 
     replaces: what this worker was called before it lost the node; none of the copies of then runs any more.
+    config: the model's config.json, from which the node reads what computing a token costs; {} for none.
+    device, devices: what computes, as its driver calls it, and how many of them together.
     """
 
     fingerprint: bytes
@@ -90,6 +93,9 @@ class Attach(Message, frozen=True, tag="attach"):
     mode: Mode = "worker"
     pool: dict[str, Any] = {}
     replaces: str = ""
+    config: dict[str, Any] = {}
+    device: str = ""
+    devices: int = 1
 
 
 class Attached(Message, frozen=True, tag="attached"):
@@ -115,6 +121,7 @@ class Park(Message, frozen=True, tag="park"):
     number for its page binding.  held_from: for each layer group the first position that the pool still
     holds.  private_from: for share='conversation', from which token on nothing is shared.  codec: one of
     CODECS, for what of the conversation is written to disk from now on; '' for what was asked before.
+    stop: why the output ended, such as 'end_turn' or 'tool_use'; '' unknown.
     """
 
     worker: str
@@ -135,6 +142,7 @@ class Park(Message, frozen=True, tag="park"):
     timeout_s: float = 30.0
     pages: list[bytes] = []
     codec: str = ""
+    stop: str = ""
 
 
 class ParkStarted(Message, frozen=True, tag="park_started"):
@@ -145,7 +153,11 @@ class ParkStarted(Message, frozen=True, tag="park_started"):
 
 
 class MakePlan(Message, frozen=True, tag="make_plan"):
-    """What of `tokens` is stored, and how to bring it back. conversation '' looks up by prefix alone."""
+    """What of `tokens` is stored, and how to bring it back. conversation '' looks up by prefix alone.
+
+    deadline_s: for all that is loaded, from now.  waiting: requests in the worker's prefill queue.
+    prefill_wait_s: until it could begin to compute this one.  takes: what the engine can use.
+    """
 
     worker: str
     conversation: str
@@ -156,6 +168,19 @@ class MakePlan(Message, frozen=True, tag="make_plan"):
     extras: list[tuple[int, bytes]] = []
     fidelity: str = "exact"
     lease_s: float = 10.0
+    deadline_s: float | None = None
+    waiting: int = 0
+    prefill_wait_s: float = 0.0
+    takes: Literal["all_or_nothing", "fronts", "both"] = "fronts"
+
+
+class Prefilled(Message, frozen=True, tag="prefilled"):
+    """A prefill that the worker ran: `tokens` tokens after `past` that were in its cache."""
+
+    worker: str
+    past: int
+    tokens: int
+    seconds: float
 
 
 class Planned(Message, frozen=True, tag="planned"):
@@ -242,14 +267,15 @@ class Forgotten(Message, frozen=True, tag="forgotten"):
 
 
 class Locate(Message, frozen=True, tag="locate"):
-    """Which nodes hold the conversation; on one node, this node's answer."""
+    """Which nodes hold the conversation. tokens: of the next turn, packed uint32, to be compared; or b''."""
 
     conversation: str
     tenant: str
+    tokens: bytes = b""
 
 
 class Located(Message, frozen=True, tag="located"):
-    """Answer to Locate: (node, tokens held, expected seconds to load), best first."""
+    """Answer to Locate: (node, tokens held, expected seconds to load; 0.0 for other nodes), best first."""
 
     nodes: list[tuple[str, int, float]]
 
@@ -274,6 +300,19 @@ class Show(Message, frozen=True, tag="show"):
 
     conversation: str
     tenant: str
+
+
+class Explain(Message, frozen=True, tag="explain"):
+    """Why a conversation lies where it lies."""
+
+    conversation: str
+    tenant: str
+
+
+class Explained(Message, frozen=True, tag="explained"):
+    """Answer to Explain."""
+
+    explanation: Explanation
 
 
 class ListModels(Message, frozen=True, tag="list_models"):

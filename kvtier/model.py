@@ -148,7 +148,7 @@ class ModelSpec:
                 fix="count layers and heads from 0",
             )
         groups = tuple(g.geometry(shard, self.head_units) for g in self.groups)
-        return Geometry(block_tokens, page_tokens, groups)
+        return Geometry(block_tokens, page_tokens, groups, self.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

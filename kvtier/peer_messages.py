@@ -8,6 +8,8 @@ Both ends prove that they know the cluster's token without saying it, then the o
                    <-  PeerReady
     Want, Want...  ->
                    <-  Sending     and, after the frame, nbytes of the object; reason '' says that they follow
+    Ask            ->
+                   <-  Reply       to what is no object: the directory's calls, and the nodes' own
 """
 
 from __future__ import annotations
@@ -51,6 +53,19 @@ class Want(Message, frozen=True, tag="want"):
     block_key: bytes
     group: int
     shard: str
+
+
+class Ask(Message, frozen=True, tag="peer_ask"):
+    """A question to whoever serves at the other end. body: in its own language."""
+
+    body: bytes
+
+
+class Reply(Message, frozen=True, tag="peer_reply"):
+    """Answer to an Ask. reason: '' or why there is none."""
+
+    body: bytes = b""
+    reason: str = ""
 
 
 class Sending(Message, frozen=True, tag="sending"):

@@ -20,7 +20,7 @@ import struct
 import msgpack
 import msgspec
 
-from kvtier import messages, peer_messages, tier_messages
+from kvtier import cluster_messages, messages, peer_messages, tier_messages
 from kvtier.errors import MalformedMessage, MessageTooLarge, VersionMismatch
 from kvtier.messages import Hello, Message
 
@@ -32,7 +32,7 @@ LENGTH = struct.Struct("<I")
 # Looking the class up by its tag is seven times as fast as converting to a union of all of them.
 _BY_TAG: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
-    for module in (messages, tier_messages, peer_messages)
+    for module in (messages, tier_messages, peer_messages, cluster_messages)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
 }

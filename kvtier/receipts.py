@@ -31,7 +31,9 @@ Reason: TypeAlias = Literal[
     "cancelled",
     "daemon_unavailable",  # absent, hung, restarting: the circuit is open
     "forgotten",
+    "peer_lost",  # the node that had it is gone, or has it no longer
     "wear",
+    "recompute",  # computing is expected to be sooner than loading, or cheaper with others waiting
 ]
 
 
@@ -76,19 +78,21 @@ class ParkReceipt:
 
 @dataclass(frozen=True, slots=True)
 class TokenRange:
-    """Tokens [start, end) and where they come from: 'host', 'disk' or 'compute'."""
+    """Tokens [start, end) and where they come from: 'host', 'disk', 'peer' (another node) or 'compute'."""
 
     start: int
     end: int
-    source: Literal["host", "disk", "compute"]
+    source: Literal["host", "disk", "peer", "compute"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How to bring a conversation back: contiguous ranges that cover all the given tokens.
 
-    plan_id: '' when there is nothing to load.  eta_s: low and high estimate of loading.  lease_s: how
-    long the stored blocks are held for the plan.
+    plan_id: '' when there is nothing to load.  eta_s: of loading; one restore in ten is sooner than the
+    first, one in ten later than the second.  eta_mid_s: half of them are sooner.  why: what was weighed.
+    load_ttft_s, recompute_ttft_s: expected time to the first token by loading all that is stored, and by
+    computing everything; 0 where not known.  lease_s: how long the stored blocks are held for the plan.
     """
 
     plan_id: str
@@ -102,19 +106,30 @@ class Plan:
     version: int = 0
     reason: Reason = ""
     detail: str = ""
+    eta_mid_s: float = 0.0
+    why: str = ""
+    load_ttft_s: float = 0.0
+    recompute_ttft_s: float = 0.0
 
     @property
     def load_tokens(self) -> int:
-        """Length of the front that is to be loaded."""
+        """Where what is to be loaded ends."""
         return max((r.end for r in self.ranges if r.source != "compute"), default=0)
+
+    @property
+    def load_from(self) -> int:
+        """Where what is to be loaded begins: 0, or the end of what is computed meanwhile."""
+        return min((r.start for r in self.ranges if r.source != "compute"), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreReceipt:
     """What is in the named pages now.
 
-    tokens: KV of [0, tokens) is in place; compute the rest.  sources: tokens by tier.  busy: pages that
-    cannot be proven quiet; do not reuse them before `busy_until_end` (the worker's or actor's end).
+    tokens: KV of [loaded_from, tokens) is in place; compute the rest.  loaded_from: 0, or where the plan's
+    front ends that is computed meanwhile.  sources: tokens by tier.  busy: pages that cannot be proven quiet;
+    do not reuse them before `busy_until_end` (the worker's or actor's end).  read_s, copy_s: what its reads
+    from disk and its copies took, one by one; many run at once, so their sums may be more than seconds.
     """
 
     conversation: str
@@ -127,6 +142,9 @@ class RestoreReceipt:
     reason: Reason = ""
     detail: str = ""
     busy: tuple[int, ...] = ()
+    loaded_from: int = 0
+    read_s: float = 0.0
+    copy_s: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -160,7 +178,11 @@ class ForgetReceipt:
 
 @dataclass(frozen=True, slots=True)
 class ConversationInfo:
-    """One parked conversation, as `ls` and `show` tell it. Times are Unix seconds."""
+    """One parked conversation, as `ls` and `show` tell it. Times are Unix seconds.
+
+    host_tokens, disk_tokens, bytes, version: at the node that was asked.  nodes: that have a branch of it;
+    none where a node is alone.
+    """
 
     conversation: str
     tenant: str
@@ -175,6 +197,7 @@ class ConversationInfo:
     returns_at_s: float | None = None
     keep_until_s: float | None = None
     share: str = "prefix"
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,8 @@ class DiskWrite(Message, frozen=True, tag="disk_write"):
     """Write objects from host slots, then the records, with one flush for all.
 
     spill: nobody waits for it, so that every other write goes first.  codecs: for each object the lossless
-    codec that was asked for, '' for the node's own; [] when nothing was asked.
+    codec that was asked for, '' for the node's own; [] when nothing was asked.  item_bytes: for each root,
+    how wide the numbers in its payloads are; 0 where the node does not know.
     """
 
     job: str
@@ -167,6 +168,7 @@ class DiskWrite(Message, frozen=True, tag="disk_write"):
     models: list[tuple[bytes, str]] = []
     spill: bool = False
     codecs: list[str] = []
+    item_bytes: list[int] = []
 
 
 class DiskWritten(Message, frozen=True, tag="disk_written"):

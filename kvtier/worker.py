@@ -32,6 +32,7 @@ from kvtier.messages import (
     Park,
     ParkStarted,
     Planned,
+    Prefilled,
     Restore,
     RestoreStarted,
 )
@@ -41,6 +42,8 @@ from kvtier.receipts import RestoreReceipt, TokenRange
 from kvtier.wire import Channel, ChannelTimeout, expect
 from kvtier.worker_inputs import (
     NO_FRONT,
+    NOTHING_KNOWN,
+    Computing,
     Front,
     ModelIdentity,
     WorkerPlan,
@@ -63,6 +66,7 @@ PARK_GRACE_S = 1.0
 DETACH_S = 1.0
 LEVELS = ("host", "disk")
 SHARES = ("prefix", "conversation")
+TAKES = ("all_or_nothing", "fronts", "both")
 
 
 class Worker:
@@ -78,9 +82,10 @@ class Worker:
         call_timeout_s: float,
         make_engine: MakeEngine | None,
         required: bool,
+        computing: Computing = NOTHING_KNOWN,
     ) -> None:
         self._pool = WorkerPool(pool)
-        self._request = attach_request(model, self._pool, shard)
+        self._request = attach_request(model, self._pool, shard, computing)
         self._call_timeout_s = call_timeout_s
         self._make_engine = make_engine
         self._requests = itertools.count(1)
@@ -125,6 +130,7 @@ class Worker:
         fidelity: str = "exact",
         after: Front = NO_FRONT,
         codec: str = "",
+        stop: str = "",
         timeout_s: Duration = 30.0,
     ) -> ParkHandle:
         """Store the KV of `tokens`, which lies in `pages`, under the conversation's name.
@@ -136,7 +142,9 @@ class Worker:
         of the same fidelity, and the receipt tells the relative error.  after: a known front, whose tokens
         are not sent and not keyed again.  codec: lossless, for what of the conversation
         is written to disk from now on: 'raw', 'lz4', 'planes-lz4' or 'planes-zstd'; '' for what was asked
-        before, or else what the tenant or the node has.  timeout_s: for the asked level to be reached.
+        before, or else what the tenant or the node has.  stop: why the output ended, 'end_turn' or
+        'tool_use': eviction by worth tells by it how soon the next turn comes.  timeout_s: for the asked
+        level to be reached.
 
         The pages must not change before `released` is set on what is returned.  Raises ConfigError,
         TokensError, GeometryError, MessageTooLarge: before anything is sent, or as the node refuses it.
@@ -177,6 +185,7 @@ class Worker:
             timeout_s=limit_s,
             pages=[] if use.copies_here else page_bytes(binding),
             codec=codec,
+            stop=stop,
         )
         self._begin(attachment, use, (message, ParkStarted), self._call_timeout_s)
         return ParkHandle(use, lambda: self._cancel(attachment, use))
@@ -192,11 +201,18 @@ class Worker:
         after: Front = NO_FRONT,
         lease_s: Duration = 10.0,
         timeout_s: Duration | None = None,
+        deadline_s: Duration | None = None,
+        takes: Literal["all_or_nothing", "fronts", "both"] = "fronts",
+        waiting: int = 0,
+        prefill_wait_s: Duration = 0.0,
     ) -> WorkerPlan:
         """What of `tokens` is stored, and how to bring it back; what it names is held for lease_s.
 
         conversation: None looks up by prefix alone.  fidelity: that it was parked at.  after: a front found
-        before, to look on from there.
+        before, to look on from there.  For a node that weighs loading against computing: deadline_s, when all
+        that is loaded must be there, from now; takes, what the engine can use: all that is stored or nothing,
+        any front, or also computing the front while the rest is loaded; waiting, requests in its prefill
+        queue; prefill_wait_s, until it could begin to compute this one.
         Give a plan that will not be restored to `drop`.  Raises ConfigError, TokensError, MessageTooLarge.
         """
         known = "" if conversation is None else name("conversation", conversation)
@@ -212,7 +228,12 @@ class Worker:
             extras=extras_list(extras),
             fidelity=name("fidelity", fidelity),
             lease_s=seconds("lease_s", lease_s),
+            deadline_s=optional_seconds("deadline_s", deadline_s),
+            takes=takes,
+            waiting=waiting,
+            prefill_wait_s=seconds("prefill_wait_s", prefill_wait_s),
         )
+        one_of("takes", takes, TAKES)
         limit_s = self._call_timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         try:
             if attachment is None:
@@ -268,6 +289,18 @@ class Worker:
         self._link.check_process()
         if plan.plan_id:
             self._link.post(DropPlan(plan_id=plan.plan_id), plan.era)
+
+    def prefilled(self, tokens: int, seconds: float, *, past: int = 0) -> None:
+        """Tell, in the background, that computing `tokens` tokens after `past` in the cache took so long.
+
+        From these the node learns when computing is sooner than loading. seconds: of the device, without the
+        time in a queue. Of batches of several requests none need be told.
+        """
+        self._link.check_process()
+        attachment = self._attachment
+        if attachment is not None and tokens > 0 and past >= 0 and seconds > 0:
+            message = Prefilled(worker=attachment.worker, past=past, tokens=tokens, seconds=float(seconds))
+            self._link.post(message, attachment.era)
 
     # --- its end ----------------------------------------------------------------------------------------
 

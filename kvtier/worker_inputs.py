@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from kvtier.errors import FingerprintError, GeometryError, TokensError
@@ -103,7 +104,31 @@ class WorkerPool:
         return pages
 
 
-def attach_request(model: ModelIdentity, pool: WorkerPool, shard: Shard) -> Attach:
+class Computing(NamedTuple):
+    """What a worker computes with. config: the model's; device: as its driver calls it; devices: together."""
+
+    config: dict[str, Any]
+    device: str
+    devices: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | str | Path | None, device: str, devices: int) -> Computing:
+        """Checked. config: itself, its file or its folder. Raises ModelSpecError, GeometryError."""
+        if devices < 1:
+            raise GeometryError(f"a worker computes on at least one device, not {devices}")
+        if config is None:
+            return cls({}, device, devices)
+        from kvtier.model_config import load_config
+
+        return cls(load_config(config)[0], device, devices)
+
+
+NOTHING_KNOWN = Computing({}, "", 1)
+
+
+def attach_request(
+    model: ModelIdentity, pool: WorkerPool, shard: Shard, computing: Computing = NOTHING_KNOWN
+) -> Attach:
     """The request that shows the worker to its node. Raises FingerprintError, GeometryError."""
     digest = getattr(model, "digest", None)
     if not isinstance(digest, bytes) or len(digest) != KEY_BYTES:
@@ -124,6 +149,9 @@ def attach_request(model: ModelIdentity, pool: WorkerPool, shard: Shard) -> Atta
         pool_pages=max(layout.pages(group) for group in range(len(layout.groups))),
         mode=pool.mode,
         pool=pool.description,
+        config=computing.config,
+        device=computing.device,
+        devices=computing.devices,
     )
 
 

@@ -16,9 +16,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from kvtier.node.eta import OUTCOMES, WAYS
 from kvtier.receipts import LEVELS, Reason
 
-SOURCES: Final = ("host", "disk")
+SOURCES: Final = ("host", "disk", "peer")
 # Series exist from the first scrape on, so that the first event shows in a rate.
 REASONS: Final[tuple[str, ...]] = tuple(reason for reason in get_args(Reason) if reason)
 
@@ -61,6 +62,20 @@ class DiskMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class EtaMetrics:
+    """Plans' expectations against what restores took.
+
+    outcomes: restores by (slowest source, 'inside' | 'early' | 'late').  errors: |taken - expected| over
+    taken, without a unit.  ways: plans by what they do with what is stored.  prefills: that workers reported.
+    """
+
+    outcomes: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    errors: Histogram = Histogram()
+    ways: Mapping[str, float] = field(default_factory=dict)
+    prefills: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeMetrics:
     """A node at one instant; counts are since its start.
 
@@ -80,6 +95,7 @@ class NodeMetrics:
     restore_s: Histogram = Histogram()
     backpressure_s: float = 0.0
     disk: DiskMetrics = DiskMetrics()
+    eta: EtaMetrics = EtaMetrics()
     spilled_bytes: float = 0.0
     host_dirty_bytes: int = 0
     log_lost: int = 0
@@ -114,6 +130,7 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "kvtier_backpressure_seconds", "Time that parks waited for room.", now.backpressure_s
         )
+        yield from _eta(now.eta)
         yield from _disk(now.disk)
         yield CounterMetricFamily(
             "kvtier_spilled_bytes", "KV that host memory wrote to disk.", now.spilled_bytes
@@ -149,6 +166,23 @@ def _tiers(tiers: tuple[TierMetrics, ...]) -> Iterator[Metric]:
         for tier, value in zip(tiers, values, strict=True):
             family.add_metric([tier.name], value)
         yield family
+
+
+def _eta(eta: EtaMetrics) -> Iterator[Metric]:
+    restores = CounterMetricFamily(
+        "kvtier_eta_restores",
+        "Restores by their slowest source, and whether they took as long as planned.",
+        labels=["source", "outcome"],
+    )
+    known = {(source, outcome): 0.0 for source in SOURCES for outcome in OUTCOMES}
+    for (source, outcome), count in (known | dict(eta.outcomes)).items():
+        restores.add_metric([source, outcome], count)
+    yield restores
+    yield _histogram(
+        "kvtier_eta_relative_error", "Time taken less the expected median, over the time taken.", eta.errors
+    )
+    yield _counter("kvtier_plans", "Plans by what they do with what is stored.", "way", _with(WAYS, eta.ways))
+    yield CounterMetricFamily("kvtier_prefills", "Prefills that workers reported.", eta.prefills)
 
 
 def _disk(disk: DiskMetrics) -> Iterator[Metric]:

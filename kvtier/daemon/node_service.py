@@ -10,17 +10,20 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier import __version__, paths
+from kvtier.cluster_messages import DIRECTORY, SERVICE, Drain
 from kvtier.config import Config
 from kvtier.config_secrets import tenant_secret
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.host_memory import make_host
 from kvtier.daemon.loop import Loop, LoopThread
+from kvtier.daemon.policies import configured_policies
+from kvtier.daemon.policy_state import PolicyState
 from kvtier.daemon.question import Question
 from kvtier.daemon.stimulus_log import StimulusLog
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
@@ -32,18 +35,19 @@ from kvtier.node.events import (
     Left,
     ProcessEnded,
     Received,
+    Remembered,
     Send,
     Stimulus,
     Tick,
 )
 from kvtier.node.journal import JournaledCore, Origin
 from kvtier.node.settings import NodeSettings
-from kvtier.policy.defaults import make_policies
 from kvtier.tier_messages import PoolJoined
 from kvtier.wire import close_all
 
 if TYPE_CHECKING:
     from kvtier.daemon.http import HealthServer
+    from kvtier.daemon.peer_desk import PeerDesk
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -82,6 +86,7 @@ class NodeService:
         self._log: StimulusLog | None = None
         self._endpoints: HealthServer | None = None
         self._turn_asked = False
+        self._desk: PeerDesk | None = None
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -98,6 +103,9 @@ class NodeService:
             self._host = make_host(config, self._epoch, self._grew)
             undo.callback(self._host.close)
             self._make_core(secret, undo)
+            self._kept = PolicyState(Path(config.node.state_dir), config.policy.keep_learned_s)
+            self._tell(time.time(), Remembered(self._kept.read()))
+            self._join_cluster(undo)
             self._listener = Listener(
                 self._loop, paths.node_socket(config.node.runtime_dir), access_of(config), self._join
             )
@@ -131,6 +139,14 @@ class NodeService:
             "metrics_url": self._endpoints.url if self._endpoints else "",
         }
 
+    def drain(self, within_s: float) -> dict[str, Any]:
+        """Go out of service; see cluster.actors.Drains. Any thread."""
+        self._tell_soon(SERVICE, Drain())
+        progress = self.ask(lambda core: core.cluster.draining.progress())
+        if progress is None:
+            raise KvtierError("the node's loop does not answer")
+        return asdict(progress)
+
     def ask(self, question: Callable[[NodeCore], Answer]) -> Answer | None:
         """Have the loop's thread put a question to the core; None when it does not answer. Any thread."""
         return Question(question).put(self._loop, self._core)
@@ -162,12 +178,14 @@ class NodeService:
             disk_expected=config.disk.enabled,
             spill_above=config.host.spill_above,
             host_pages=self._host.pages,
+            ask_elsewhere_s=config.cluster.ask_s if config.cluster.listen else 0.0,
             tenant_codecs=tuple((name, t.codec) for name, t in sorted(config.tenants.items()) if t.codec),
+            retire_after_s=config.policy.retire_after_s,
         )
         self._core = NodeCore(
             settings,
             self._host,
-            make_policies(config.policy.name, config.policy.restore),
+            configured_policies(config),
             secret,
             random.Random(seed),
             epoch=self._epoch,
@@ -184,8 +202,31 @@ class NodeService:
         origin = Origin(settings, digest, seed, self._epoch, tuple(sizes), self._host.generation_slots)
         self._tell = JournaledCore(self._core, origin, self._log.write).handle
 
+    def _join_cluster(self, undo: contextlib.ExitStack) -> None:
+        """Other nodes find this one from here on, if it is to be found."""
+        if not self._config.cluster.listen:
+            return
+        # Only here: a node that is alone needs nothing of it.
+        from kvtier.daemon.peer_desk import PeerDesk
+
+        desk = PeerDesk(self._config, self._epoch, self._host, self._tell_soon, self._look)
+        undo.callback(desk.close)
+        self._tell(time.time(), Received(DIRECTORY, desk.graves()))
+        desk.start()
+        self._desk = desk
+
+    def _tell_soon(self, peer: str, message: Message) -> None:
+        """From any thread."""
+        self._loop.call(lambda: self._handle(Received(peer, message)))
+
+    def _look(self, look: Callable[[NodeCore], None]) -> None:
+        """From any other thread: have the loop's thread look at the core, and wait until it did."""
+        Question(look).put(self._loop, self._core)
+
     def _close(self) -> None:
         """In the loop's thread, after its end."""
+        if self._desk is not None:
+            self._desk.close()
         if self._endpoints is not None:
             self._endpoints.close()
         self._listener.close()
@@ -194,6 +235,7 @@ class NodeService:
         for fds in self._pool_fds.values():
             close_all(fds)
         self._host.close()
+        self._kept.close(self._core.learned())
         if self._log is not None:
             self._log.close(_LOG_GRACE_S)
 
@@ -268,6 +310,7 @@ class NodeService:
         if self._log is not None and self._log.ended:
             # From here on nothing is logged, so that no replay has to know of it.
             self._core.state.log_ended, self._core.state.log_lost = self._log.ended, self._log.lost
+        self._kept.tend(time.monotonic(), self._core.learned)
         for link in [link for link in self._links.values() if link.gone]:
             if not self._may_copy(link):
                 self._forget(link)
@@ -309,6 +352,9 @@ class NodeService:
 
     def _carry_out(self, send: Send) -> None:
         message = send.message
+        if self._desk is not None and self._desk.takes(send.peer):
+            self._desk.carry_out(send)
+            return
         if isinstance(message, Attached):
             self._pool_fds[message.worker], self._arriving_fds = self._arriving_fds, []
         if send.peer.startswith("worker:"):

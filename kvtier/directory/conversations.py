@@ -6,6 +6,7 @@ listings go one dict at a time.
 
 from __future__ import annotations
 
+import heapq
 import sys
 from collections.abc import Iterator
 
@@ -84,6 +85,20 @@ class Conversations:
                     if conversation is not None:
                         found.append(conversation)
         return found, None
+
+    def after(self, tenant: str, after: tuple[str, str] | None, at_most: int) -> list[Conversation]:
+        """Conversations in order of (tenant, name) after the given one; of one tenant, or of all ('').
+
+        All names are looked at: for people, not for every request.
+        """
+        names = (
+            name
+            for bucket in self._buckets
+            for name in bucket
+            if (not tenant or name[0] == tenant) and (after is None or name > after)
+        )
+        found = (view(*name, self._state(name)) for name in heapq.nsmallest(at_most, names))
+        return [conversation for conversation in found if conversation is not None]
 
     def sweep(self, buckets: int = 1) -> None:
         """Clean some of the dicts of what dead holders said."""

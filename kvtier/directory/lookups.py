@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.directory.announcements import HINT_BYTES
+from kvtier.directory.announcements import HINT_BYTES, Layout
 from kvtier.directory.forms import Form, part_bytes
 from kvtier.directory.routing import hints, shards_of
 from kvtier.keys import BlockRef
@@ -70,6 +70,25 @@ class Front:
     def nbytes(self) -> int:
         """All bytes to load."""
         return self.host_bytes + self.disk_bytes
+
+
+def as_asked(hits: Hits, layout: Layout) -> Hits:
+    """The same, said in the asker's layout: it knows what its model's layer groups are.
+
+    What a node has beside that layout is left out; what it lacks of it is missing.
+    """
+    return msgspec.structs.replace(hits, forms=tuple(_in_layout(form, layout) for form in hits.forms))
+
+
+def _in_layout(form: Form, layout: Layout) -> Form:
+    bits = {(part.group, part.shard): bit for bit, part in enumerate(form.layout.parts)}
+    host = disk = 0
+    for bit, part in enumerate(layout.parts):
+        at = bits.get((part.group, part.shard))
+        if at is not None:
+            host |= (form.host >> at & 1) << bit
+            disk |= (form.disk >> at & 1) << bit
+    return Form(layout, form.tokens, host, disk)
 
 
 def questions(chain: Sequence[BlockRef], shards: int) -> list[Question]:

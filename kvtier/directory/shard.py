@@ -123,6 +123,12 @@ class Shard:
         """A page of about so many, and where the next one begins; see `Conversations.page`."""
         return self._conversations.page(tenant, first, at_most)
 
+    def conversations_after(
+        self, tenant: str, after: tuple[str, str] | None, at_most: int
+    ) -> list[Conversation]:
+        """See `Conversations.after`."""
+        return self._conversations.after(tenant, after, at_most)
+
     def summary(self) -> Summary:
         """Counts and bytes by node and tenant, and the shard's own size."""
         return summarise(

@@ -139,7 +139,7 @@ class PoolLayout:
             )
             for g, spec in enumerate(self.groups)
         )
-        return Geometry(self.block_tokens, math.lcm(*sizes), groups)
+        return Geometry(self.block_tokens, math.lcm(*sizes), groups, self.itemsize)
 
     @property
     def layout_id(self) -> str:

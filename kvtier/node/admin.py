@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from kvtier.cluster_messages import Buried, KnownConversation
 from kvtier.messages import (
     Conversations,
     Done,
+    Explain,
+    Explained,
     Forget,
     Forgotten,
     Hint,
     ListConversations,
     ListModels,
     Locate,
-    Located,
     Models,
     Show,
     Status,
     StatusIs,
 )
+from kvtier.node import usage
 from kvtier.node.awaited import Awaited
 from kvtier.node.blocks import Block, ConversationId, Stored
+from kvtier.node.disk_requests import RemoveDone
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.everywhere import Everywhere, merged
+from kvtier.node.explain import explained
+from kvtier.node.graves import Burials
 from kvtier.node.parks import Parks
 from kvtier.node.reports import conversation_info, model_infos, status_report
 from kvtier.node.state import NodeState
 from kvtier.policy.interfaces import Segment
-from kvtier.receipts import ForgetReceipt, Reason
+from kvtier.receipts import ConversationInfo, ForgetReceipt, Reason
 
 _LIST_MOST = 1000
 # A client waits for a minute.
@@ -37,8 +45,13 @@ _ERASE_MOST_S = 30.0
 class Admin:
     """Answers questions, and carries out wishes about conversations."""
 
-    def __init__(self, state: NodeState, disk: DiskSide, parks: Parks) -> None:
+    def __init__(
+        self, state: NodeState, disk: DiskSide, parks: Parks, burials: Burials, everywhere: Everywhere
+    ) -> None:
         self._state = state
+        self._everywhere = everywhere
+        self._burials = burials
+        burials.erase_here = self._erase_here
         self._disk = disk
         self._parks = parks
         self._awaited = Awaited(_ERASE_MOST_S)
@@ -61,14 +74,44 @@ class Admin:
             and (message.after is None or name > tuple(message.after))
         )
         limit = min(max(message.limit, 1), _LIST_MOST)
-        page = [conversation_info(self._state, self._state.conversations[n]) for n in names[:limit]]
-        self._state.send(peer, Conversations(id=message.id, conversations=page, more=len(names) > limit))
+        after = None if message.after is None else (message.after[0], message.after[1])
+
+        def answer(known: Sequence[KnownConversation]) -> None:
+            elsewhere = {(k.tenant, k.conversation): k for k in known}
+            every = sorted({*names, *elsewhere})
+            page = [self._info(name, elsewhere.get(name)) for name in every[:limit]]
+            found = [info for info in page if info is not None]
+            more = len(every) > limit or len(known) > limit
+            self._state.send(peer, Conversations(id=message.id, conversations=found, more=more))
+
+        self._everywhere.find(answer, tenant=message.tenant, after=after, limit=limit + 1)
+
+    def _info(self, name: ConversationId, elsewhere: KnownConversation | None) -> ConversationInfo | None:
+        """What is known of a conversation, here and at other nodes."""
+        state = self._state
+        known = state.conversations.get(name)
+        here = conversation_info(state, known) if known is not None and known.heads else None
+        if here is None and elsewhere is None:
+            return None
+        if not state.settings.ask_elsewhere_s:
+            return here
+        return merged(here, elsewhere, state.settings.node)
 
     def show(self, peer: str, message: Show) -> None:
         """Answer Show: the conversation, or nothing."""
-        known = self._state.conversations.get((message.tenant, message.conversation))
-        found = [conversation_info(self._state, known)] if known else []
-        self._state.send(peer, Conversations(id=message.id, conversations=found))
+        name = (message.tenant, message.conversation)
+
+        def answer(known: Sequence[KnownConversation]) -> None:
+            info = self._info(name, known[0] if known else None)
+            found = [info] if info is not None else []
+            self._state.send(peer, Conversations(id=message.id, conversations=found))
+
+        self._everywhere.find(answer, tenant=message.tenant, conversation=message.conversation)
+
+    def explain(self, peer: str, message: Explain) -> None:
+        """Answer Explain."""
+        explanation = explained(self._state, (message.tenant, message.conversation))
+        self._state.send(peer, Explained(id=message.id, explanation=explanation))
 
     def models(self, peer: str, message: ListModels) -> None:
         """Answer ListModels."""
@@ -84,26 +127,37 @@ class Admin:
             if message.keep_for_s is not None:
                 known.keep_until_s = state.now_s + message.keep_for_s
             known.version += 1
+            state.name_changed(known.id)
             self._disk.save_record(known)
+            usage.hinted(state, known, message)
         state.send(peer, Done(id=message.id))
 
-    def locate(self, peer: str, message: Locate) -> None:
-        """Answer Locate: this node, when it holds the conversation."""
+    def located_here(self, message: Locate) -> list[tuple[str, int, float]]:
+        """This node's place for Locate, when it holds the conversation: by its newest end."""
         state = self._state
         known = state.conversations.get((message.tenant, message.conversation))
-        nodes: list[tuple[str, int, float]] = []
-        if known is not None and known.heads:
-            chain = state.tree.chain(known.heads[-1].key)
-            there = takewhile(lambda block: _is_there(state, block), chain)
-            segments = [_segment(state, block) for block in there]
-            choice = state.policies.restore.choose(segments, known.heads[-1].tokens)
-            nodes.append((state.settings.node, choice.tokens, choice.eta_high_s))
-        state.send(peer, Located(id=message.id, nodes=nodes))
+        if known is None or not known.heads:
+            return []
+        chain = state.tree.chain(known.heads[-1].key)
+        there = takewhile(lambda block: _is_there(state, block), chain)
+        segments = [_segment(state, block) for block in there]
+        choice = state.policies.restore.choose(segments, known.heads[-1].tokens)
+        return [(state.settings.node, choice.tokens, choice.eta_high_s)]
 
     # --- forgetting -------------------------------------------------------------------------------------
 
     def forget(self, peer: str, message: Forget) -> None:
-        """Erase a conversation; the answer goes out when that is durable."""
+        """Erase a conversation, here and at all nodes; the answer goes out when that is durable."""
+        receipt, erased = self._begin_forgetting(message)
+        self._erase(peer, message, receipt, erased)
+
+    def _erase_here(self, name: ConversationId, done: RemoveDone) -> None:
+        """Erase what another node forgot."""
+        _, erased = self._begin_forgetting(Forget(tenant=name[0], conversation=name[1]))
+        self._remove(erased, name, done)
+
+    def _begin_forgetting(self, message: Forget) -> tuple[ForgetReceipt, list[Stored]]:
+        """End the conversation; answers what is to go, and what a receipt says of it."""
         state = self._state
         name = (message.tenant, message.conversation)
         self._parks.forget(name)
@@ -111,6 +165,7 @@ class Admin:
         erased, shared = self._split(name)
         found = known is not None or bool(erased) or name in state.ended
         state.end_conversation(name)
+        state.policies.usage.forgotten(name)
         receipt = ForgetReceipt(
             message.conversation,
             message.tenant,
@@ -124,7 +179,7 @@ class Admin:
             kept_shared_host_bytes=_host_bytes(state, shared),
             kept_shared_disk_bytes=_disk_bytes(shared),
         )
-        self._erase(peer, message, receipt, erased)
+        return receipt, erased
 
     def _split(self, name: ConversationId) -> tuple[list[Stored], list[Stored]]:
         """Objects that only this conversation names, and those that others name too.
@@ -142,23 +197,45 @@ class Admin:
     def _erase(self, peer: str, message: Forget, receipt: ForgetReceipt, erased: list[Stored]) -> None:
         state = self._state
         reason: Reason = "disk_error" if state.disk.ready else "no_disk"
+        burial = self._burials.bury((message.tenant, message.conversation))
 
         def done(ok: bool, detail: str) -> None:
             answer = receipt
             if not ok:
                 # It is out of host memory, and comes true on disk as soon as that works again.
                 answer = replace(receipt, erased_disk_bytes=0, durable=False, reason=reason, detail=detail)
-            state.send(peer, Forgotten(id=message.id, receipt=answer))
 
+            def tell(buried: Buried | None) -> None:
+                state.send(peer, Forgotten(id=message.id, receipt=_everywhere(answer, burial, buried)))
+
+            self._burials.when_buried(burial, tell)
+
+        self._remove(erased, (message.tenant, message.conversation), done)
+
+    def _remove(self, erased: list[Stored], name: ConversationId, done: RemoveDone) -> None:
+        state = self._state
         for stored in erased:
             slot = state.host.find(stored.meta.object_id)
             if slot is not None:
                 # Leased or not: it is no longer to be found, and its room is free when its readers are done.
                 state.host.withdraw(slot)
         bounded = self._awaited.bounded(state.now_s, done)
-        self._disk.erase(erased, (message.tenant, message.conversation), bounded)
+        self._disk.erase(erased, name, bounded)
         for stored in erased:
             state.forget_object(stored.meta.object_id)
+
+
+def _everywhere(receipt: ForgetReceipt, burial: str, buried: Buried | None) -> ForgetReceipt:
+    """The receipt, with what is known of other nodes. burial: '' on a node that is alone."""
+    if not burial:
+        return receipt
+    if buried is None or not buried.kept:
+        detail = "other nodes may have it still: this one could not note that it is forgotten"
+        return replace(receipt, durable=False, reason=receipt.reason or "disk_error", detail=detail)
+    if not buried.absent:
+        return receipt
+    absent = f"erased at once when they are back: {', '.join(buried.absent)}"
+    return replace(receipt, found=receipt.found, detail="; ".join(filter(None, (receipt.detail, absent))))
 
 
 def _host_bytes(state: NodeState, objects: list[Stored]) -> int:

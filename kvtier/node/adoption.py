@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from kvtier.errors import CorruptObject
-from kvtier.node import wire
+from kvtier.node import usage, wire
 from kvtier.node.conversations import Conversation, from_bytes
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.state import NodeState
@@ -95,7 +95,7 @@ class Adoption:
             self._drop_record(damaged)
             yield 1
         for record in self._records:
-            if self._disk.dues.was_forgotten(record.id):
+            if self._disk.dues.was_forgotten(record.id) or _is_killed(state, record):
                 self._end_record(record)
             elif record.version > state.ended.get(record.id, -1):
                 yield self._adopt_record(record)
@@ -146,12 +146,14 @@ class Adoption:
         for head in record.heads:
             for block in chains[head.key]:
                 block.belongs_to(record.id, head.private)
+        state.name_changed(record.id)
         if not record.heads:
             state.ended[record.id] = record.version
         elif known is None:
             state.conversations[record.id] = record
         else:
             known.continues(record, state.settings.max_heads)
+        usage.adopted(state, record, chains)
         return 1 + sum(map(len, chains.values()))
 
     def _remove_unnamed(self) -> Iterator[int]:
@@ -169,3 +171,8 @@ class Adoption:
                 unnamed = []
             yield 1
         self._disk.remove_unnamed(unnamed)
+
+
+def _is_killed(state: NodeState, record: Conversation) -> bool:
+    """Whether a tombstone that the record does not come after says that it is over."""
+    return not set(state.stones_of(record.id)) <= set(record.after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
+from kvtier.node import limits
 from kvtier.node.disk_requests import RemoveDone
 
 
@@ -16,7 +17,13 @@ class Awaited:
         self._waiting: dict[int, tuple[float, RemoveDone]] = {}
 
     def bounded(self, now_s: float, done: RemoveDone) -> RemoveDone:
-        """What to call instead of `done`, which `tick` calls when the time is over."""
+        """What to call instead of `done`, which `tick` calls when the time is over.
+
+        Where too many wait already, `done` is told so at once.
+        """
+        if len(self._waiting) >= limits.MOST_WAITING:
+            done(False, f"{limits.MOST_WAITING} wait for the disk already; it may still carry it out")
+            return lambda ok, detail: None
         serial = next(self._serials)
         self._waiting[serial] = (now_s + self._most_s, done)
 

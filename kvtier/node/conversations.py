@@ -30,7 +30,7 @@ class Conversation:
     codec: the one that was asked for on disk, or ''.  durable: keys of ends that the disk has all of.
     earlier: such ends that were continued, by turns which the disk does not have yet; after power loss the
     conversation ends there.  recorded: the disk has, or may have, a record of it that this node wrote or
-    read.
+    read.  after: ids of the tombstones of its name that this node had carried out when it began.
     """
 
     tenant: str
@@ -43,6 +43,7 @@ class Conversation:
     keep_until_s: float | None = None
     codec: str = ""
     recorded: bool = False
+    after: tuple[str, ...] = ()
 
     @property
     def id(self) -> ConversationId:
@@ -87,9 +88,14 @@ class Conversation:
         self.version += 1
 
     def lost(self, key: bytes, before: Head | None) -> None:
-        """The block at `key` is nowhere any more: branches that ended there end at `before`."""
+        """The block at `key` is nowhere any more: branches that ended there end at `before`.
+
+        When nothing is left of the last branch, the newest end that was continued is the head again.
+        """
         self.heads = _moved(self.heads, key, before)
         self.earlier = [h for h in _moved(self.earlier, key, before) if h not in self.heads]
+        if self.earlier and not self.heads:
+            self.heads.append(self.earlier.pop())
         self.durable.discard(key)
         self.version += 1
 
@@ -112,7 +118,9 @@ class Conversation:
 
     def to_bytes(self) -> bytes:
         """As the disk index keeps it."""
-        body = msgspec.msgpack.encode(_Body(self.ends, self.returns_at_s, self.keep_until_s, self.codec))
+        body = msgspec.msgpack.encode(
+            _Body(self.ends, self.returns_at_s, self.keep_until_s, self.codec, self.after)
+        )
         return frame(self.tenant, self.name, self.version, body)
 
 
@@ -123,6 +131,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True):
     returns_at_s: float | None
     keep_until_s: float | None
     codec: str
+    after: tuple[str, ...] = ()
 
 
 def from_bytes(tenant: str, name: str, version: int, data: bytes) -> Conversation:
@@ -142,6 +151,7 @@ def from_bytes(tenant: str, name: str, version: int, data: bytes) -> Conversatio
         keep_until_s=said.keep_until_s,
         codec=said.codec,
         recorded=True,
+        after=said.after,
     )
 
 

@@ -20,6 +20,7 @@ class CopyJob:
 
     running: batches whose end is not known, with their slots.  over: its receipt is out; the job is only
     kept until all its batches have ended.  executor: the peer whose process runs the copies.
+    to_come_bytes: of a restore, what no batch copies yet.
     """
 
     id: str
@@ -31,6 +32,12 @@ class CopyJob:
     executor: str = ""
     over: bool = False
     cancelled: bool = False
+    to_come_bytes: int = 0
+
+    @property
+    def running_bytes(self) -> int:
+        """Bytes of the batches whose end is not known."""
+        return sum(meta.nbytes for pairs in self.running.values() for meta, _ in pairs)
 
 
 class Copies:

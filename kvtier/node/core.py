@@ -16,27 +16,34 @@ from typing import Any
 
 from kvtier import messages as m
 from kvtier import tier_messages as t
-from kvtier.errors import KvtierError, ProtocolError
+from kvtier.errors import ConfigError, KvtierError, ProtocolError
+from kvtier.node import usage
 from kvtier.node.admin import Admin
 from kvtier.node.adoption import Adoption
+from kvtier.node.choosing import Chooser
+from kvtier.node.cluster_side import CLUSTER_SAYS, ClusterSide
 from kvtier.node.copies import Copies
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.elsewhere import Elsewhere
 from kvtier.node.events import (
     ArenaGrew,
     EventsJoined,
     Left,
     ProcessEnded,
     Received,
+    Remembered,
     Send,
     Stimulus,
     Tick,
 )
 from kvtier.node.host_memory import HostMemory
 from kvtier.node.limits import check_names
+from kvtier.node.locating import Locating
 from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
+from kvtier.node.queues import Queues
 from kvtier.node.reports import status_report
 from kvtier.node.restores import RestoreJob, Restores
 from kvtier.node.room import Room
@@ -48,7 +55,17 @@ from kvtier.receipts import StatusReport
 from kvtier.tier import Slot
 
 # After these nothing can have ended, so nobody who waits needs another look.
-_QUESTIONS = (m.Ping, m.Status, m.ListConversations, m.Show, m.ListModels, m.Locate, m.Hint)
+_QUESTIONS = (
+    m.Ping,
+    m.Status,
+    m.ListConversations,
+    m.Show,
+    m.Explain,
+    m.ListModels,
+    m.Locate,
+    m.Hint,
+    m.Prefilled,
+)
 
 
 # Who may send what: the beginning of the peer's name.
@@ -60,6 +77,7 @@ _SERVICES_SAY: dict[type[m.Message], tuple[str, ...]] = {
     t.DiskReadDone: ("disk",),
     t.DiskRemoved: ("disk",),
     t.DiskUsage: ("disk",),
+    **CLUSTER_SAYS,
 }
 
 
@@ -88,13 +106,20 @@ class NodeCore:
         self._spills = Spills(state, self._disk)
         room = Room(state, self._disk, self._spills)
         self._parks = Parks(state, self._copies, self._disk, room)
-        self._plans = Plans(state, self._parks)
-        self._restores = Restores(state, self._copies, self._disk, room, self._plans)
+        chooser = Chooser(state, Queues(self._copies, self._disk))
+        elsewhere = Elsewhere(state)
+        self.cluster = ClusterSide(state, self._disk, room, elsewhere)
+        self._plans = Plans(state, self._parks, elsewhere, chooser)
+        self._restores = Restores(state, self._copies, self._disk, room, self._plans, self.cluster.pulls)
         self._adoption = Adoption(state, self._disk)
         self._peers = Peers(
             state, self._copies, self._disk, self._adoption, self._parks, self._plans, self._restores
         )
-        self._admin = Admin(state, self._disk, self._parks)
+        self._served = usage.Served(state)
+        self._admin = Admin(state, self._disk, self._parks, self.cluster.burials, self.cluster.everywhere)
+        self._locating = Locating(
+            state, elsewhere, self.cluster.everywhere, self._plans, self._admin.located_here
+        )
         self._handlers = self._make_handlers()
 
     def handle(self, now_s: float, stimulus: Stimulus) -> list[Send]:
@@ -104,6 +129,7 @@ class NodeCore:
         if state.started_s is None:
             state.started_s = state.now_s
         state.out = []
+        self._pass_time()
         if isinstance(stimulus, Received):
             self._received(stimulus)
         elif isinstance(stimulus, Left):
@@ -115,6 +141,8 @@ class NodeCore:
                 state.workers[stimulus.worker].pid = stimulus.pid
         elif isinstance(stimulus, ArenaGrew):
             self._arena_grew(stimulus)
+        elif isinstance(stimulus, Remembered):
+            self._take_over(stimulus)
         elif isinstance(stimulus, Tick):
             self._tick()
         if not isinstance(stimulus, EventsJoined) and not self._was_question(stimulus):
@@ -134,6 +162,10 @@ class NodeCore:
     def has_more(self) -> bool:
         """Whether another tick is wanted at once: a long piece of work is done in parts."""
         return self._adoption.under_way
+
+    def learned(self) -> dict[str, bytes]:
+        """What the policies have learned, by name; the next core goes on from it. See events.Remembered."""
+        return {name: policy.to_bytes() for name, policy in self.state.policies.learned.items()}
 
     def status(self) -> StatusReport:
         """The node at this instant."""
@@ -156,22 +188,24 @@ class NodeCore:
             self.state.refuse(stimulus.peer, stimulus.message, error)
 
     def _make_handlers(self) -> dict[type[m.Message], Callable[[str, Any], None]]:
-        peers, admin, disk, plans = self._peers, self._admin, self._disk, self._plans
+        peers, admin, disk = self._peers, self._admin, self._disk
         return {
             m.Ping: lambda peer, msg: self.state.send(peer, m.Pong(id=msg.id)),
             m.Attach: lambda peer, msg: peers.attach(peer, msg, *self._arena),
             m.Detach: self._detach,
             m.Park: lambda peer, msg: self._parks.start(peer, msg, peers.worker(msg.worker, peer)),
-            m.MakePlan: lambda peer, msg: plans.make(peer, msg, peers.worker(msg.worker, peer)),
+            m.MakePlan: self._make_plan,
             m.Restore: lambda peer, msg: self._restores.start(peer, msg, peers.worker(msg.worker, peer)),
+            m.Prefilled: peers.prefilled,
             m.DropPlan: self._drop_plan,
             m.CopiesEnded: self._copies_ended,
             m.Status: admin.status,
             m.ListConversations: admin.list_conversations,
             m.Show: admin.show,
+            m.Explain: admin.explain,
             m.ListModels: admin.models,
             m.Hint: admin.hint,
-            m.Locate: admin.locate,
+            m.Locate: self._locating.locate,
             m.Forget: admin.forget,
             t.TierHello: self._service_joined,
             t.Copied: self._copied,
@@ -180,11 +214,16 @@ class NodeCore:
             t.DiskReadDone: disk.reads.on_read,
             t.DiskRemoved: lambda peer, msg: disk.on_removed(msg),
             t.DiskUsage: disk.on_usage,
+            **self.cluster.handlers(),
         }
 
     def _detach(self, peer: str, message: m.Detach) -> None:
         self._peers.detach(message.worker, peer)
         self.state.send(peer, m.Done(id=message.id))
+
+    def _make_plan(self, peer: str, message: m.MakePlan) -> None:
+        self._plans.make(peer, message, self._peers.worker(message.worker, peer))
+        usage.asked(self.state, message)
 
     def _drop_plan(self, peer: str, message: m.DropPlan) -> None:
         self._plans.drop(message.plan_id)
@@ -208,7 +247,23 @@ class NodeCore:
         elif isinstance(job, RestoreJob):
             self._restores.copied(job, pairs, message)
 
+    def _take_over(self, stimulus: Remembered) -> None:
+        """What is damaged is learned anew."""
+        for name, policy in self.state.policies.learned.items():
+            if name not in stimulus.sections:
+                continue
+            try:
+                policy.take_over(stimulus.sections[name])
+            except ConfigError as error:
+                self.state.unlearned.append(f"what was learned of {name} is lost: {error}")
+
     # --- time and memory --------------------------------------------------------------------------------
+
+    def _pass_time(self) -> None:
+        disk = self.state.disk
+        free_bytes = disk.capacity_bytes - self.state.disk_held_bytes
+        self.state.policies.usage.passed(self.state.now_s, self._disk.usable(), free_bytes)
+        self._served.look()
 
     def _arena_grew(self, stimulus: ArenaGrew) -> None:
         self.state.host.grow(stimulus.sub_arena, stimulus.ready_bytes)
@@ -224,11 +279,15 @@ class NodeCore:
         self._restores.tick()
         self._admin.tick()
         self._disk.tick()
+        self.cluster.tick()
 
     def _expired(self, slot: Slot, holder: str) -> None:
         """A right ended. Whoever cannot be touching the slot is taken out at once; the rest is in limbo."""
         if holder.startswith("r"):
             self._disk.reads.expired(holder)
+            return
+        if holder.startswith("x"):
+            self.cluster.pulls.reads.expired(holder)
             return
         job = self._copies.get(holder)
         filling = job is not None and any(slot == s for pairs in job.running.values() for _, s in pairs)
@@ -236,7 +295,7 @@ class NodeCore:
             self._restores.abandon(job, "lease_expired", "the copy took longer than it had")
         elif isinstance(job, ParkJob) and filling:
             self._parks.expired(job)
-        if not filling and not holder.startswith("w"):
+        if not filling and not holder.startswith(("w", "l")):
             self.state.host.release(slot, holder)
 
     @staticmethod

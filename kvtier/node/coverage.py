@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.node.blocks import Block, Part, Stored
 
-Source: TypeAlias = Literal["host", "disk"]
+Source: TypeAlias = Literal["host", "disk", "peer"]
 SourceOf: TypeAlias = Callable[[Stored], Source | None]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvtier.node import limits
 from kvtier.node.blocks import ConversationId
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, ObjectMeta
@@ -50,9 +51,12 @@ class DiskDues:
 
     # --- names that were forgotten before the disk said what it holds -----------------------------------
 
-    def forgotten(self, name: ConversationId) -> None:
-        """Whatever the disk will say of it, it is over."""
+    def forgotten(self, name: ConversationId) -> bool:
+        """Whatever the disk will say of it, it is over; answers whether there was room to note that."""
+        if name not in self._forgotten and len(self._forgotten) >= limits.MOST_FORGOTTEN:
+            return False
         self._forgotten[name] = None
+        return True
 
     def was_forgotten(self, name: ConversationId) -> bool:
         """Whether what the disk announces of the conversation is to go."""

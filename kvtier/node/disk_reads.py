@@ -14,6 +14,8 @@ from kvtier.tier_messages import DiskRead, DiskReadDone
 
 # A write or read that the disk service has not answered by then no longer has a right to its slots.
 DISK_LEASE_S = 60.0
+# Why a read failed, where the disk has the object no longer: it removes what it finds to be corrupt.
+GONE = ("corrupt", "missing")
 
 # Who waits for a read: told the reason for each object that failed, by its place in the read.
 ReadDone: TypeAlias = Callable[[dict[int, str], int, float], None]

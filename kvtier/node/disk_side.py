@@ -7,6 +7,7 @@ from math import inf
 
 import msgspec
 
+from kvtier.geometry import EXACT
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation
@@ -22,6 +23,7 @@ from kvtier.node.disk_requests import (
     WriteRequest,
     Written,
 )
+from kvtier.node.disk_room import drop_copies, evict
 from kvtier.node.state import NodeState, count, disk_bytes, room_bytes
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
@@ -32,12 +34,14 @@ from kvtier.tier_messages import (
     DiskWrite,
     DiskWritten,
     WireRecord,
+    WireRoot,
 )
 
 _FORGETS_LATER = (
     "the disk tier is not there; what it has of the conversation goes once it is,"
     " unless this node restarts before"
 )
+_FORGETS_NOT = "the disk tier is not there, and too many were forgotten since: ask again once it is"
 
 
 class DiskSide:
@@ -65,6 +69,10 @@ class DiskSide:
     def writes_running(self) -> bool:
         """Whether a write is under way whose end makes host memory evictable."""
         return any(write.objects for write in self._requests.writes())
+
+    def writing_bytes(self) -> int:
+        """What is being written, or is asked to be, as it lies in host memory."""
+        return sum(write.host_bytes for write in self._requests.writes())
 
     def spilling(self) -> list[int]:
         """For each spill under way the host memory that becomes evictable when it has ended."""
@@ -150,7 +158,12 @@ class DiskSide:
             slots=[wire.item(meta, slot) for meta, slot in zip(metas, slots, strict=True)],
             records=[WireRecord(c.tenant, c.name, c.version, c.to_bytes()) for c in records],
             models=sorted(models.items()),
+            item_bytes=[self._item_bytes(root) for root in roots],
         )
+
+    def _item_bytes(self, root: WireRoot) -> int:
+        """Width of the numbers in a root's payloads; 0 where no worker of its model has attached."""
+        return 1 if root.fidelity != EXACT else self._state.item_bytes.get(root.fingerprint, 0)
 
     def save_record(self, conversation: Conversation) -> None:
         """Keep a changed record, with all others that change until the next tick; nobody waits for it."""
@@ -180,7 +193,7 @@ class DiskSide:
 
     def _retry(self, write: WriteRequest) -> bool:
         """The disk has less room than was thought: evict as much as is to be written, and try once more."""
-        going = self._evict(write.disk_bytes, write.purpose)
+        going = evict(self._state, write.disk_bytes, write.purpose)
         if not going:
             return False
         write.retried = True
@@ -206,7 +219,7 @@ class DiskSide:
 
     def remove(self, objects: Iterable[Stored]) -> None:
         """Remove the disk copies of objects; they count as gone at once."""
-        metas = self._drop_copies(objects)
+        metas = drop_copies(self._state, objects)
         if metas and self._state.disk.ready:
             self._requests.add(*self._removal(metas, {}, durable=False))
             self._send_requests()
@@ -218,16 +231,18 @@ class DiskSide:
         state = self._state
         objects = list(objects)
         being_written = [s.meta for s in objects if s.writing]
-        metas = self._drop_copies(objects) + being_written
+        metas = drop_copies(self._state, objects) + being_written
         records = {name: state.ended[name]} if name in state.ended else {}
         if not state.disk.ready:
             # With its record it goes when the disk is there: what nobody names is not adopted.
             never_written = not (self._seen or state.settings.disk_expected)
-            if not never_written:
-                self.dues.forgotten(name)
-                # The disk may have announced them already, and be looked through no more.
-                self.dues.removal_failed(metas)
-            done(never_written, "" if never_written else _FORGETS_LATER)
+            if never_written:
+                done(True, "")
+                return
+            noted = self.dues.forgotten(name)
+            # The disk may have announced them already, and be looked through no more.
+            self.dues.removal_failed(metas)
+            done(False, _FORGETS_LATER if noted else _FORGETS_NOT)
             return
         metas += self.dues.take_objects()
         if metas or records:
@@ -258,20 +273,10 @@ class DiskSide:
     def remove_unnamed(self, metas: Sequence[ObjectMeta]) -> None:
         """Remove what the disk holds and nobody names, for good: it may have been forgotten meanwhile."""
         stored = [self._state.tree.stored(meta.object_id) for meta in metas]
-        going = self._drop_copies(s for s in stored if s is not None)
+        going = drop_copies(self._state, [s for s in stored if s is not None])
         if going:
             self._requests.add(*self._removal(going, {}, durable=True))
             self._send_requests()
-
-    def _drop_copies(self, objects: Iterable[Stored]) -> list[ObjectMeta]:
-        state = self._state
-        metas: list[ObjectMeta] = []
-        for stored in list(objects):
-            block = state.tree.get(stored.meta.object_id.block_key)
-            if block is not None and stored.on_disk is not None:
-                metas.append(stored.on_disk)
-                state.removed_from_disk(block, stored)
-        return metas
 
     def _removal(
         self,
@@ -325,38 +330,9 @@ class DiskSide:
         over = state.disk_held_bytes + coming + needed_bytes - state.disk.capacity_bytes
         if over <= 0:
             return True
-        going = self._evict(over, purpose)
+        going = evict(self._state, over, purpose)
         self._requests.add(*self._removal(going, {}, durable=False))
         return bool(going)
-
-    def _evict(self, nbytes: int, purpose: Purpose) -> list[ObjectMeta]:
-        """Take the least worth out of the disk; nothing when that is not enough.
-
-        For what is written ahead of need only what host memory does not hold too: else the disk's copies of
-        both would take turns for ever.
-        """
-        state = self._state
-        going: list[Stored] = []
-        freed = 0
-        for key in state.policies.disk.victims(state.now_s):
-            block = state.tree.get(key)
-            parts = [] if block is None else [s for s in block.parts.values() if s.on_disk is not None]
-            if any(s.pins or s.writing or (purpose == "ahead" and self._hosted(s)) for s in parts):
-                continue
-            freed += sum(disk_bytes(s.on_disk) for s in parts if s.on_disk is not None)
-            going += parts
-            state.policies.disk.removed(key)
-            if freed >= nbytes:
-                break
-        if freed < nbytes:
-            for meta in (s.on_disk for s in going if s.on_disk is not None):
-                state.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, state.now_s)
-            return []
-        state.counters.evicted_objects += len(going)
-        return self._drop_copies(going)
-
-    def _hosted(self, stored: Stored) -> bool:
-        return self._state.in_host(stored.meta.object_id)
 
     # --- coming and going -------------------------------------------------------------------------------
 

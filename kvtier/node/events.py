@@ -51,11 +51,18 @@ class ArenaGrew:
 
 
 @dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the policies had learned before the node's start, by name."""
+
+    sections: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Stimulus: TypeAlias = Received | Left | ProcessEnded | EventsJoined | ArenaGrew | Tick
+Stimulus: TypeAlias = Received | Left | ProcessEnded | EventsJoined | ArenaGrew | Remembered | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,3 @@ class Send:
     peer: str
     message: Message
     fds: Literal["", "arenas", "pool"] = ""
-
-
-Instruction: TypeAlias = Send

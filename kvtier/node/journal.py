@@ -20,14 +20,24 @@ import msgspec
 from kvtier.errors import KvtierError
 from kvtier.messages import Message, StatusIs
 from kvtier.node.core import NodeCore
-from kvtier.node.events import ArenaGrew, EventsJoined, Left, ProcessEnded, Received, Send, Stimulus, Tick
+from kvtier.node.events import (
+    ArenaGrew,
+    EventsJoined,
+    Left,
+    ProcessEnded,
+    Received,
+    Remembered,
+    Send,
+    Stimulus,
+    Tick,
+)
 from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.interfaces import Policies
 from kvtier.protocol import LENGTH, decode, encode
 
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (ArenaGrew, EventsJoined, Left, ProcessEnded, Tick)
+    kind.__name__: kind for kind in (ArenaGrew, EventsJoined, Left, ProcessEnded, Remembered, Tick)
 }
 
 

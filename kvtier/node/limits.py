@@ -1,4 +1,4 @@
-"""What callers may ask for."""
+"""What callers may ask for, and how much a node keeps of it in its own memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from kvtier import messages as m
 from kvtier.arguments import name
 from kvtier.errors import ProtocolError
 
+# Far above what a node is used for; refused beyond it: nobody's calls may fill its memory. A block takes
+# about 3 KiB beside its bytes, a conversation one half.
+MOST_BLOCKS = 2_000_000
+MOST_CONVERSATIONS = 1_000_000
+MOST_WORKERS = 1024
+# Under way at once, of all workers.
+MOST_PARKS = 4096
+MOST_PLANS = 16_384
+# Those who wait for a park before they plan, and for the disk to erase.
+MOST_WAITING = 4096
+# Names that were forgotten while the disk was not there.
+MOST_FORGOTTEN = 100_000
+
 # Fields with names, by message; the second ones may be empty. What is not known yet goes into an answer
 # and on the drive, so all of them are bounded, whoever asks.
 _NAMES: dict[type[m.Message], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    m.Attach: ((), ("shard", "model", "layout", "replaces")),
+    m.Attach: ((), ("shard", "model", "layout", "replaces", "device")),
     m.Detach: ((), ("worker",)),
     m.Park: (("conversation", "tenant"), ("worker", "fidelity", "codec")),
     m.MakePlan: (("tenant",), ("conversation", "worker", "fidelity")),
+    m.Prefilled: ((), ("worker",)),
     m.Restore: ((), ("worker",)),
     m.Hint: (("conversation", "tenant"), ()),
     m.Forget: (("conversation", "tenant"), ()),
     m.Show: (("conversation", "tenant"), ()),
+    m.Explain: (("conversation", "tenant"), ()),
     m.Locate: (("conversation", "tenant"), ()),
     m.ListConversations: ((), ("tenant",)),
 }

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
-from typing import cast
 
 from kvtier.errors import ObjectExists, SlotLeased, StaleSlot
 from kvtier.messages import Park, ParkDone, ParkStarted, Released
-from kvtier.node import naming
+from kvtier.node import limits, naming, usage
 from kvtier.node.blocks import ConversationId, Stored
-from kvtier.node.conversations import Conversation, Head
+from kvtier.node.conversations import Head
 from kvtier.node.copies import Copies, Pair
-from kvtier.node.disk_requests import Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_job import ParkJob
 from kvtier.node.park_request import new_job
+from kvtier.node.park_writes import ParkWrites
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker, count
 from kvtier.objects import ObjectId, ObjectMeta
@@ -38,6 +37,7 @@ class Parks:
         self._copies = copies
         self._disk = disk
         self._room = room
+        self._writes = ParkWrites(state, disk)
         self._jobs: dict[str, ParkJob] = {}
 
     def waiting(self) -> int:
@@ -61,6 +61,22 @@ class Parks:
         self._jobs[job.id] = job
         self._copies.add(job)
         self._state.send(peer, ParkStarted(id=message.id, job=job.id))
+        refusal = self._refusal(job)
+        if refusal:
+            self._fail(job, "backpressure", refusal)
+
+    def _refusal(self, job: ParkJob) -> str:
+        """Why the node's own memory has no room for what it would have to know of the park, or ''."""
+        state = self._state
+        if len(self._jobs) > limits.MOST_PARKS:
+            return f"{limits.MOST_PARKS} parks are under way already"
+        if job.name not in state.conversations and len(state.conversations) >= limits.MOST_CONVERSATIONS:
+            return f"this node keeps {limits.MOST_CONVERSATIONS} conversations, and no more: forget some"
+        left = max(0, limits.MOST_BLOCKS - len(state.tree))
+        keys = {meta.object_id.block_key for meta in job.metas} if left < len(job.metas) else set()
+        if sum(state.tree.get(key) is None for key in keys) > left:
+            return f"this node keeps {limits.MOST_BLOCKS} blocks, and no more: forget some, or use larger"
+        return ""
 
     # --- moving on --------------------------------------------------------------------------------------
 
@@ -90,10 +106,15 @@ class Parks:
         if not job.over and job.failure is not None and not job.running:
             self._finish(job, "none")
         if not job.over and job.gathered:
-            self._make_durable(job)
+            level = self._writes.reached(job)
+            if level is not None:
+                self._finish(job, level)
 
     def _gather(self, job: ParkJob) -> None:
         """Ask for copies as long as there is room and the job may have more of them running."""
+        if self._state.draining and not job.next_batch:
+            self._fail(job, "backpressure", "this node goes out of service")
+            return
         if not self._state.gpu_peer:
             self._fail(job, "copy_failed", "the GPU service is not there")
             return
@@ -145,7 +166,7 @@ class Parks:
             return False
         if slot is None and not state.disk.ready:
             return False
-        if slot is not None and not self._streams(job):
+        if slot is not None and not self._writes.streams(job):
             state.host.lease(slot, job.id, job.started_s + 2 * job.message.timeout_s)
         if job.held.get(meta.object_id) is not stored:
             self._let_go(job, meta.object_id)
@@ -159,11 +180,6 @@ class Parks:
         stored = job.held.pop(object_id, None)
         if stored is not None:
             stored.pins -= 1
-
-    def _streams(self, job: ParkJob) -> bool:
-        """Whether the conversation is too large to be held in host memory as a whole."""
-        fits_on_disk = self._disk.usable() and job.disk_nbytes <= self._state.disk.capacity_bytes
-        return fits_on_disk and job.nbytes > sum(self._state.arena_bytes) // 2
 
     def _drop_incomplete(self, stored: Stored) -> None:
         """A sliding layer's object that lacks rows which a park has: out of host memory, to store it whole.
@@ -181,7 +197,7 @@ class Parks:
         """Whether even empty tiers would not do."""
         arenas = self._state.arena_bytes
         too_long = max(meta.nbytes for meta in job.metas) > max(arenas)
-        return too_long or (job.nbytes > sum(arenas) and not self._streams(job))
+        return too_long or (job.nbytes > sum(arenas) and not self._writes.streams(job))
 
     def _wait_or_refuse(self, job: ParkJob, stuck: str) -> None:
         """Nothing of the job runs and it cannot go on: is there something to wait for?"""
@@ -229,6 +245,9 @@ class Parks:
             block = state.tree.get(meta.object_id.block_key)
             if block is not None:
                 block.belongs_to(job.name, job.private)
+                if self._writes.streams(job):
+                    # The others are held until the park is over.
+                    usage.stored(state, job.name, block)
             self._hold_stored(job, meta)
             written.append(stored)
             job.objects_stored += 1
@@ -236,14 +255,12 @@ class Parks:
         job.error_squares += message.error_squares
         job.value_squares += message.value_squares
         state.counters.parked_bytes += sum(meta.nbytes for meta, _ in pairs)
-        todo = [stored for stored in written if not stored.durable]
-        if todo and job.message.level == "disk" and self._disk.usable() and job.lowered is None:
-            self._write(job, todo, None)
+        self._writes.begin(job, written)
         return True
 
     def _all_gathered(self, job: ParkJob) -> None:
         """All objects are stored: the pages may go, the conversation has a new head."""
-        lost = [m for m in job.metas if not (self._is_there(job, m) or self._hold_stored(job, m))]
+        lost = [m for m in job.metas if not (self._writes.is_there(job, m) or self._hold_stored(job, m))]
         if lost:
             job.rounds += 1
             if job.rounds > _ROUNDS_MOST:
@@ -270,6 +287,7 @@ class Parks:
         job.replaces = {block.key for block in chain[:-1]} | {tail.key for tail in tails}
         job.head = head
         conversation.set_head(head, job.replaces, state.settings.max_heads)
+        state.name_changed(job.name)
         if message.returns_in_s is not None:
             conversation.returns_at_s = state.now_s + message.returns_in_s
         if message.keep_for_s is not None:
@@ -277,64 +295,10 @@ class Parks:
         if message.codec:
             conversation.codec = message.codec
         job.conversation = conversation
+        usage.parked(state, message, job.root.fingerprint, chain)
         geometry, shard = job.worker.geometry, job.worker.shard
         for object_id, shape in naming.behind_window(chain, geometry, shard, job.query.end):
             self._room.passed_by(object_id, shape)
-
-    # --- to disk ----------------------------------------------------------------------------------------
-
-    def _make_durable(self, job: ParkJob) -> None:
-        if job.message.level == "disk" and job.lowered is None and not self._all_there(job):
-            job.lowered = ("incomplete", "something of it was lost again before all was on disk")
-        if job.message.level != "disk" or job.lowered is not None:
-            self._finish_lower(job)
-            return
-        todo = [stored for stored in job.held.values() if not stored.durable]
-        if job.writes_running or any(stored.writing for stored in todo):
-            return
-        if job.recorded and not todo:
-            self._finish(job, "disk")
-            return
-        record = None if todo else job.conversation
-        if record is not None and job.head is not None:
-            record.keep_end(job.head)
-        self._write(job, todo, record)
-        if job.lowered is not None:
-            self._finish_lower(job)
-
-    def _finish_lower(self, job: ParkJob) -> None:
-        self._finish(job, "host" if self._all_there(job) else "none")
-
-    def _all_there(self, job: ParkJob) -> bool:
-        """Whether everything that was gathered can still be restored."""
-        return all(self._is_there(job, meta) for meta in job.metas)
-
-    def _is_there(self, job: ParkJob, meta: ObjectMeta) -> bool:
-        """Whether the job holds the object, and some tier has it, complete enough."""
-        stored = job.held.get(meta.object_id)
-        if stored is None or not self._state.is_stored(stored):
-            return False
-        return stored.meta.first_valid <= meta.first_valid and self._state.source_of(stored) is not None
-
-    def _write(self, job: ParkJob, objects: list[Stored], record: Conversation | None) -> None:
-        job.writes_running += 1
-
-        def done(result: Written) -> None:
-            job.writes_running -= 1
-            if not result.ok:
-                job.lowered = (cast(Reason, result.reason), result.detail)
-                job.retry_after_s = result.retry_after_s
-            elif record is not None and job.head is not None:
-                job.recorded = True
-                record.reached_disk(job.head, job.replaces)
-            elif self._streams(job):
-                for stored in objects:
-                    slot = self._state.host.find(stored.meta.object_id)
-                    if slot is not None:
-                        self._state.host.release(slot, job.id)
-
-        records = [record] if record is not None else []
-        self._disk.write(objects, records, "park", done, job.message.codec)
 
     # --- ends -------------------------------------------------------------------------------------------
 
@@ -385,23 +349,7 @@ class Parks:
             self._let_go(job, object_id)
         self._copies.settle(job)
         if level != "none":
-            self._drop_extended_tails(job)
-
-    def _drop_extended_tails(self, job: ParkJob) -> None:
-        """A tail goes once the block that contains it is as durable."""
-        state = self._state
-        chain = state.tree.chain(job.metas[-1].object_id.block_key)
-        by_parent = {block.parent: block for block in chain if not block.is_tail}
-        for tail in naming.extended_tails(state, job.root, job.query, job.private, chain):
-            if not naming.droppable(state, tail, by_parent[tail.parent]):
-                continue
-            parts = list(tail.parts.values())
-            for stored in parts:
-                if state.in_host(stored.meta.object_id):
-                    state.host.remove(stored.meta.object_id)
-            self._disk.remove(parts)
-            for stored in parts:
-                state.forget_object(stored.meta.object_id)
+            self._writes.drop_extended_tails(job)
 
     def _retry_after_s(self) -> float:
         """When the next lease ends, within bounds: room may come then."""

@@ -6,8 +6,9 @@ that none of its copies runs any more.
 
 from __future__ import annotations
 
-from kvtier.errors import FingerprintError, GeometryError, ProtocolError
-from kvtier.messages import Attach, Attached
+from kvtier.errors import FingerprintError, GeometryError, ModelSpecError, ProtocolError
+from kvtier.messages import Attach, Attached, Done, Prefilled
+from kvtier.node import limits
 from kvtier.node.adoption import Adoption
 from kvtier.node.copies import Copies, CopyJob
 from kvtier.node.disk_side import DiskSide
@@ -17,8 +18,11 @@ from kvtier.node.plans import Plans
 from kvtier.node.restores import RestoreJob, Restores
 from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES
+from kvtier.policy.interfaces import PrefillRate
 from kvtier.receipts import Reason
 from kvtier.tier_messages import Arenas, PoolJoined, PoolLeft, TierHello
+
+_MOST_DEVICES = 65536
 
 
 class Peers:
@@ -50,9 +54,12 @@ class Peers:
         state = self._state
         for other in state.workers.values():
             _check_same(message, other)
+        rate = self._rate(message)
         former = state.workers.get(message.replaces)
         if former is not None:
             self._all_quiet(former)
+        if len(state.workers) >= limits.MOST_WORKERS:
+            raise ProtocolError(f"this node has {limits.MOST_WORKERS} workers", fix="detach those not in use")
         name = state.next_id("worker:")
         worker = Worker(
             name,
@@ -65,9 +72,11 @@ class Peers:
             message.layout,
             message.pool_pages,
             message.pool,
+            rate=rate,
         )
         state.workers[name] = worker
         state.models[message.fingerprint] = message.model
+        state.item_bytes[message.fingerprint] = message.geometry.item_bytes
         answer = Attached(
             id=message.id,
             worker=name,
@@ -79,6 +88,31 @@ class Peers:
         state.send(peer, answer, "arenas")
         if state.gpu_peer:
             self._introduce(worker)
+
+    def _rate(self, message: Attach) -> PrefillRate | None:
+        """How fast the worker computes; None where it does not show its model. Raises ModelSpecError."""
+        if not message.config:
+            return None
+        if not 1 <= message.devices <= _MOST_DEVICES:
+            raise ProtocolError(
+                f"devices is {message.devices}", fix="give the size of the tensor-parallel group"
+            )
+        model = message.fingerprint.hex()
+        try:
+            return self._state.policies.rates.rate_of(model, message.config, message.device, message.devices)
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            # A config with the right keys and values of the wrong kinds.
+            raise ModelSpecError(
+                f"the model's config cannot be read: {error!r}", fix="pass its config.json as it is"
+            ) from error
+
+    def prefilled(self, peer: str, message: Prefilled) -> None:
+        """A worker tells how long a prefill took. Raises ProtocolError."""
+        worker = self.worker(message.worker, peer)
+        if worker.rate is not None:
+            worker.rate.observed(message.past, message.tokens, message.seconds)
+            self._state.counters.eta.prefills += 1
+        self._state.send(peer, Done(id=message.id))
 
     def service_joined(
         self, peer: str, message: TierHello, arena_bytes: list[int], generation_slots: int

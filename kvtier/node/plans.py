@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 
 from kvtier.errors import KvtierError
 from kvtier.geometry import Geometry
 from kvtier.messages import MakePlan, Planned
+from kvtier.node import limits
 from kvtier.node.blocks import Block, ConversationId
-from kvtier.node.coverage import Piece, Source, longest, restored_end
+from kvtier.node.choosing import Chooser, Chosen, Front, check_wishes
+from kvtier.node.coverage import Piece, longest, restored_end
+from kvtier.node.elsewhere import Elsewhere, Lookup, Remote
 from kvtier.node.limits import check_seconds
 from kvtier.node.lookup import Query, match
 from kvtier.node.parks import Parks
 from kvtier.node.state import NodeState, Worker, count
-from kvtier.policy.interfaces import Segment
-from kvtier.receipts import Plan, Reason, TokenRange
+from kvtier.receipts import Plan, Reason
 
 
 @dataclass(frozen=True, slots=True)
 class HeldPlan:
     """A plan, and the pieces that it holds in host memory and pins on disk.
 
-    blocks: in order; all of them, also those that are not loaded.
+    blocks: in order; all of them, also those that are not loaded.  chosen: what the policy said.
+    remote: the node that has those pieces whose source is 'peer'.
     """
 
     plan: Plan
@@ -32,22 +34,30 @@ class HeldPlan:
     blocks: tuple[Block, ...]
     pieces: tuple[Piece, ...]
     until_s: float
+    chosen: Chosen
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Deferred:
+    """asked_s: when it came.  lookup: what the cluster is asked for it."""
+
     peer: str
     message: MakePlan
     worker: Worker
+    asked_s: float
     until_s: float
+    lookup: Lookup | None = None
 
 
 class Plans:
     """Makes plans, and ends those that nobody used in time."""
 
-    def __init__(self, state: NodeState, parks: Parks) -> None:
+    def __init__(self, state: NodeState, parks: Parks, elsewhere: Elsewhere, chooser: Chooser) -> None:
         self._state = state
         self._parks = parks
+        self._chooser = chooser
+        self._elsewhere = elsewhere
         self._held: dict[str, HeldPlan] = {}
         self._deferred: list[_Deferred] = []
 
@@ -57,9 +67,13 @@ class Plans:
         Raises the caller's mistakes as KvtierError.
         """
         check_seconds("lease_s", message.lease_s)
-        until_s = self._state.now_s + self._state.settings.wait_for_park_s
-        deferred = _Deferred(peer, message, worker, until_s)
-        if self._must_wait(deferred):
+        check_wishes(message)
+        until_s = max(self._state.now_s + self._state.settings.wait_for_park_s, self._state.serves_from_s)
+        deferred = _Deferred(peer, message, worker, self._state.now_s, until_s)
+        if len(self._held) >= limits.MOST_PLANS:
+            # Somebody makes plans and does not use them: the oldest goes.
+            self.drop(next(iter(self._held)))
+        if len(self._deferred) < limits.MOST_WAITING and self._must_wait(deferred):
             self._deferred.append(deferred)
         else:
             self._answer(deferred)
@@ -73,6 +87,11 @@ class Plans:
                 self._answer(deferred)
             except KvtierError as error:
                 self._state.refuse(deferred.peer, deferred.message, error)
+
+    def reaches(self, message: MakePlan, worker: Worker) -> int:
+        """How many of the tokens could be restored from what is here."""
+        query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
+        return restored_end(self._best(message, worker, query)[1])
 
     def take(self, plan_id: str, worker: Worker) -> HeldPlan | None:
         """Hand a plan over to its restore, with what it holds; None when it is unknown or has ended."""
@@ -103,6 +122,9 @@ class Plans:
 
     def worker_left(self, worker: Worker) -> None:
         """Nobody will use the worker's plans."""
+        for deferred in self._deferred:
+            if deferred.worker is worker and deferred.lookup is not None:
+                self._elsewhere.end(deferred.lookup)
         self._deferred = [d for d in self._deferred if d.worker is not worker]
         for plan_id in [p for p, held in self._held.items() if held.worker is worker]:
             self.drop(plan_id)
@@ -115,6 +137,10 @@ class Plans:
     # --- choosing ---------------------------------------------------------------------------------------
 
     def _must_wait(self, deferred: _Deferred) -> bool:
+        if deferred.lookup is not None:
+            return not deferred.lookup.over
+        if self._state.now_s < self._state.serves_from_s:
+            return True
         name = (deferred.message.tenant, deferred.message.conversation)
         return bool(deferred.message.conversation) and self._parks.copying(name)
 
@@ -122,15 +148,19 @@ class Plans:
         message, worker, state = deferred.message, deferred.worker, self._state
         query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
         geometry = worker.geometry.at(message.fidelity)
-        blocks, pieces = self._best(message, worker, query)
-        segments = _segments(pieces)
-        choice = state.policies.restore.choose(segments, query.end)
-        if choice.tokens < restored_end(pieces):
-            pieces = longest(blocks, geometry, worker.shard, state.source_of, choice.tokens)
-            segments = _segments(pieces)
-        loads = restored_end(pieces)
-        reason = "" if loads else self._why_nothing(message, blocks)
-        if reason:
+        found = self._found(deferred, query)
+        if found is None:
+            return
+        blocks, pieces, remote = found
+        where = state.source_of if remote is None else self._elsewhere.source_in(remote)
+        front = Front(blocks, pieces, where, remote.node if remote is not None else "")
+        waited_s = state.now_s - deferred.asked_s
+        chosen = self._chooser.choose(message, worker, front, query.end, waited_s)
+        choice, loads = chosen.choice, bool(chosen.pieces)
+        reason = "" if loads else self._why_nothing(message, blocks, chosen)
+        if chosen.stored:
+            count(state.counters.eta.ways, chosen.way)
+        if reason and reason != "recompute":
             count(state.counters.misses, reason)
         lease_s = min(message.lease_s, state.settings.plan_lease_s)
         known = state.conversations.get((message.tenant, message.conversation))
@@ -139,27 +169,52 @@ class Plans:
             conversation=message.conversation,
             tenant=message.tenant,
             tokens=query.end,
-            ranges=_ranges(segments, query.end),
+            ranges=chosen.ranges(query.end),
             eta_s=(choice.eta_low_s, choice.eta_high_s) if loads else (0.0, 0.0),
             lease_s=lease_s if loads else 0.0,
-            bytes=sum(p.stored.meta.nbytes for p in pieces),
+            bytes=sum(asked.nbytes for asked in chosen.asked),
             version=known.version if known else 0,
             reason=reason,
+            eta_mid_s=choice.eta_mid_s if loads else 0.0,
+            why=choice.why if chosen.stored else "",
+            load_ttft_s=choice.load_s,
+            recompute_ttft_s=choice.recompute_s,
         )
         if loads:
             until_s = state.now_s + lease_s
-            self._hold(HeldPlan(plan, worker, geometry, tuple(blocks), tuple(pieces), until_s))
-        full = [b for b in blocks if not b.is_tail]
-        front = full[-1] if full else None
+            found_pieces = tuple(chosen.pieces)
+            self._hold(HeldPlan(plan, worker, geometry, tuple(blocks), found_pieces, until_s, chosen, remote))
+        # A park can only go on after what is here.
+        full = [b for b in blocks if not b.is_tail and state.tree.get(b.key) is not None]
+        last = full[-1] if full else None
         state.send(
             deferred.peer,
             Planned(
                 id=message.id,
                 plan=plan,
-                front_key=front.key if front else b"",
-                front_tokens=front.end if front else 0,
+                front_key=last.key if last else b"",
+                front_tokens=last.end if last else 0,
             ),
         )
+
+    def _found(
+        self, deferred: _Deferred, query: Query
+    ) -> tuple[list[Block], list[Piece], Remote | None] | None:
+        """The longest restorable front, here or with another node's help; None: others are asked first."""
+        blocks, pieces = self._best(deferred.message, deferred.worker, query)
+        lookup = deferred.lookup
+        if lookup is None:
+            lookup = self._elsewhere.begin(deferred.message, deferred.worker, query, restored_end(pieces))
+            if lookup is not None:
+                until_s = self._state.now_s + self._state.settings.ask_elsewhere_s
+                self._deferred.append(replace(deferred, lookup=lookup, until_s=until_s))
+                return None
+            return blocks, pieces, None
+        self._elsewhere.end(lookup)
+        merged = self._elsewhere.merged(lookup)
+        if merged is None or restored_end(merged[2]) <= restored_end(pieces):
+            return blocks, pieces, None
+        return merged[1], merged[2], merged[0]
 
     def _best(self, message: MakePlan, worker: Worker, query: Query) -> tuple[list[Block], list[Piece]]:
         """The longest restorable front over all branches, however they were keyed."""
@@ -181,7 +236,9 @@ class Plans:
                     break
         return best
 
-    def _why_nothing(self, message: MakePlan, blocks: Sequence[Block]) -> Reason:
+    def _why_nothing(self, message: MakePlan, blocks: Sequence[Block], chosen: Chosen) -> Reason:
+        if chosen.stored:
+            return "deadline" if chosen.choice.late else "recompute"
         if blocks:
             return "incomplete"
         name: ConversationId = (message.tenant, message.conversation)
@@ -198,31 +255,3 @@ class Plans:
                 piece.stored.pins += 1
         self._held[held.plan.plan_id] = held
         state.plan_ends_s[held.plan.plan_id] = held.until_s
-
-
-def _segments(pieces: Sequence[Piece]) -> list[Segment]:
-    """One for each block: of the slower tier when its parts lie in both."""
-    segments: list[Segment] = []
-    for piece in pieces:
-        meta = piece.stored.meta
-        if segments and segments[-1].start == meta.start:
-            last = segments[-1]
-            source: Source = "disk" if "disk" in (last.source, piece.source) else "host"
-            segments[-1] = Segment(last.start, last.end, source, last.nbytes + meta.nbytes)
-        else:
-            segments.append(Segment(meta.start, meta.start + meta.tokens, piece.source, meta.nbytes))
-    return segments
-
-
-def _ranges(segments: Sequence[Segment], tokens: int) -> tuple[TokenRange, ...]:
-    """Runs of one source that cover [0, tokens), what is not loaded last."""
-    ranges: list[TokenRange] = []
-    # A chain of sliding layers only begins at its window: what is before it needs no bytes at all.
-    start = 0
-    for segment, after in zip_longest(segments, segments[1:]):
-        if after is None or after.source != segment.source:
-            ranges.append(TokenRange(start, segment.end, segment.source))
-            start = segment.end
-    if start < tokens:
-        ranges.append(TokenRange(start, tokens, "compute"))
-    return tuple(ranges)

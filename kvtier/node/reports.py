@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtier.geometry import Geometry
 from kvtier.node.conversations import Conversation
+from kvtier.node.eta import OUTCOMES, WAYS
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo, ModelInfo, StatusReport, TierInfo, WorkerInfo
 from kvtier.tier_messages import DiskUsage
@@ -82,6 +83,7 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
             f"{state.counters.damaged_records} damaged records of conversations were found on disk, "
             "and removed"
         )
+    warnings += state.unlearned
     if state.log_ended:
         warnings.append(f"the stimulus log has ended, {state.log_lost} entries are lost: {state.log_ended}")
     said = state.disk.said
@@ -181,6 +183,7 @@ def _counters(state: NodeState) -> dict[str, float]:
         "parked_bytes": c.parked_bytes,
         "restored_bytes": c.restored_bytes,
         "restored_tokens": c.restored_tokens,
+        "pulled_bytes": c.pulled_bytes,
         "damaged_records": c.damaged_records,
         "host_dirty_bytes": state.dirty_bytes,
         "disk_written_bytes": said.written_bytes,
@@ -193,6 +196,11 @@ def _counters(state: NodeState) -> dict[str, float]:
         "disk_wear_limit_bytes": said.wear_limit_bytes,
         "disk_wear_left_bytes": said.wear_left_bytes,
     }
+    flat |= {f"eta.{outcome}": c.eta.total(outcome) for outcome in OUTCOMES}
+    judged = sum(c.eta.outcomes.values())
+    flat["eta.relative_error"] = c.eta.errors_sum / judged if judged else 0.0
+    flat["eta.prefills"] = c.eta.prefills
+    flat |= {f"plans.{way}": c.eta.ways.get(way, 0) for way in WAYS}
     groups = {"parks": c.parks, "restores": c.restores, "misses": c.misses, "errors": c.errors}
     for name, group in groups.items():
         flat.update({f"{name}.{key}": value for key, value in group.items()})

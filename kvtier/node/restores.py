@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,9 +12,11 @@ from kvtier.messages import Restore, RestoreDone, RestoreStarted
 from kvtier.node.blocks import Stored
 from kvtier.node.copies import Copies, CopyJob, Pair
 from kvtier.node.coverage import Piece, Source, longest, restored_end
+from kvtier.node.disk_reads import GONE
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.limits import check_seconds
 from kvtier.node.plans import HeldPlan, Plans
+from kvtier.node.pulls import Pulls
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker, count
 from kvtier.objects import ObjectId, ObjectMeta
@@ -25,26 +28,37 @@ _PAGE_BYTES = 4
 # Reasons that a copy engine gives.
 _CORRUPT, _STALE = "corrupt", "stale"
 
-# An object on its way from disk: its entry, the copy that is read, and where to.
+# A read from another node is not asked for with less time than this.
+_LEAST_S = 0.01
+
+# An object on its way from disk or from another node: its entry, the copy that is read, and where to.
 Read: TypeAlias = tuple[Stored, ObjectMeta, Slot]
 
 
 @dataclass(slots=True)
 class RestoreJob(CopyJob):
-    """One restore. to_read: on disk; to_copy: in host memory; reading: reads that have not ended.
+    """One restore. to_read: on disk; to_pull: at another node; to_copy: in host memory; reading: reads that
+    have not ended.
 
-    tried_again: objects whose first copy was wrong.
+    tried_again: objects whose first copy was wrong.  sources: of each object that has not arrived.  left: how
+    many those are by source; arrived_s: when the last one of a source did.
     """
 
     held: HeldPlan = field(kw_only=True)
     deadline_s: float = field(kw_only=True)
     started_s: float = field(kw_only=True)
     to_read: deque[Piece] = field(default_factory=deque)
+    to_pull: deque[Piece] = field(default_factory=deque)
     to_copy: deque[Pair] = field(default_factory=deque)
     reading: int = 0
     copied: set[ObjectId] = field(default_factory=set)
     copied_bytes: int = 0
+    read_s: float = 0.0
+    copy_s: float = 0.0
     tried_again: set[ObjectId] = field(default_factory=set)
+    sources: dict[ObjectId, str] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    arrived_s: dict[str, float] = field(default_factory=dict)
     reason: Reason = ""
     detail: str = ""
 
@@ -52,12 +66,21 @@ class RestoreJob(CopyJob):
 class Restores:
     """Starts restores, and moves them on whenever something ended."""
 
-    def __init__(self, state: NodeState, copies: Copies, disk: DiskSide, room: Room, plans: Plans) -> None:
+    def __init__(
+        self,
+        state: NodeState,
+        copies: Copies,
+        disk: DiskSide,
+        room: Room,
+        plans: Plans,
+        pulls: Pulls,
+    ) -> None:
         self._state = state
         self._copies = copies
         self._disk = disk
         self._room = room
         self._plans = plans
+        self._pulls = pulls
         self._jobs: dict[str, RestoreJob] = {}
 
     def start(self, peer: str, message: Restore, worker: Worker) -> None:
@@ -83,20 +106,36 @@ class Restores:
         self._jobs[job.id] = job
         self._copies.add(job)
         state.send(peer, RestoreStarted(id=message.id, job=job.id))
+        self._expect(job, held)
         for piece in held.pieces:
             self._queue(job, piece)
         self._plans.leased(held)
+
+    @staticmethod
+    def _expect(job: RestoreJob, held: HeldPlan) -> None:
+        """Note what is to come from where, as it was planned."""
+        source_at = {segment.start: segment.source for segment in held.chosen.segments}
+        for piece in held.pieces:
+            source = source_at[piece.stored.meta.start]
+            job.sources[piece.stored.meta.object_id] = source
+            job.left[source] = job.left.get(source, 0) + 1
+        job.to_come_bytes = sum(asked.nbytes for asked in held.chosen.asked)
 
     def _queue(self, job: RestoreJob, piece: Piece) -> None:
         """Copy it from host memory when it is there, else read it."""
         state = self._state
         slot = state.host.find(piece.stored.meta.object_id)
         if slot is None:
-            job.to_read.append(piece)
+            (job.to_pull if piece.source == "peer" else job.to_read).append(piece)
+            return
+        # What was to come from another node may have been parked here meanwhile, with bytes of its own.
+        stored = state.tree.stored(piece.stored.meta.object_id) or piece.stored
+        if stored.meta.first_valid > piece.stored.meta.first_valid:
+            self._stop(job, "incomplete", "a block has fewer rows here than it had elsewhere")
             return
         until_s = job.deadline_s + state.settings.quiet_grace_s + state.settings.copy_lease_s
         state.host.lease(slot, job.id, until_s)
-        job.to_copy.append((piece.stored.meta, slot))
+        job.to_copy.append((stored.meta, slot))
 
     # --- moving on --------------------------------------------------------------------------------------
 
@@ -121,50 +160,74 @@ class Restores:
         if not job.reason:
             self._read(job)
             self._copy(job)
-        if not (job.running or job.reading or job.to_copy or job.to_read):
+        if not (job.running or job.reading or job.to_copy or job.to_read or job.to_pull):
             self._finish(job)
 
     def _read(self, job: RestoreJob) -> None:
-        stuck = ""
-        while job.to_read and not stuck and job.reading < self._state.settings.batches_in_flight:
-            read_id = self._state.next_id("r")
-            pairs, stuck = self._next_read(job, read_id)
-            if pairs:
-                job.reading += 1
-                self._start_read(job, read_id, pairs)
+        stuck = self._begin_reads(job, job.to_read, "r", self._on_disk, self._start_read)
+        stuck = stuck or self._begin_reads(job, job.to_pull, "x", _as_planned, self._start_pull)
         idle = not (job.running or job.reading or job.to_copy)
-        others_run = self._copies.running(besides=job) or self._disk.reads.running()
+        reads_run = self._disk.reads.running() or self._pulls.reads.running()
+        others_run = self._copies.running(besides=job) or reads_run
         if idle and stuck == "full" and not others_run:
             self._stop(job, "backpressure", "no host memory to read into")
 
-    def _next_read(self, job: RestoreJob, read_id: str) -> tuple[list[Read], str]:
-        """Slots for the next objects on disk, and what stopped it from taking more."""
+    def _begin_reads(
+        self,
+        job: RestoreJob,
+        todo: deque[Piece],
+        prefix: str,
+        copy_of: Callable[[Stored], ObjectMeta | None],
+        start: Callable[[RestoreJob, str, list[Read]], None],
+    ) -> str:
+        """Ask for as many reads as the job may have under way; answers what stopped it before."""
+        stuck = ""
+        while todo and not stuck and job.reading < self._state.settings.batches_in_flight:
+            read_id = self._state.next_id(prefix)
+            pairs, stuck = self._next_read(job, todo, read_id, copy_of)
+            if pairs:
+                job.reading += 1
+                start(job, read_id, pairs)
+        return stuck
+
+    def _on_disk(self, stored: Stored) -> ObjectMeta | None:
+        return stored.on_disk if self._state.disk.ready else None
+
+    def _next_read(
+        self,
+        job: RestoreJob,
+        todo: deque[Piece],
+        read_id: str,
+        copy_of: Callable[[Stored], ObjectMeta | None],
+    ) -> tuple[list[Read], str]:
+        """Slots for the next objects, and what stopped it from taking more. copy_of: what is to be read."""
         state = self._state
         reads: list[Read] = []
         nbytes = 0
-        while job.to_read and (not reads or nbytes < state.settings.batch_bytes):
-            stored = job.to_read[0].stored
+        while todo and (not reads or nbytes < state.settings.batch_bytes):
+            stored = todo[0].stored
             if state.in_host(stored.meta.object_id):
-                self._queue(job, job.to_read.popleft())
+                self._queue(job, todo.popleft())
                 continue
-            if stored.on_disk is None or not state.disk.ready:
+            meta = copy_of(stored)
+            if meta is None:
                 self._stop(job, "disk_error", "a block is not on disk any more")
                 break
             try:
-                slot = self._room.reserve(stored.on_disk, read_id)
+                slot = self._room.reserve(meta, read_id)
             except ObjectExists:
                 return reads, "filling"
             if not isinstance(slot, Slot):
                 return reads, slot
-            reads.append((stored, stored.on_disk, slot))
-            nbytes += stored.on_disk.nbytes
-            job.to_read.popleft()
+            reads.append((stored, meta, slot))
+            nbytes += meta.nbytes
+            todo.popleft()
         return reads, ""
 
     def _start_read(self, job: RestoreJob, read_id: str, reads: list[Read]) -> None:
         def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
             job.reading -= 1
-            self._state.policies.restore.observed("disk", nbytes, seconds)
+            job.read_s += seconds
             for index, (stored, meta, slot) in enumerate(reads):
                 if index in failed:
                     self._read_failed(job, stored, failed[index])
@@ -190,9 +253,22 @@ class Restores:
         state = self._state
         count(state.counters.errors, why)
         block = state.tree.get(stored.meta.object_id.block_key)
-        if why != "disk_error" and block is not None and state.is_stored(stored):
+        if why in GONE and block is not None and state.is_stored(stored):
             state.removed_from_disk(block, stored)
         self._stop(job, "corrupt" if why == "corrupt" else "disk_error", f"a block on disk: {why}")
+
+    def _start_pull(self, job: RestoreJob, read_id: str, reads: list[Read]) -> None:
+        def ended(arrived: list[Stored], reason: Reason, detail: str) -> None:
+            job.reading -= 1
+            for stored in arrived:
+                if not job.over and not job.reason:
+                    self._queue(job, Piece(stored, "host", 0))
+            if reason:
+                self._stop(job, reason, detail)
+
+        timeout_s = max(job.deadline_s - self._state.now_s, _LEAST_S)
+        pairs = [(meta, slot) for _, meta, slot in reads]
+        self._pulls.start(job.held, read_id, pairs, timeout_s, ended)
 
     def _copy(self, job: RestoreJob) -> None:
         settings = self._state.settings
@@ -202,7 +278,8 @@ class Restores:
             while job.to_copy and nbytes + job.to_copy[0][0].nbytes <= settings.batch_bytes:
                 batch.append(job.to_copy.popleft())
                 nbytes += batch[-1][0].nbytes
-            last = not (job.to_copy or job.to_read or job.reading)
+            job.to_come_bytes = max(job.to_come_bytes - nbytes, 0)
+            last = not (job.to_copy or job.to_read or job.to_pull or job.reading)
             self._copies.start(job, "scatter", batch, last)
 
     # --- copies end -------------------------------------------------------------------------------------
@@ -212,16 +289,24 @@ class Restores:
         if job.over:
             self._copies.settle(job)
             return
-        self._state.policies.restore.observed("host", message.bytes, message.seconds)
+        job.copy_s += message.seconds
         failed = dict(message.failed)
         for index, (meta, slot) in enumerate(pairs):
             if message.ok or (failed and index not in failed):
                 job.copied.add(meta.object_id)
                 job.copied_bytes += meta.nbytes
+                self._arrived(job, meta.object_id)
                 # Its room may go to what is still to be read.
                 self._state.host.release(slot, job.id)
             else:
                 self._copy_failed(job, meta.object_id, slot, failed.get(index, "the copy failed"))
+
+    def _arrived(self, job: RestoreJob, object_id: ObjectId) -> None:
+        source = job.sources.pop(object_id, "")
+        if source:
+            job.left[source] -= 1
+            if not job.left[source]:
+                job.arrived_s[source] = self._state.now_s
 
     def _copy_failed(self, job: RestoreJob, object_id: ObjectId, slot: Slot, why: str) -> None:
         """Wrong bytes in host memory: gone from there; another copy is tried when there is one."""
@@ -258,7 +343,9 @@ class Restores:
     def _stop(self, job: RestoreJob, reason: Reason, detail: str) -> None:
         """Begin nothing more; what is in place counts."""
         job.to_read.clear()
+        job.to_pull.clear()
         job.to_copy.clear()
+        job.to_come_bytes = 0
         if not job.reason:
             job.reason, job.detail = reason, detail
             self._copies.cancel(job)
@@ -278,21 +365,30 @@ class Restores:
             reason=job.reason,
             detail=job.detail,
             busy=self._busy(job),
+            loaded_from=plan.load_from if tokens else 0,
+            read_s=job.read_s,
+            copy_s=job.copy_s,
         )
         state.send(job.worker.name, RestoreDone(request=job.request, receipt=receipt))
         self._plans.release(job.held)
         self._note(receipt)
+        self._learn(job)
         job.over = True
         self._jobs.pop(job.id, None)
         self._copies.settle(job)
 
     def _in_place(self, job: RestoreJob) -> tuple[int, dict[str, int]]:
-        def where(stored: Stored) -> Source | None:
-            return "host" if stored.meta.object_id in job.copied else None
-
         worker, plan = job.worker, job.held.plan
+        computed = plan.load_from
+
+        def where(stored: Stored) -> Source | None:
+            there = stored.meta.start < computed or stored.meta.object_id in job.copied
+            return "host" if there else None
+
         pieces = longest(job.held.blocks, job.held.geometry, worker.shard, where, plan.load_tokens)
         tokens = restored_end(pieces)
+        if tokens <= computed:
+            return 0, {}
         sources: dict[str, int] = {}
         for part in plan.ranges:
             if part.source != "compute" and part.start < tokens:
@@ -309,6 +405,26 @@ class Restores:
             for at in range(0, len(packed), _PAGE_BYTES)
         )
 
+    def _learn(self, job: RestoreJob) -> None:
+        """What took how long. Of what was cut off, that it takes longer than it had."""
+        now_s, held = self._state.now_s, job.held
+        restore, choice, asked = self._state.policies.restore, held.chosen.choice, held.chosen.asked
+        seconds = now_s - job.started_s
+        if job.tried_again or seconds <= 0 or job.reason not in ("", "deadline"):
+            return
+        if not job.reason:
+            for path in asked:
+                took_s = job.arrived_s.get(path.source, now_s) - job.started_s
+                restore.observed(path.source, path.nbytes, took_s, path.queue_bytes, path.via)
+        elif len(asked) == 1 and job.copied_bytes:
+            path = asked[0]
+            restore.observed(path.source, job.copied_bytes, seconds, path.queue_bytes, path.via)
+        if not job.reason or seconds > choice.eta_high_s:
+            restore.restored(choice, seconds)
+            slow = next((path.source for path in asked if path.source != "host"), "host")
+            eta_s = choice.eta_low_s, choice.eta_mid_s, choice.eta_high_s
+            self._state.counters.eta.see(slow, eta_s, seconds)
+
     def _note(self, receipt: RestoreReceipt) -> None:
         counters = self._state.counters
         for source in receipt.sources:
@@ -318,3 +434,8 @@ class Restores:
         counters.restored_bytes += receipt.bytes
         counters.restored_tokens += receipt.tokens
         counters.restore_s.add(receipt.seconds)
+
+
+def _as_planned(stored: Stored) -> ObjectMeta:
+    """What another node has of an object: its entry is no part of this node's tree."""
+    return stored.meta

@@ -19,7 +19,8 @@ class NodeSettings:
     disk tier.  spill_above: share of host memory above which what only it holds is written to disk ahead of
     need; 1 writes only when room is needed.  spill_batch_bytes: most that one such write holds.
     tenant_codecs: (tenant, codec) of those that want another one on disk than the rest.  host_pages: of what
-    kind they are, for people.
+    kind they are, for people.  ask_elsewhere_s: how long a plan waits for others; 0 on a node alone.
+    retire_after_s: when a model's KV is worth nothing that no worker serves, while others serve its name.
     """
 
     node: str = "local"
@@ -37,3 +38,5 @@ class NodeSettings:
     spill_batch_bytes: int = 32 << 20
     tenant_codecs: tuple[tuple[str, str], ...] = ()
     host_pages: str = ""
+    ask_elsewhere_s: float = 0.0
+    retire_after_s: float = 3600.0

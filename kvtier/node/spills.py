@@ -45,12 +45,15 @@ class Spills:
         """Whether the object is to be written before its host copy goes; if not, it may be dropped."""
         if stored.durable or not self.possible() or disk_bytes(stored.meta) > self._disk.wear_left_bytes():
             return False
+        if self._state.draining:
+            # Memory is about to go as a whole: it is not a question of room.
+            return True
         return self._state.policies.admission.demote(block.key, stored.meta.nbytes, self._state.now_s)
 
     def ahead(self) -> None:
         """Write the next victims while too much of host memory is in no other tier."""
         state = self._state
-        limit = state.settings.spill_above * sum(state.arena_bytes)
+        limit = 0.0 if state.draining else state.settings.spill_above * sum(state.arena_bytes)
         if state.dirty_bytes <= limit or not self.possible():
             return
         spilling = self._disk.spilling()
@@ -67,7 +70,11 @@ class Spills:
     # --- what goes together -----------------------------------------------------------------------------
 
     def _next_victims(self) -> Iterator[Block]:
-        for key in self._state.policies.host.victims(self._state.now_s):
+        keys: Iterable[bytes] = self._state.policies.host.victims(self._state.now_s)
+        if self._state.draining:
+            # Time may not suffice for all.
+            keys = reversed(list(keys))
+        for key in keys:
             block = self._state.tree.get(key)
             if block is not None:
                 yield block

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvtier.cluster_messages import Stone
 from kvtier.errors import KvtierError, SlotLeased
 from kvtier.geometry import Geometry
 from kvtier.keys import make_root, tenant_secret
@@ -14,17 +15,18 @@ from kvtier.messages import Failed, Message
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Stored
 from kvtier.node.conversations import Conversation, Head
 from kvtier.node.coverage import Source
+from kvtier.node.eta import EtaCounters
 from kvtier.node.events import Send
 from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
 from kvtier.objects import ObjectId, ObjectMeta, Root
-from kvtier.policy.interfaces import Policies
+from kvtier.policy.interfaces import Policies, PrefillRate
 from kvtier.tier_messages import DiskUsage
 
 
 @dataclass(slots=True)
 class Worker:
-    """An attached worker. connected: its control connection is open."""
+    """An attached worker. connected: its control connection is open.  rate: how fast it computes."""
 
     name: str
     peer: str
@@ -38,6 +40,7 @@ class Worker:
     pool: dict[str, Any] = field(default_factory=dict)
     connected: bool = True
     pid: int = 0
+    rate: PrefillRate | None = None
     jobs: set[str] = field(default_factory=set)
 
 
@@ -105,8 +108,10 @@ class Counters:
     parked_bytes: int = 0
     restored_bytes: int = 0
     restored_tokens: int = 0
+    pulled_bytes: int = 0
     damaged_records: int = 0
     restore_s: Histogram = field(default_factory=Histogram)
+    eta: EtaCounters = field(default_factory=EtaCounters)
 
 
 def count(counter: dict[str, int], name: str, by: int = 1) -> None:
@@ -137,11 +142,15 @@ class NodeState:
         # Why the stimulus log goes no further, and how much it lacks by now.
         self.log_ended = ""
         self.log_lost = 0
+        # What could not be taken over from before the start, in words.
+        self.unlearned: list[str] = []
         self.out: list[Send] = []
         self.tree = BlockTree()
         self.conversations: dict[ConversationId, Conversation] = {}
         self.workers: dict[str, Worker] = {}
         self.models: dict[bytes, str] = {}
+        # Of each model whose workers attached: how wide its numbers are.
+        self.item_bytes: dict[bytes, int] = {}
         self.disk = DiskView()
         self.gpu_peer = ""
         self.gpu_address = ""
@@ -156,6 +165,15 @@ class NodeState:
         self.ended: dict[ConversationId, int] = {}
         # Conversations whose record on disk names an end that the disk has lost. A dict keeps the order.
         self.records_changed: dict[ConversationId, None] = {}
+        # What the directory has not been told yet; dicts keep the order.
+        self.changed_blocks: dict[bytes, None] = {}
+        self.changed_names: dict[ConversationId, None] = {}
+        # Until then no plan is made: the directory is asked what was forgotten while the node was away.
+        self.serves_from_s = 0.0
+        # The node goes out of service: it takes no park, and writes what only memory holds.
+        self.draining = False
+        # Tombstones that this node has carried out, by conversation and id.
+        self.stones: dict[ConversationId, dict[str, Stone]] = {}
         self._tenant_codecs = dict(settings.tenant_codecs)
         self._secret = secret
         self._roots: dict[tuple[str, bytes, str, int], Root] = {}
@@ -212,8 +230,23 @@ class NodeState:
         """Whether this entry, and not a later one of the same name, is in the tree."""
         return self.tree.stored(stored.meta.object_id) is stored
 
+    def changed(self, key: bytes) -> None:
+        """Note that a tier has more or less of a block, for the directory."""
+        if self.settings.ask_elsewhere_s:
+            self.changed_blocks[key] = None
+
+    def name_changed(self, name: ConversationId) -> None:
+        """Note that a conversation ends elsewhere now, or is over, for the directory."""
+        if self.settings.ask_elsewhere_s:
+            self.changed_names[name] = None
+
+    def stones_of(self, name: ConversationId) -> tuple[str, ...]:
+        """Ids of the tombstones of this conversation that this node has carried out."""
+        return tuple(self.stones.get(name, ()))
+
     def stored_in_host(self, meta: ObjectMeta) -> Stored:
         """Note that an object has been committed to host memory."""
+        self.changed(meta.object_id.block_key)
         stored = self.tree.add(meta)
         stored.meta = meta
         self._count_dirty(stored)
@@ -222,6 +255,7 @@ class NodeState:
 
     def stored_on_disk(self, meta: ObjectMeta) -> Stored:
         """Note that an object is durable on disk."""
+        self.changed(meta.object_id.block_key)
         stored = self.tree.add(meta)
         self._count_disk(stored, meta)
         if not self.in_host(meta.object_id):
@@ -246,6 +280,7 @@ class NodeState:
 
     def left_host(self, block: Block, stored: Stored) -> None:
         """Note that the host copy is gone."""
+        self.changed(block.key)
         if not any(self.in_host(s.meta.object_id) for s in block.parts.values()):
             self.policies.host.removed(block.key)
         if stored.on_disk is not None:
@@ -256,6 +291,7 @@ class NodeState:
 
     def removed_from_disk(self, block: Block, stored: Stored) -> None:
         """Note that the disk copy is gone."""
+        self.changed(block.key)
         self._count_disk(stored, None)
         self._count_dirty(stored)
         if not any(s.on_disk is not None for s in block.parts.values()):
@@ -269,6 +305,7 @@ class NodeState:
         stored = self.tree.stored(object_id)
         if stored is None:
             return
+        self.changed(object_id.block_key)
         self._count_disk(stored, None)
         self.dirty_bytes -= stored.dirty_bytes
         stored.dirty_bytes = 0
@@ -300,7 +337,11 @@ class NodeState:
         block = self.tree.get(meta.object_id.block_key)
         known = (self.conversations.get(name) for name in sorted(block.names if block is not None else ()))
         wishes = (conversation.codec for conversation in known if conversation is not None)
-        return next(filter(None, wishes), "") or self._tenant_codecs.get(meta.root.tenant, "")
+        return next(filter(None, wishes), "") or self.tenant_codec(meta.root.tenant)
+
+    def tenant_codec(self, tenant: str) -> str:
+        """How the tenant wants its blocks encoded on disk; '' for no wish."""
+        return self._tenant_codecs.get(tenant, "")
 
     # --- conversations ----------------------------------------------------------------------------------
 
@@ -309,13 +350,14 @@ class NodeState:
         known = self.conversations.get(name)
         if known is None:
             # Its record on disk, if one is left, must not be newer than what comes.
-            known = Conversation(*name, version=self.ended.get(name, 0))
+            known = Conversation(*name, version=self.ended.get(name, 0), after=self.stones_of(name))
             self.conversations[name] = known
         return known
 
     def end_conversation(self, name: ConversationId) -> None:
         """Nothing of it is left, or it is forgotten; its record on disk has to go."""
         known = self.conversations.pop(name, None)
+        self.name_changed(name)
         if known is not None and known.recorded:
             self.ended[name] = max(known.version, self.ended.get(name, 0))
 
@@ -327,6 +369,7 @@ class NodeState:
             for end in conversation.ends if conversation is not None else ():
                 if conversation is not None and end.key == block.key:
                     conversation.lost(block.key, _before(end, parent))
+                    self.name_changed(name)
                     if not conversation.ends:
                         self.end_conversation(name)
 

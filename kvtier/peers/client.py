@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import ssl
 import threading
@@ -16,9 +17,9 @@ import numpy.typing as npt
 
 from kvtier.errors import AuthError, KvtierError, MalformedMessage
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import PeerProof, PeerReady, Sending, Want
+from kvtier.peer_messages import Ask, PeerProof, PeerReady, Reply, Sending, Want
 from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove
-from kvtier.peers.stream import Stream, StreamLost, connect
+from kvtier.peers.stream import MAX_ASK_BYTES, Stream, StreamLost, connect
 
 # '' is success.
 Outcome: TypeAlias = Literal["", "missing", "busy", "corrupt", "deadline", "cancelled", "peer_lost"]
@@ -59,6 +60,8 @@ class PeerClient:
         self._fetches: set[_Fetch] = set()
         self._closed = False
         self.epoch = 0
+        # A peer of a smaller epoch is one that was given up and runs on: nothing is taken from it.
+        self.least_epoch = 0
 
     def fetch(
         self,
@@ -81,6 +84,30 @@ class PeerClient:
         finally:
             with self._lock:
                 self._fetches.discard(run)
+
+    def ask(self, body: bytes, timeout_s: float) -> bytes:
+        """Ask what is no object, and wait for the answer.
+
+        Raises StreamLost when none came in time, KvtierError with the other end's reason for giving none.
+        """
+        until_s = time.monotonic() + timeout_s
+        while (stream := self.idle_stream()) is not None:
+            # The other end may have closed it since.
+            with contextlib.suppress(StreamLost):
+                return self._ask_over(stream, body, until_s)
+        return self._ask_over(self.new_stream(until_s), body, until_s)
+
+    def _ask_over(self, stream: Stream, body: bytes, until_s: float) -> bytes:
+        try:
+            stream.send(Ask(body=body), until_s)
+            reply = stream.receive(Reply, until_s, MAX_ASK_BYTES)
+        except BaseException:
+            stream.close()
+            raise
+        self.give_back(stream)
+        if reply.reason:
+            raise KvtierError(f"node '{self._node}': {reply.reason}")
+        return reply.body
 
     def cancel(self) -> None:
         """End all fetches that run, soon; they answer 'cancelled' for what has not arrived."""
@@ -119,6 +146,8 @@ class PeerClient:
             if ready.reason:
                 raise AuthError(f"node '{self._node}' refuses this node: {ready.reason}")
             self.epoch = proof.epoch
+            if proof.epoch < self.least_epoch:
+                raise StreamLost(f"node '{self._node}' of an earlier start answers")
             return stream
         except BaseException:
             stream.close()

@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,12 +17,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.errors import AuthError, ConfigError, KvtierError
+from kvtier.errors import AuthError, ConfigError, KvtierError, MalformedMessage
 from kvtier.objects import KEY_BYTES, ObjectId
-from kvtier.peer_messages import PeerHello, PeerProof, PeerReady, Sending, Want
+from kvtier.peer_messages import Ask, PeerHello, PeerProof, PeerReady, Reply, Sending, Want
 from kvtier.peers.fairness import Turns
 from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
-from kvtier.peers.stream import BUFFER_BYTES, Stream, StreamLost
+from kvtier.peers.stream import BUFFER_BYTES, MAX_ASK_BYTES, Stream, StreamLost
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 64
@@ -71,10 +72,21 @@ class Sent:
 
 
 class PeerServer:
-    """Serves until `close`. Raises ConfigError when the address cannot be listened on."""
+    """Serves until `close`. Raises ConfigError when the address cannot be listened on.
 
-    def __init__(self, own: Identity, source: ObjectSource, settings: ServerSettings) -> None:
+    source: None where there are no objects.  answer: to the questions of peers, from any thread, with the
+    asking node's name; what it raises of KvtierError is the reply's reason.
+    """
+
+    def __init__(
+        self,
+        own: Identity,
+        source: ObjectSource | None,
+        settings: ServerSettings,
+        answer: Callable[[bytes, str], bytes] | None = None,
+    ) -> None:
         self._own, self._source, self._settings = own, source, settings
+        self._reply_to = answer
         self._turns = Turns(settings.streams)
         self._lock = threading.Lock()
         self._open: dict[Stream, threading.Thread] = {}
@@ -86,7 +98,7 @@ class PeerServer:
                 (settings.host, settings.port), family=family, backlog=_BACKLOG
             )
         except OSError as error:
-            raise ConfigError("peers.listen", f"{settings.host}:{settings.port}: {error}") from error
+            raise ConfigError("cluster.listen", f"{settings.host}:{settings.port}: {error}") from error
         # Accepted connections inherit it; later it would not widen the window any more.
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         self._thread = threading.Thread(target=self._accept, name="kvtier-peers", daemon=True)
@@ -139,8 +151,13 @@ class PeerServer:
                 secured = Stream(self._settings.tls.wrap_socket(sock, server_side=True))
             peer = self._let_in(secured)
             while True:
-                want = secured.receive(Want, time.monotonic() + self._settings.idle_s)
-                self._answer(secured, want, peer)
+                asked = secured.receive_any(time.monotonic() + self._settings.idle_s, MAX_ASK_BYTES)
+                if isinstance(asked, Want) and self._source is not None:
+                    self._send(secured, self._source, asked, peer)
+                elif isinstance(asked, Ask) and self._reply_to is not None:
+                    self._reply(secured, self._reply_to, asked, peer)
+                else:
+                    raise MalformedMessage(f"nobody here answers {type(asked).__name__}")
         except StreamLost as error:
             _LOG.debug("a peer is gone: %s", error)
         except (KvtierError, OSError) as error:
@@ -170,11 +187,18 @@ class PeerServer:
         stream.send(PeerReady(), until_s)
         return greeting.node
 
-    def _answer(self, stream: Stream, want: Want, peer: str) -> None:
+    def _reply(self, stream: Stream, answer: Callable[[bytes, str], bytes], asked: Ask, peer: str) -> None:
+        try:
+            reply = Reply(body=answer(asked.body, peer))
+        except KvtierError as error:
+            reply = Reply(reason=error.message)
+        stream.send(reply, time.monotonic() + self._settings.stall_s)
+
+    def _send(self, stream: Stream, source: ObjectSource, want: Want, peer: str) -> None:
         if len(want.block_key) != KEY_BYTES:
             raise AuthError(f"node '{peer}' asks for a key of {len(want.block_key)} bytes")
         object_id = ObjectId(want.block_key, want.group, want.shard)
-        with self._turns.of(peer), self._source.open(object_id, peer) as found:
+        with self._turns.of(peer), source.open(object_id, peer) as found:
             until_s = time.monotonic() + self._settings.stall_s
             if isinstance(found, str):
                 stream.send(Sending(reason=found), until_s)

@@ -16,8 +16,10 @@ from kvtier.protocol import LENGTH, body_length, decode, encode
 M = TypeVar("M", bound=Message)
 # The kernel's own window; what loopback and a 100 Gbit/s link at 0.2 ms need.
 BUFFER_BYTES = 4 << 20
-# Nothing that two nodes say to each other is longer, so nobody can make a node hold more.
+# Nothing that two nodes say to each other is longer, so nobody can make a node hold more: before both have
+# proven who they are, and afterwards.
 MAX_BODY_BYTES = 4096
+MAX_ASK_BYTES = 4 << 20
 
 
 class StreamLost(OSError):
@@ -41,19 +43,23 @@ class Stream:
         except OSError as error:
             raise StreamLost(f"sending: {error}") from error
 
-    def receive(self, kind: type[M], until_s: float) -> M:
+    def receive(self, kind: type[M], until_s: float, most_bytes: int = MAX_BODY_BYTES) -> M:
         """The next frame, which has to be of this kind. Raises StreamLost, MalformedMessage."""
-        prefix = bytearray(LENGTH.size)
-        self.fill(memoryview(prefix), until_s)
-        length = body_length(bytes(prefix))
-        if length > MAX_BODY_BYTES:
-            raise MalformedMessage(f"a frame of {length} bytes between nodes")
-        body = bytearray(length)
-        self.fill(memoryview(body), until_s)
-        message = decode(memoryview(body))
+        message = self.receive_any(until_s, most_bytes)
         if not isinstance(message, kind):
             raise MalformedMessage(f"{type(message).__name__} where {kind.__name__} was expected")
         return message
+
+    def receive_any(self, until_s: float, most_bytes: int = MAX_BODY_BYTES) -> Message:
+        """The next frame. Raises StreamLost, MalformedMessage."""
+        prefix = bytearray(LENGTH.size)
+        self.fill(memoryview(prefix), until_s)
+        length = body_length(bytes(prefix))
+        if length > most_bytes:
+            raise MalformedMessage(f"a frame of {length} bytes between nodes")
+        body = bytearray(length)
+        self.fill(memoryview(body), until_s)
+        return decode(memoryview(body))
 
     def fill(self, into: memoryview, until_s: float) -> None:
         """Receive exactly as many bytes. Raises StreamLost."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvtier.policy import learned_state as read
-from kvtier.policy.devices import Device
+from kvtier.policy.devices import UNKNOWN, Device
 from kvtier.policy.intervals import Interval, ResidualTracker
 from kvtier.policy.recompute import ComputeSpec
 from kvtier.policy.robust_fit import RobustFit
@@ -21,6 +21,10 @@ from kvtier.policy.robust_fit import RobustFit
 _CALL_S = 0.005
 # ln-spread of the guesses: the start may be off by a factor of 3, the rate by 2.
 _START_SPREAD, _RATE_SPREAD = 1.1, 0.7
+# On an unknown device by a factor of 20 and of 150, and prefills until they are believed.
+_BLIND_SPREADS, _ENOUGH = (3.0, 5.0), 8
+# Beyond any prefill that there is.
+_MOST_FLOPS = 1e20
 
 
 class AchievedRate:
@@ -33,9 +37,11 @@ class AchievedRate:
         if devices < 1:
             raise ValueError(f"a worker has at least one device, not {devices}")
         self._spec = spec
+        self._guess_counts = device is not UNKNOWN
         start_s = _CALL_S + spec.weight_bytes / devices / device.memory_bytes_per_s
         self._prior = (start_s, 1 / (device.usual_flops * devices))
-        self._fit = RobustFit(self._prior, (_START_SPREAD, _RATE_SPREAD))
+        self._spreads = (_START_SPREAD, _RATE_SPREAD) if self._guess_counts else _BLIND_SPREADS
+        self._fit = RobustFit(self._prior, self._spreads)
         self._residuals = ResidualTracker()
 
     @property
@@ -53,6 +59,11 @@ class AchievedRate:
         """Prefills that count in the present answer; 0 means that it is the guess from the device."""
         return self._fit.measurements
 
+    @property
+    def known(self) -> bool:
+        """Whether plans may rely on it: where nobody knows the device, from some prefills on."""
+        return self._guess_counts or self._residuals.seen >= _ENOUGH
+
     def seconds(self, past: int, new: int) -> float:
         """Expected seconds to compute `new` tokens after `past` that are in the cache; 0 for no tokens."""
         return self._fit.predict((1.0, self._spec.flops(past, new))) if new else 0.0
@@ -65,8 +76,11 @@ class AchievedRate:
         """A prefill took so long. One of nothing, or in no time, teaches nothing."""
         if new <= 0 or past < 0 or not 0 < seconds < 1e9:
             return
+        flops = self._spec.flops(past, new)
+        if not 0 < flops < _MOST_FLOPS:
+            return
         self._residuals.outcome(self.interval(past, new), seconds)
-        self._fit.observe((1.0, self._spec.flops(past, new)), seconds)
+        self._fit.observe((1.0, flops), seconds)
 
     def state(self) -> dict[str, Any]:
         """What was learned, as plain numbers and lists."""
@@ -77,18 +91,17 @@ class AchievedRate:
 
         Raises ConfigError naming the field, and changes nothing then.
         """
-        self._residuals, self._fit = _read(state, field, self._prior)
+        self._residuals, self._fit = _read(state, field, RobustFit(self._prior, self._spreads))
 
     @staticmethod
     def check(state: object, field: str) -> None:
         """Raise ConfigError, naming the field, unless `restore` would take this state."""
-        _read(state, field, (1.0, 1.0))
+        _read(state, field, RobustFit((1.0, 1.0), _BLIND_SPREADS))
 
 
-def _read(state: object, field: str, prior: tuple[float, float]) -> tuple[ResidualTracker, RobustFit]:
+def _read(state: object, field: str, fit: RobustFit) -> tuple[ResidualTracker, RobustFit]:
     table = read.mapping(state, field)
     read.only(table, field, "fit", "residuals")
     residuals = ResidualTracker.from_state(table["residuals"], f"{field}.residuals")
-    fit = RobustFit(prior, (_START_SPREAD, _RATE_SPREAD))
     fit.restore(table["fit"], f"{field}.fit")
     return residuals, fit

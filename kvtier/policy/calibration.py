@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Final
 
 from kvtier.errors import ConfigError
 from kvtier.policy import learned_state as read
 from kvtier.policy.achieved_rate import AchievedRate
 from kvtier.policy.cost_restore import CostRestore
-from kvtier.policy.devices import Device
+from kvtier.policy.devices import UNKNOWN, Device, device_named
 from kvtier.policy.recompute import ComputeSpec
 
 VERSION: Final = 1
@@ -44,17 +45,25 @@ class Calibration:
             del self._rates[next(iter(self._rates))]
         return found
 
+    def rate_of(self, model: str, config: Mapping[str, Any], device: str, devices: int) -> AchievedRate:
+        """See PrefillRates. A device that is not known is guessed at, and the guess not relied on."""
+        try:
+            found = device_named(device)
+        except ConfigError:
+            found = UNKNOWN
+        return self.rate(model, ComputeSpec.from_config(config), found, devices)
+
     def to_bytes(self) -> bytes:
         """All that was learned, as JSON in UTF-8."""
         learned = {key: rate.state() for key, rate in self._rates.items() if rate.prefills}
         state = {"version": VERSION, "restore": self.restore.state(), "rates": self._unread | learned}
         return json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
 
-    @classmethod
-    def from_bytes(cls, data: bytes, restore: CostRestore | None = None) -> Calibration:
-        """What `to_bytes` wrote. restore: into which the costs of loads are read.
+    def take_over(self, data: bytes) -> None:
+        """Go on from what `to_bytes` wrote once; rates that are in use already stay as they are.
 
-        Raises ConfigError for another version, and naming the field for anything else that it did not write.
+        Raises ConfigError for another version, and naming the field for anything else that it did not write;
+        nothing is changed then.
         """
         read.require(len(data) <= _MOST_BYTES, "calibration", f"is longer than {_MOST_BYTES} bytes")
         try:
@@ -70,7 +79,5 @@ class Calibration:
         read.require(len(rates) <= _MOST_RATES, "rates", f"has more than {_MOST_RATES} entries")
         for key, entry in rates.items():
             AchievedRate.check(entry, f"rates.{key}")
-        found = cls(restore)
-        found.restore.restore(table["restore"])
-        found._unread = dict(rates)
-        return found
+        self.restore.restore(table["restore"])
+        self._unread = {key: entry for key, entry in rates.items() if key not in self._rates}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import numpy as np
@@ -14,9 +13,7 @@ from kvtier.policy.cost_cache_tier import Paths, Shadow, Tier, growth_of
 from kvtier.policy.cost_cache_waits import Waits
 
 # A drive wears: the slow tier may write so many blocks for each block that was never seen before.
-_WRITES_PER_BLOCK: Final = 1.5
-# How steeply worth is discounted where it takes a write, when fewer writes are left than the tier has room.
-_THRIFT: Final = 3.0
+_WRITES_PER_BLOCK: Final = 1.58
 
 
 class CostCache:
@@ -59,6 +56,8 @@ class CostTwoTiers:
 
     What the fast tier pushes out is written to the slow one, unless a copy still lies there or it is worth so
     little that the slow tier would let go of it at once. A block that comes back keeps its slow copy.
+    A write costs the more of what one use saves, the fewer of them are left, nothing where as many are left
+    as the slow tier has room. As long as it is nothing, a shadow of LRU runs along as in CostCache.
     """
 
     def __init__(self, fast: int, slow: int, block_tokens: int, by_cost: bool, jit: Jit) -> None:
@@ -68,11 +67,12 @@ class CostTwoTiers:
         self._fast = Tier(fast, growth, jit)
         # What lies in either tier; the slow tier's bound is held by counting copies.
         self._either = Tier(fast + slow, growth, jit)
+        self._shadow = Shadow(fast + slow, growth, jit)
         self._slow = slow
         self._in_slow: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._slow_count = 0
         self._unpaid: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._writes_left = float(slow)
+        self._writes_left = 0.0
 
     def serve(self, arrival: Arrival) -> ServedTwo:
         """See TwoTierPolicy."""
@@ -89,6 +89,7 @@ class CostTwoTiers:
             self._in_slow = grown(self._in_slow, len(paths.owner), 0)
             self._unpaid = grown(self._unpaid, len(paths.owner), 0)
         hit = self._either.front(path)
+        self._shadow.serve(arrival, hit)
         for tier in (self._fast, self._either):
             tier.take(path, arrival.row, paths)
         return ServedTwo(hit, self._settle(arrival.t_s))
@@ -100,13 +101,13 @@ class CostTwoTiers:
     def _settle(self, now_s: float) -> int:
         """Bring both tiers within their bounds; returns how many blocks are written."""
         pieces = self.waits.pieces
-        args = (now_s, False, self._paths, pieces)
+        write = min(max(1.0 - self._writes_left / self._slow, 0.0), 1.0)
+        args = (now_s, self._shadow.leads and not write, self._paths, pieces)
         down = self._fast.cut(self._fast.count - self._fast.capacity, *args)
         fresh = down[~self._in_slow[down]]
         self._unpaid[fresh] = True
         over = self._slow_count + len(fresh) - self._slow
-        paid = math.exp(min(self._writes_left / self._slow - 1.0, 0.0) * _THRIFT)
-        gone = self._either.cut(over, *args, self._fast.resident, self._unpaid, paid)
+        gone = self._either.cut(over, *args, self._fast.resident, self._unpaid, write)
         self._unpaid[gone] = False
         kept = fresh[self._unpaid[fresh]]
         too_many = max(len(kept) - int(max(self._writes_left, 0.0)), 0)

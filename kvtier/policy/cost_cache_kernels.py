@@ -66,7 +66,8 @@ class CostKernels(NamedTuple):
 @cache
 def cost_kernels(jit: Jit) -> CostKernels:
     """Compiled loops."""
-    rate = survival_kernels(jit).rate
+    kernels = survival_kernels(jit)
+    rate, rate_after = kernels.rate, kernels.rate_after
 
     @jit
     def owners(path: IntArray, owner: IntArray, rows: IntArray, ends: IntArray) -> int:
@@ -96,13 +97,17 @@ def cost_kernels(jit: Jit) -> CostKernels:
         return taken
 
     @jit
-    def worth(row: int, now_s: float, pieces: Pieces, growth: float, by_age: bool) -> float:
+    def worth(row: int, now_s: float, pieces: Pieces, growth: float, by_age: bool, write: float) -> float:
         value = 1.0 / (1.0 + now_s - pieces.used_s[row])
         if by_age:
             return float(value)
         value *= _NOBODY_WAITS
         if pieces.waiting[row]:
-            value += rate(pieces.survival[row], pieces.rates[row], now_s - pieces.clock_s[row])
+            age_s = now_s - pieces.clock_s[row]
+            if write > 0.0:
+                value += rate_after(pieces.survival[row], age_s, write)
+            else:
+                value += rate(pieces.survival[row], pieces.rates[row], age_s)
         return float(value * (1.0 + growth * 0.5 * (pieces.start[row] + pieces.end[row])))
 
     @jit
@@ -144,7 +149,7 @@ def cost_kernels(jit: Jit) -> CostKernels:
         now_s: float,
         growth: float,
         by_age: bool,
-        paid: float,
+        write: float,
         kept: IntArray,
         count: int,
         blocks: Blocks,
@@ -154,7 +159,7 @@ def cost_kernels(jit: Jit) -> CostKernels:
         """Evicts `over` blocks into out; returns how many went, and how many of the rows in `kept` stay.
 
         growth: how much more a block saves than the one before it.  by_age: forget worth, and be LRU.
-        paid: what worth is multiplied with where it takes a write.
+        write: what a write costs, as a part of what one use saves.
         """
         heap = np.empty(count, np.float64)
         rows = np.empty(count, np.int32)
@@ -167,8 +172,8 @@ def cost_kernels(jit: Jit) -> CostKernels:
             kept[stay] = row
             stay += 1
             if free(tail, blocks):
-                part = paid if blocks.unpaid[tail] else 1.0
-                size = put(heap, rows, size, part * worth(row, now_s, pieces, growth, by_age), row)
+                cost = write if blocks.unpaid[tail] else 0.0
+                size = put(heap, rows, size, worth(row, now_s, pieces, growth, by_age, cost), row)
         gone = 0
         while gone < over and size > 0:
             row = rows[0]
@@ -191,8 +196,8 @@ def cost_kernels(jit: Jit) -> CostKernels:
             if block != NONE and free(block, blocks):
                 below = blocks.owner[block]
                 if pieces.tail[below] == block:
-                    part = paid if blocks.unpaid[block] else 1.0
-                    size = put(heap, rows, size, part * worth(below, now_s, pieces, growth, by_age), below)
+                    cost = write if blocks.unpaid[block] else 0.0
+                    size = put(heap, rows, size, worth(below, now_s, pieces, growth, by_age, cost), below)
         return gone, stay
 
     @jit

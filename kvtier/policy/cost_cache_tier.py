@@ -12,7 +12,7 @@ from kvtier.policy.baselines.lru import LruCache
 from kvtier.policy.cost_cache_kernels import Blocks, Pieces, cost_kernels
 
 # How much of the work asked for may be lost against LRU, and how many requests that is remembered over.
-_PATIENCE = 0.003
+_PATIENCE = 0.002
 _MEMORY = 1 - 1 / 10_000
 
 
@@ -88,18 +88,19 @@ class Tier:
         pieces: Pieces,
         held: npt.NDArray[np.bool_] | None = None,
         unpaid: npt.NDArray[np.bool_] | None = None,
-        paid: float = 1.0,
+        write: float = 0.0,
     ) -> IntArray:
         """Evict `over` blocks, or as many as may go; in order.
 
-        held: by block, what must stay.  unpaid: what stays by a write, and counts for `paid` of its worth.
+        held: by block, what must stay.  unpaid: what stays by a write.  write: what that costs, as a part of
+        what one use saves.
         """
         if over <= 0:
             return np.empty(0, np.int32)
         out = np.empty(over, np.int32)
         blocks = self._blocks(paths, held, unpaid)
         own = pieces._replace(tail=self._tail, end=self._end)
-        args = (over, now_s, self._growth, by_age, paid, self._kept, self._kept_rows)
+        args = (over, now_s, self._growth, by_age, write, self._kept, self._kept_rows)
         gone, self._kept_rows = self._kernels.cut(*args, blocks, own, out)
         self.count -= gone
         return out[:gone]

@@ -41,6 +41,7 @@ class _Request:
     blocks: int
     gap_s: float
     gap_before_s: float
+    tenant: int
     waits: list[_Wait] = field(default_factory=list)
 
 
@@ -110,6 +111,7 @@ class Waits:
             len(arrival.path),
             -1.0,
             -1.0,
+            arrival.tenant,
         )
         if known is not None:
             fresh.turns = known.turns + 1
@@ -129,6 +131,7 @@ class Waits:
         ended = outcome is not None and outcome.duration_s >= 0
         clock: Clock = "end" if ended else "arrival"
         duration_s = -1.0 if outcome is None else outcome.duration_s
+        start_s = request.t_s + max(duration_s, 0.0)
         context = Context(
             clock=clock,
             stop=None if outcome is None else outcome.stop,
@@ -140,8 +143,10 @@ class Waits:
             duration_s=duration_s,
             gap_s=request.gap_s,
             gap_before_s=request.gap_before_s,
+            tenant=request.tenant,
+            hour=start_s / 3600 % 24,
         )
-        wait = _Wait(row, request.t_s + max(duration_s, 0.0), codes_of(context))
+        wait = _Wait(row, start_s, codes_of(context))
         request.waits.append(wait)
         self.pieces.clock_s[row] = wait.start_s
         survival = self.pieces.survival[row]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from kvtier.policy import learned_state as read
 from kvtier.policy.interfaces import LoadChoice, RestoreWish, Segment
@@ -13,11 +13,11 @@ from kvtier.policy.restore_plan import Question, RestorePlan, plan_restore, queu
 from kvtier.policy.runs import Run, runs_of
 
 _ANY_WISH: Final = RestoreWish()
-# Slower sources first: a choice is judged with others whose slowest part is the same.
-_SOURCES: Final[tuple[Literal["disk", "host"], ...]] = ("disk", "host")
 _MOST_KINDS = 64
 # Whole restores of a kind from which on they are believed more than the loads that they consist of.
 _ENOUGH = 10
+# After so many refusals in a row to load by a path, one load is made: what is never used is never learned.
+_LOOK_AGAIN: Final = 64
 
 
 class _NoRecompute:
@@ -30,15 +30,15 @@ class _NoRecompute:
 class CostRestore:
     """See RestorePolicy. Learns what loads cost; what computing costs comes with the wish.
 
-    codec: of what lies on disk; '' for none.  queue_scale: how much a waiting request counts; 0 looks at the
-    asking request alone.
+    queue_scale: how much a waiting request counts; 0 looks at the asking request alone.
     """
 
-    def __init__(self, loads: LoadCosts | None = None, *, codec: str = "", queue_scale: float = 1.0) -> None:
+    def __init__(self, loads: LoadCosts | None = None, *, queue_scale: float = 1.0) -> None:
         self.loads = loads if loads is not None else LoadCosts()
-        self._paths = {"host": Path("host"), "disk": Path("disk", codec)}
         self._queue_scale = queue_scale
         self._kinds: dict[str, ResidualTracker] = {}
+        # Refusals in a row, by the slowest path of what was refused.
+        self._refused: dict[str, int] = {}
 
     def choose(self, segments: Sequence[Segment], tokens: int, wish: RestoreWish = _ANY_WISH) -> LoadChoice:
         """See RestorePolicy."""
@@ -46,58 +46,92 @@ class CostRestore:
         if not runs:
             return LoadChoice(0, 0.0, 0.0, why="nothing stored fits")
         lines = self._lines(runs, wish)
-        question = Question(
+        plan = plan_restore(runs, self._question(tokens, wish, lines))
+        if not plan.load_end and self._look_again(runs, plan, lines):
+            blind = RestoreWish(deadline_s=wish.deadline_s, queued_bytes=wish.queued_bytes)
+            plan = plan_restore(runs, self._question(tokens, blind, lines))
+            return self._chosen(runs, plan, lines, wish, f"{_why(plan, blind)}; to see how long it takes now")
+        return self._chosen(runs, plan, lines, wish, _why(plan, wish))
+
+    def _question(self, tokens: int, wish: RestoreWish, lines: Mapping[str, LoadLine]) -> Question:
+        blind = wish.recompute is None
+        return Question(
             tokens,
             wish.recompute if wish.recompute is not None else _NoRecompute(),
             lines,
             gpu_weight=queue_weight(wish.waiting_requests, self._queue_scale),
             prefill_wait_s=wish.prefill_wait_s,
             deadline_s=wish.deadline_s,
-            mixed=wish.mixed and wish.recompute is not None,
+            takes="fronts" if blind and wish.takes == "both" else wish.takes,
         )
-        plan = plan_restore(runs, question)
+
+    def _chosen(
+        self,
+        runs: Sequence[Run],
+        plan: RestorePlan,
+        lines: Mapping[str, LoadLine],
+        wish: RestoreWish,
+        why: str,
+    ) -> LoadChoice:
+        recompute_s = plan.recompute_ttft_s if wish.recompute is not None else 0.0
         if not plan.load_end:
-            return LoadChoice(0, 0.0, 0.0, why=_why(plan, wish))
-        kind = _kind(runs, plan, wish)
-        around = self._around(kind, plan.load_s, lines)
+            return LoadChoice(
+                0, 0.0, 0.0, why=why, late=plan.late, recompute_s=recompute_s, load_s=plan.load_ttft_s
+            )
+        path = _slowest(runs, lines, plan.compute_front, plan.load_end)
+        self._refused.pop(path, None)
+        kind = _kind(path, wish)
+        around, median_s = self._around(kind, plan.load_s, lines[path])
         return LoadChoice(
             plan.load_end,
             around.low_s,
             around.high_s,
             plan.compute_front,
-            _why(plan, wish),
+            why,
             kind,
             plan.load_s,
+            median_s,
+            plan.late,
+            recompute_s,
+            plan.load_ttft_s if wish.recompute is not None else 0.0,
         )
 
-    def _around(self, kind: str, load_s: float, lines: Mapping[str, LoadLine]) -> Interval:
+    def _look_again(self, runs: Sequence[Run], plan: RestorePlan, lines: Mapping[str, LoadLine]) -> bool:
+        """Whether to load what is not worth it by what is known: it may be out of date."""
+        if plan.late:
+            return False
+        path = _slowest(runs, lines, 0, runs[-1].end)
+        self._refused[path] = self._refused.get(path, 0) + 1
+        return self._refused[path] > _LOOK_AGAIN
+
+    def _around(self, kind: str, load_s: float, line: LoadLine) -> tuple[Interval, float]:
         """The interval of a restore: from whole ones, or from its loads while too few are known."""
         tracker = self._kinds.get(kind)
         if tracker is not None and tracker.seen >= _ENOUGH:
-            return tracker.around(load_s)
-        line = lines[kind.partition(" ")[0]]
-        return Interval(load_s * line.early_factor, load_s, load_s * line.late_factor)
+            return tracker.spread(load_s)
+        return Interval(load_s * line.early_factor, load_s, load_s * line.late_factor), load_s
 
     def _lines(self, runs: Sequence[Run], wish: RestoreWish) -> dict[str, LoadLine]:
         nbytes: dict[str, float] = {}
         for run in runs:
-            for source, part in run.loads:
-                nbytes[source] = nbytes.get(source, 0) + part
+            for key, part in run.loads:
+                nbytes[key] = nbytes.get(key, 0) + part
+        paths = {key: Path.of_key(key) for key in nbytes}
         return {
-            source: self.loads.line(self._paths[source], int(total), wish.queued_bytes.get(source, 0))
-            for source, total in nbytes.items()
+            key: self.loads.line(paths[key], int(total), wish.queued_bytes.get(paths[key].source, 0))
+            for key, total in nbytes.items()
         }
 
-    def observed(
-        self, source: Literal["host", "disk"], nbytes: int, seconds: float, queue_bytes: int = 0
-    ) -> None:
+    def observed(self, source: str, nbytes: int, seconds: float, queue_bytes: int = 0, via: str = "") -> None:
         """See RestorePolicy. A load of nothing, or in no time, teaches nothing."""
         if nbytes > 0 and queue_bytes >= 0:
-            self.loads.observed(self.loads.estimate(self._paths[source], nbytes, queue_bytes), seconds)
+            self.loads.observed(self.loads.estimate(Path(source, via), nbytes, queue_bytes), seconds)
 
     def restored(self, choice: LoadChoice, seconds: float) -> None:
         """See RestorePolicy: how far whole restores are from what their loads would make."""
         if choice.kind and choice.expected_s > 0 and 0 < seconds < 1e9:
+            if choice.kind not in self._kinds and len(self._kinds) >= _MOST_KINDS:
+                del self._kinds[next(iter(self._kinds))]
             tracker = self._kinds.setdefault(choice.kind, ResidualTracker())
             tracker.outcome(Interval(choice.eta_low_s, choice.expected_s, choice.eta_high_s), seconds)
 
@@ -125,16 +159,21 @@ class CostRestore:
         self.loads, self._kinds = loads, trackers
 
 
-def _kind(runs: Sequence[Run], plan: RestorePlan, wish: RestoreWish) -> str:
-    used = {
-        key
-        for run in runs
-        if plan.compute_front < run.end and run.start < plan.load_end
-        for key, _ in run.loads
-    }
-    slowest = next(source for source in _SOURCES if source in used)
-    queued = any(wish.queued_bytes.get(source, 0) for source in used)
-    return f"{slowest} {'loaded' if queued else 'idle'}"
+def _slowest(runs: Sequence[Run], lines: Mapping[str, LoadLine], start: int, end: int) -> str:
+    """The path that what lies between two tokens waits for longest; runs are not cut for this."""
+    nbytes: dict[str, float] = {}
+    for run in runs:
+        if start < run.end and run.start < end:
+            for key, part in run.loads:
+                nbytes[key] = nbytes.get(key, 0.0) + part
+    return max(nbytes, key=lambda key: lines[key].seconds(nbytes[key]))
+
+
+def _kind(path: str, wish: RestoreWish) -> str:
+    """Restores are judged with others that wait for the same path, idle or behind others; peers are alike."""
+    known = Path.of_key(path)
+    name = known.source if known.source.startswith("peer") else known.key
+    return f"{name} {'loaded' if wish.queued_bytes.get(known.source, 0) else 'idle'}"
 
 
 def _why(plan: RestorePlan, wish: RestoreWish) -> str:

@@ -55,6 +55,9 @@ DEVICES: Final[dict[str, Device]] = {
     )
 }
 
+# Where nobody says what computes: a guess in the middle, far from some of them.
+UNKNOWN: Final = Device("unknown", 100e12, 1e12, _GEN4)
+
 
 def device_named(name: str) -> Device:
     """The device of a short name ('h100'), or of what a driver says ('NVIDIA H100 80GB HBM3').

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
+
+from kvtier.policy.usage import NoUsage, UsagePolicy
+
+# What an engine can take of a restore: all that is stored or nothing; any front; or also computing the front
+# while what follows it is loaded.
+Takes: TypeAlias = Literal["all_or_nothing", "fronts", "both"]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of stored tokens [start, end) that lies in one tier; ends where a restore may end."""
+    """A run of stored tokens [start, end) that lies in one tier; ends where a restore may end.
+
+    source: one of load_cost.SOURCES.  via: what tells paths of one source apart: the codec on disk, a peer's
+    name; '' for one.
+    """
 
     start: int
     end: int
-    source: Literal["host", "disk"]
+    source: str
     nbytes: int
+    via: str = ""
 
 
 class Recompute(Protocol):
@@ -31,24 +42,27 @@ class RestoreWish:
 
     recompute: of the worker that asks; None where it is not known, and then everything is loaded.
     waiting_requests: in its prefill queue.  prefill_wait_s: until it could begin to compute.  deadline_s: for
-    all that is loaded.  mixed: whether the engine can compute the front while the rest is loaded.
-    queued_bytes: by source, what is to be moved for others first.
+    all that is loaded.  takes: what the engine can use.  queued_bytes: by source, what is to be moved for
+    others first.
     """
 
     recompute: Recompute | None = None
     waiting_requests: int = 0
     prefill_wait_s: float = 0.0
     deadline_s: float = inf
-    mixed: bool = False
+    takes: Takes = "fronts"
     queued_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadChoice:
-    """Load [compute_front, tokens); the expected seconds for that, low and high.
+    """Load [compute_front, tokens); the expected seconds for that, low and high: one in ten beyond each.
 
-    compute_front: computed meanwhile, 0 unless the wish was mixed.  why: in words.  kind: tells choices apart
-    whose outcomes are learned apart.  expected_s: of the load, between low and high as a rule.
+    compute_front: computed meanwhile, 0 unless the engine takes both.  why: in words.  kind: tells choices
+    apart whose outcomes are learned apart.  expected_s: of the load, from what its parts cost, between low
+    and high as a rule.  eta_mid_s: half of all loads are sooner.  late: not all would arrive by the deadline.
+    recompute_s, load_s: to the first token by computing everything, and by loading all that is stored; 0
+    where not known.
     """
 
     tokens: int
@@ -58,6 +72,10 @@ class LoadChoice:
     why: str = ""
     kind: str = ""
     expected_s: float = 0.0
+    eta_mid_s: float = 0.0
+    late: bool = False
+    recompute_s: float = 0.0
+    load_s: float = 0.0
 
 
 class EvictionPolicy(Protocol):
@@ -78,6 +96,9 @@ class EvictionPolicy(Protocol):
         The caller skips what it cannot remove; calling `removed` meanwhile makes parents come up.
         """
 
+    def rank(self, key: bytes) -> tuple[int, int]:
+        """(How many would go before what the block belongs to, how many there are); slow, for people."""
+
 
 class RestorePolicy(Protocol):
     """Load or recompute."""
@@ -85,16 +106,46 @@ class RestorePolicy(Protocol):
     def choose(self, segments: Sequence[Segment], tokens: int, wish: RestoreWish = ...) -> LoadChoice:
         """How much of the stored front to load. segments: contiguous from 0; tokens: of the request."""
 
-    def observed(
-        self, source: Literal["host", "disk"], nbytes: int, seconds: float, queue_bytes: int = 0
-    ) -> None:
-        """A load from `source` took so long.
+    def observed(self, source: str, nbytes: int, seconds: float, queue_bytes: int = 0, via: str = "") -> None:
+        """What a restore loads from `source` took so long until it was in place.
 
-        queue_bytes: what was to be moved first when it was asked for.
+        queue_bytes: what was to be moved first when it was asked for.  via: see Segment.
         """
 
     def restored(self, choice: LoadChoice, seconds: float) -> None:
         """All that was chosen to be loaded was in place after so long."""
+
+
+class PrefillRate(Recompute, Protocol):
+    """How long prefills of one model take on one kind of worker."""
+
+    @property
+    def known(self) -> bool:
+        """Whether a plan may rely on it: the device is known, or enough was measured."""
+
+    def observed(self, past: int, new: int, seconds: float) -> None:
+        """Computing `new` tokens after `past` took so long."""
+
+
+class PrefillRates(Protocol):
+    """Of all models and workers of a node."""
+
+    def rate_of(self, model: str, config: Mapping[str, Any], device: str, devices: int) -> PrefillRate:
+        """Of a model on workers of this kind.
+
+        model: its fingerprint, as text.  config: of the model, as in its config.json.  device: what its
+        driver calls it; '' where not known.  devices: that compute together.  Raises ModelSpecError.
+        """
+
+
+class Learned(Protocol):
+    """What is kept across restarts of a node."""
+
+    def to_bytes(self) -> bytes:
+        """All that was learned."""
+
+    def take_over(self, data: bytes) -> None:
+        """Go on from what `to_bytes` wrote once. Raises ConfigError, and nothing is changed then."""
 
 
 class AdmissionPolicy(Protocol):
@@ -106,9 +157,15 @@ class AdmissionPolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """Everything that decides, for one node."""
+    """Everything that decides, for one node.
+
+    learned: what of it is written down, by name.  usage: hears of conversations.
+    """
 
     host: EvictionPolicy
     disk: EvictionPolicy
     restore: RestorePolicy
     admission: AdmissionPolicy
+    rates: PrefillRates
+    learned: Mapping[str, Learned] = field(default_factory=dict)
+    usage: UsagePolicy = field(default_factory=NoUsage)

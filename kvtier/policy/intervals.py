@@ -60,13 +60,17 @@ class ResidualTracker:
 
     def around(self, expected_s: float) -> Interval:
         """The interval around an estimate."""
+        return self.spread(expected_s)[0]
+
+    def spread(self, expected_s: float) -> tuple[Interval, float]:
+        """The interval around an estimate, and the median of its outcomes, which lies within."""
         near = self._near(expected_s)
-        low = _quantile(near, self._alpha_low)
-        high = -_quantile(-near[::-1], self._alpha_high)
+        ends = _quantile(near, self._alpha_low), -_quantile(-near[::-1], self._alpha_high)
         # Levels up to a half each: the ends meet at the median, but for rounding.
-        return Interval(
-            expected_s * math.exp(min(low, high)), expected_s, expected_s * math.exp(max(low, high))
-        )
+        low, high = min(ends), max(ends)
+        median = min(max(_quantile(near, 0.5), low), high)
+        around = Interval(expected_s * math.exp(low), expected_s, expected_s * math.exp(high))
+        return around, expected_s * math.exp(median)
 
     def outcome(self, interval: Interval, seconds: float) -> None:
         """What became of an estimate for which `around` gave this interval.

@@ -19,7 +19,7 @@ from kvtier.policy import learned_state as read
 from kvtier.policy.intervals import Interval, ResidualTracker
 from kvtier.policy.robust_fit import RobustFit
 
-Source: TypeAlias = Literal["host", "disk", "peer_host", "peer_disk"]
+Source: TypeAlias = str
 Load: TypeAlias = Literal["idle", "loaded"]
 LOADS: Final[tuple[Load, ...]] = ("idle", "loaded")
 
@@ -28,6 +28,8 @@ _PRIOR: Final[dict[Source, tuple[float, float]]] = {
     "host": (0.0005, 8e9),
     "disk": (0.002, 1.5e9),
     "peer_host": (0.003, 1.2e9),
+    # A peer of which it is not said where it has them.
+    "peer": (0.004, 1.1e9),
     "peer_disk": (0.005, 1.0e9),
 }
 SOURCES: Final[tuple[Source, ...]] = tuple(_PRIOR)

@@ -66,6 +66,12 @@ class LeafLru:
                 if self._is_current_leaf(item):
                     heapq.heappush(self._heap, item)
 
+    def rank(self, key: bytes) -> tuple[int, int]:
+        """See EvictionPolicy: by last use."""
+        own = self._stamps.get(key, self._clock)
+        leaves = [stamp for other, stamp in self._stamps.items() if other not in self._children]
+        return sum(stamp < own for stamp in leaves), len(leaves)
+
     def _is_current_leaf(self, item: tuple[int, bytes]) -> bool:
         stamp, key = item
         return self._stamps.get(key) == stamp and key not in self._children

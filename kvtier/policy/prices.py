@@ -74,6 +74,36 @@ class Prices:
         return self.tiers[name]
 
 
+@dataclass(frozen=True, slots=True)
+class Money:
+    """Prices as a node knows them. device: whose seconds are saved, '' where not known."""
+
+    prices: Prices | None = None
+    device: str = ""
+
+    def gpu_second(self) -> float | None:
+        """Of one device; None where not known."""
+        return self.prices.gpu_second(self.device) if self.prices is not None and self.device else None
+
+    def tier(self, name: Tier) -> TierPrice | None:
+        """Of a tier; None where not known."""
+        return self.prices.tiers.get(name) if self.prices is not None else None
+
+
+def money_of(text: str, device: str = "") -> Money:
+    """From a TOML text; device: by whose price seconds are paid, '' where the text names only one.
+
+    Raises ConfigError as `parse_prices`, and for a device without a price.
+    """
+    prices = parse_prices(text)
+    if not device and len(prices.gpu_hour) != 1:
+        fix = f"set policy.device to one of {', '.join(prices.gpu_hour) or 'those in [gpu_hour]'}"
+        raise ConfigError("policy.device", "is empty, and the prices do not name one device", fix=fix)
+    device = device or next(iter(prices.gpu_hour))
+    prices.gpu_second(device)
+    return Money(prices, device)
+
+
 def parse_prices(text: str) -> Prices:
     """Prices from a TOML text.
 

@@ -35,7 +35,7 @@ from itertools import combinations
 from math import inf
 from typing import Literal
 
-from kvtier.policy.interfaces import Recompute
+from kvtier.policy.interfaces import Recompute, Takes
 from kvtier.policy.load_cost import LoadLine
 from kvtier.policy.runs import Run
 
@@ -49,8 +49,7 @@ class Question:
     tokens: of the request, more than the last run's end or equal.  lines: cost of each path that runs name.
     gpu_weight: what a second of the GPU counts beside a second of waiting; see `queue_weight`.
     prefill_wait_s: until the engine could begin to compute.  deadline_s: when all that is loaded must be
-    there; held against the upper end of the paths' intervals.  mixed: whether the engine can compute while
-    it loads.
+    there; held against the upper end of the paths' intervals.  takes: what the engine can use.
     """
 
     tokens: int
@@ -59,7 +58,7 @@ class Question:
     gpu_weight: float = 0.0
     prefill_wait_s: float = 0.0
     deadline_s: float = inf
-    mixed: bool = False
+    takes: Takes = "fronts"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "gpu_weight", "prefill_wait_s", "deadline_s"):
@@ -146,14 +145,17 @@ class _Planner:
         nothing = self._front(0, 0)
         choices = [nothing]
         latest = self._latest()
-        choices += [self._front(*at) for at in self._front_cuts(latest)]
+        whole = self._front(len(self._runs) - 1, self._runs[-1].cuts) if self._runs else nothing
+        late = bool(self._runs) and latest != (len(self._runs) - 1, self._runs[-1].cuts)
+        if self._question.takes == "all_or_nothing":
+            choices += [] if late else [whole]
+        else:
+            choices += [self._front(*at) for at in self._front_cuts(latest)]
         best = min(choices, key=lambda c: (c.cost_s, -c.load_end))
-        if self._question.mixed:
+        if self._question.takes == "both":
             ends = [(index, run.cuts) for index, run in enumerate(self._runs)]
             for end in dict.fromkeys([*ends, latest, self._place(best.load_end)]):
                 best = min([best, *self._mixed(end)], key=lambda c: c.cost_s)
-        whole = self._front(len(self._runs) - 1, self._runs[-1].cuts) if self._runs else nothing
-        late = bool(self._runs) and latest != (len(self._runs) - 1, self._runs[-1].cuts)
         return RestorePlan(
             best.compute_front,
             best.load_end,

@@ -5,7 +5,8 @@ regression: a height for each class of age, a step at each of a few zones of age
 context a weight in each zone (discrete-time survival: Cox, "Regression models and life-tables", 1972;
 Brown, "On the use of indicator variables for studying the time-dependence of parameters", 1975). Weights
 start from published waits and move by stochastic gradient with AdaGrad's rates (Duchi, Hazan and Singer,
-2011), so a context that was seen rarely stays near what all contexts have in common.
+2011), so a context that was seen rarely stays near what all contexts have in common. The evidence that
+makes a weight firm fades, so that no weight gets too firm to follow a change of habits.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ _BASE_RATE: Final = 0.1
 _FEATURE_RATE: Final = 0.1
 # After so many returns within a zone of age, what tells contexts apart there counts half.
 _HALF_TRUSTED_RETURNS: Final = 20
+# After so many more observations that touch a weight, what was seen before them counts half.
+_HALF_FORGOTTEN: Final = 5000
+_KEPT: Final = 0.5 ** (1 / _HALF_FORGOTTEN)
 # What has returned by an age in s. People: coding sessions, median 86 s, three quarters within 5 min, p90
 # 21 min, 95.5 % within an hour, p99 14 h (TraceLab, arXiv 2606.30560). Tools: 86 % of agents' steps within
 # 1 s, 95 % within 10 s (vLLM router, issue 285). What never returns is no part of either.
@@ -42,6 +46,7 @@ class LearnedWeights(NamedTuple):
     """height: by class of age; step and returns: by zone; weight: by code and zone.
 
     *_seen: one more than the sum of squared gradients.  returns: waits that ended, one more than there were.
+    Both fade with what is seen after.
     """
 
     height: FloatArray
@@ -59,7 +64,7 @@ class _Kernels(NamedTuple):
 
 
 @cache
-def _kernels(jit: Jit) -> _Kernels:
+def _kernels(jit: Jit, kept: float) -> _Kernels:
     zone_of = _ZONE_OF
 
     @jit
@@ -83,34 +88,41 @@ def _kernels(jit: Jit) -> _Kernels:
             out[k] = score(of, codes, k)
 
     @jit
+    def faded(seen: float) -> float:
+        return float(1.0 + (seen - 1.0) * kept)
+
+    @jit
     def learn(of: LearnedWeights, codes: IntArray, k: int, returned: float) -> float:
         zone = zone_of[k]
         chance = score(of, codes, k)
         slope = chance - returned
         square = slope * slope
-        of.height_seen[k] += square
+        of.height_seen[k] = faded(of.height_seen[k]) + square
         of.height[k] -= _BASE_RATE * slope / math.sqrt(of.height_seen[k])
         for j in range(zone + 1):
-            of.step_seen[j] += square
+            of.step_seen[j] = faded(of.step_seen[j]) + square
             of.step[j] -= _BASE_RATE * slope / math.sqrt(of.step_seen[j])
         slope *= trust(of, zone)
         square = slope * slope
         for code in codes:
-            of.weight_seen[code, zone] += square
+            of.weight_seen[code, zone] = faded(of.weight_seen[code, zone]) + square
             of.weight[code, zone] -= _FEATURE_RATE * slope / math.sqrt(of.weight_seen[code, zone])
-        of.returns[zone] += returned
+        of.returns[zone] = faded(of.returns[zone]) + returned
         return -math.log(chance if returned > 0.5 else 1.0 - chance)
 
     return _Kernels(hazards, learn)
 
 
 class ReturnTimes:
-    """Curves by context. Codes are those of `codes_of`; a wait is told in pieces or as a whole."""
+    """Curves by context. Codes are those of `codes_of`; a wait is told in pieces or as a whole.
 
-    def __init__(self, jit: Jit = plain) -> None:
+    kept: how much of the evidence for a weight is left after each further one.
+    """
+
+    def __init__(self, jit: Jit = plain, kept: float = _KEPT) -> None:
         self.weights = _prior()
         self.loss = 0.0
-        self._kernels = _kernels(jit)
+        self._kernels = _kernels(jit, kept)
         self._survival = survival_kernels(jit)
         self._hazards = np.zeros(CLASSES)
 

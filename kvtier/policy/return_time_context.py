@@ -16,6 +16,10 @@ _OTHER_STOP: Final = 3
 _STOPS_AND_CLOCKS: Final = 9
 _RUNNING: Final = 8
 _KINDS: Final = {"": 0, "u": 1, "t": 2}
+# Tenants whose numbers are equal modulo one less than this share a class; 0 has its own.
+_TENANTS: Final = 64
+_HOURS: Final = 24
+_HOURS_A_CLASS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Context:
     arrival.  stop: why the output stopped; None while it runs.  Negative numbers: unknown.
     gap_s: of the wait before this one, by the same clock, and gap_before_s that of the one before it.
     turns: requests of the conversation before this one.  new_tokens: what the prompt had more than the last.
+    tenant: a number, 0 where there is only one.  hour: of the day when the wait starts, 0 to 24.
     """
 
     clock: Clock
@@ -38,6 +43,8 @@ class Context:
     duration_s: float = -1.0
     gap_s: float = -1.0
     gap_before_s: float = -1.0
+    tenant: int = 0
+    hour: float = -1.0
 
 
 # name -> how many classes; "all" is what every context has.
@@ -53,6 +60,8 @@ FEATURES: Final[dict[str, int]] = {
     "turns": 8,
     "new tokens": 10,
     "tokens in": 10,
+    "tenant": _TENANTS,
+    "hour": 1 + _HOURS // _HOURS_A_CLASS,
 }
 _STARTS: Final = dict(zip(FEATURES, np.cumsum([0, *FEATURES.values()]).tolist(), strict=False))
 CODES: Final = sum(FEATURES.values())
@@ -74,6 +83,8 @@ def codes_of(context: Context) -> IntArray:
         "turns": _doublings(context.turns, 1, FEATURES["turns"]),
         "new tokens": _doublings(context.new_tokens, 128, FEATURES["new tokens"]),
         "tokens in": _doublings(context.tokens_in, 1000, FEATURES["tokens in"]),
+        "tenant": 1 + context.tenant % (_TENANTS - 1) if context.tenant else 0,
+        "hour": 0 if context.hour < 0 else 1 + int(context.hour % _HOURS) // _HOURS_A_CLASS,
     }
     return np.array([_STARTS[name] + number for name, number in classes.items()], np.int32)
 

@@ -35,7 +35,9 @@ _FIRST_SPREAD, _LEAST_SPREAD, _SPREAD_EVIDENCE = 0.2, 0.02, 4.0
 _ROWS_PER_HALF_LIFE = 4
 # So many errors in a row beyond so many spreads on one side mean a change.
 _CHANGE_RUN, _CHANGE_SPREADS = 5, 2.0
-_ROUNDS, _LONGEST_STEP, _SETTLED = 12, 1.0, 1e-4
+# A median error of so many spreads is no noise.
+_FAR_SPREADS = 4.0
+_ROUNDS, _LONGEST_STEP, _SETTLED = 32, 1.0, 1e-4
 _FITS_PER_MEMORY = 10
 _MOST = 1e21
 # No coefficient is further from its guess than this, as a factor's logarithm.
@@ -173,11 +175,23 @@ def _is_row(row: Sequence[float]) -> bool:
 
 
 def _spread_of(errors: _Array, age: _Array) -> float:
-    """1.4826 times the weighted median of absolute errors, with some of the first guess mixed in."""
-    order = np.argsort(np.abs(errors))
-    total = np.cumsum(age[order])
-    middle = order[int(np.searchsorted(total, total[-1] / 2))]
-    seen = 1.4826 * abs(float(errors[middle]))
-    weight = float(total[-1])
+    """1.4826 times the weighted median of absolute errors, with some of the first guess mixed in.
+
+    A guess that is far off makes all errors large and alike. So that this does not look like noise, which the
+    guess may outweigh, errors whose median is many spreads from 0 are taken around it.
+    """
+    seen = 1.4826 * _median(np.abs(errors), age)
+    if len(errors) >= _CHANGE_RUN:
+        centre = _median(errors, age)
+        around = 1.4826 * _median(np.abs(errors - centre), age)
+        seen = around if abs(centre) > _FAR_SPREADS * max(around, _LEAST_SPREAD) else seen
+    weight = float(age.sum())
     mixed = (weight * seen + _SPREAD_EVIDENCE * _FIRST_SPREAD) / (weight + _SPREAD_EVIDENCE)
     return max(mixed, _LEAST_SPREAD)
+
+
+def _median(values: _Array, age: _Array) -> float:
+    """The weighted median."""
+    order = np.argsort(values)
+    total = np.cumsum(age[order])
+    return float(values[order[int(np.searchsorted(total, total[-1] / 2))]])

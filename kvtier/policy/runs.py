@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kvtier.policy.interfaces import Segment
+from kvtier.policy.load_cost import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Run:
 
 
 def runs_of(segments: Sequence[Segment]) -> tuple[Run, ...]:
-    """Segments as runs: neighbours of one source, one length and one size are put together.
+    """Segments as runs: neighbours of one path, one length and one size are put together.
 
     Segments end where a restore may end, in ascending order; one more token may lie before the first.  Raises
     ValueError for segments that overlap.
@@ -61,7 +62,7 @@ def runs_of(segments: Sequence[Segment]) -> tuple[Run, ...]:
         if (
             first is not None
             and segment.start == end
-            and segment.source == first.source
+            and (segment.source, segment.via) == (first.source, first.via)
             and length == first.end - first.start >= tokens
             and segment.nbytes * length == first.nbytes * tokens
         ):
@@ -77,7 +78,8 @@ def runs_of(segments: Sequence[Segment]) -> tuple[Run, ...]:
 
 
 def _run(first: Segment, end: int, nbytes: int) -> Run:
-    return Run(first.start, end, first.end - first.start, ((first.source, nbytes),))
+    key = Path(first.source, first.via).key
+    return Run(first.start, end, first.end - first.start, ((key, nbytes),))
 
 
 def common_runs(ranks: Sequence[Sequence[Run]]) -> tuple[Run, ...]:

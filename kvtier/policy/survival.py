@@ -37,12 +37,14 @@ class SurvivalKernels(NamedTuple):
     survive(hazards, survival): fills survival at each edge, 1 at age 0.
     rank(survival, rates): fills, at each edge, the best rate of return from there on.
     rate(survival, rates, age_s): the best rate at any age; a negative age is a wait that has to pass first.
+    rate_after(survival, age_s, cost): the same where keeping costs so much of one use at once; 0 at least.
     """
 
     class_of: Callable[[float], int]
     survive: Callable[..., None]
     rank: Callable[..., None]
     rate: Callable[..., float]
+    rate_after: Callable[..., float]
 
 
 @cache
@@ -51,7 +53,8 @@ def survival_kernels(jit: Jit) -> SurvivalKernels:
 
     It is the price for each second at which holding something for one use just pays, when holding may be
     given up at any time: Gittins' index of a job with one reward (Gittins, "Bandit processes and dynamic
-    allocation indices", 1979). tau runs over the edges of the classes.
+    allocation indices", 1979). tau runs over the edges of the classes.  With a cost that is paid at once,
+    such as a write, it is max over tau of (P(T <= t + tau | T > t) - cost) / E[min(T - t, tau) | T > t].
     """
     edges_s, widths_s = EDGES_S, WIDTHS_S
 
@@ -70,7 +73,7 @@ def survival_kernels(jit: Jit) -> SurvivalKernels:
             survival[k + 1] = left
 
     @jit
-    def best(survival: CurveArray, start: int, held_s: float) -> float:
+    def best(survival: CurveArray, start: int, held_s: float, cost: float) -> float:
         found = 0.0
         alive = survival[start]
         if alive <= 0.0:
@@ -78,26 +81,36 @@ def survival_kernels(jit: Jit) -> SurvivalKernels:
         wait_s = held_s * alive
         for k in range(start, CLASSES):
             wait_s += widths_s[k] * 0.5 * (survival[k] + survival[k + 1])
-            found = max(found, (alive - survival[k + 1]) / wait_s)
+            found = max(found, (alive * (1.0 - cost) - survival[k + 1]) / wait_s)
         return float(found)
 
     @jit
     def rank(survival: CurveArray, rates: CurveArray) -> None:
         for k in range(CLASSES):
-            rates[k] = best(survival, k, 0.0)
+            rates[k] = best(survival, k, 0.0, 0.0)
         rates[CLASSES] = rates[CLASSES - 1]
 
     @jit
     def rate(survival: CurveArray, rates: CurveArray, age_s: float) -> float:
         if age_s < 0.0:
-            return float(best(survival, 0, -age_s))
+            return float(best(survival, 0, -age_s, 0.0))
         k = class_of(age_s)
         if k == CLASSES - 1:
             return float(rates[k])
         part = (age_s - edges_s[k]) / widths_s[k]
         return float(rates[k] * (1.0 - part) + rates[k + 1] * part)
 
-    return SurvivalKernels(class_of, survive, rank, rate)
+    @jit
+    def rate_after(survival: CurveArray, age_s: float, cost: float) -> float:
+        if age_s < 0.0:
+            return float(best(survival, 0, -age_s, cost))
+        k = class_of(age_s)
+        if k == CLASSES - 1:
+            return float(best(survival, k, 0.0, cost))
+        part = (age_s - edges_s[k]) / widths_s[k]
+        return float(best(survival, k, 0.0, cost) * (1.0 - part) + best(survival, k + 1, 0.0, cost) * part)
+
+    return SurvivalKernels(class_of, survive, rank, rate, rate_after)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

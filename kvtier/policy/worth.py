@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvtier.policy.survival import EDGES_S, SurvivalCurve
+from kvtier.policy.survival import EDGES_S, FloatArray, SurvivalCurve
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def worth_of(curve: SurvivalCurve, idle_s: float, ahead_s: float = 0.0) -> Worth
 
     ahead_s: a wait that has to pass before the idle time even starts, such as the rest of an answer.
     """
-    horizons_s = EDGES_S[idle_s < EDGES_S] - idle_s
+    horizons_s = _horizons_s(idle_s)
     if not len(horizons_s):
         return Worth(0.0, 0.0, 0.0, 0.0)
     returns = curve.returns_within(horizons_s, idle_s)
@@ -50,3 +50,21 @@ def worth_of(curve: SurvivalCurve, idle_s: float, ahead_s: float = 0.0) -> Worth
     best = int(np.argmax(rates))
     horizon_s = ahead_s + float(horizons_s[best])
     return Worth(float(rates[best]), horizon_s, float(returns[best]), float(held_s[best]))
+
+
+def pays(curve: SurvivalCurve, idle_s: float, saving: float, price_per_s: float, once: float = 0.0) -> bool:
+    """Whether keeping something from now on is worth its room and what has to be paid first, such as a write.
+
+    saving: of one use; price_per_s: of the room; once: of the write; all in the same unit.
+    """
+    horizons_s = _horizons_s(idle_s)
+    if not len(horizons_s):
+        return False
+    gained = curve.returns_within(horizons_s, idle_s) * saving
+    return bool((gained - price_per_s * curve.expected_wait_s(horizons_s, idle_s)).max() >= once)
+
+
+def _horizons_s(idle_s: float) -> FloatArray:
+    """From now to each edge that is yet to come."""
+    coming: FloatArray = EDGES_S[int(np.searchsorted(EDGES_S, idle_s, side="right")) :] - idle_s
+    return coming

@@ -16,6 +16,7 @@ from kvtier.policy.baselines.interfaces import BlockPolicy, TwoTierPolicy
 from kvtier.policy.baselines.lru import LruCache, TtlCache
 from kvtier.policy.baselines.s3fifo import S3FifoCache
 from kvtier.policy.baselines.sieve import SieveCache
+from kvtier.policy.baselines.tlru import TlruCache
 from kvtier.policy.baselines.two_tiers import TwoTiers
 from kvtier.policy.cost_cache import CostCache, CostTwoTiers
 from kvtier.sim.compiled import compiled
@@ -27,12 +28,16 @@ Objective = Literal["tokens", "gpu_seconds"]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a policy may know beforehand: nothing of the requests to come. capacity: blocks, at least 1."""
+    """What a policy may know beforehand: nothing of the requests to come. capacity: blocks, at least 1.
+
+    ttl_s: of 'ttl'.  threshold_tokens: of 'tlru', assumed: what a GPU computes in some tenths of a second.
+    """
 
     capacity: int
     block_tokens: int
     objective: Objective = "tokens"
     ttl_s: float = 300.0
+    threshold_tokens: float = 4096.0
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -71,6 +76,9 @@ POLICIES: Final[dict[str, Entry]] = {
     "s3fifo": _flat(lambda setup, capacity: S3FifoCache(capacity, compiled)),
     "sieve": _flat(lambda setup, capacity: SieveCache(capacity, compiled)),
     "gdsf": _flat(lambda setup, capacity: GdsfCache(capacity, setup.block_tokens, compiled)),
+    "tlru": Entry(
+        lambda setup: TlruCache(setup.capacity, setup.block_tokens, setup.threshold_tokens, compiled)
+    ),
     "ttl": Entry(lambda setup: TtlCache(setup.capacity, setup.ttl_s, compiled)),
     "cost": Entry(
         lambda setup: CostCache(setup.capacity, setup.block_tokens, _by_cost(setup), compiled),

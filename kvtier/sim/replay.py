@@ -91,6 +91,7 @@ def _arrivals(trace: Trace, policy: _Learner, causal: bool) -> Iterator[Arrival]
             kind=trace.kind[row],
             path=trace.path(row),
             outcome=None if causal else trace.outcome(row),
+            tenant=int(trace.tenant[row]),
         )
         if causal and trace.duration_s[row] >= 0:
             heapq.heappush(running, (t_s + float(trace.duration_s[row]), row))

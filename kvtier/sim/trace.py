@@ -52,6 +52,7 @@ class Trace:
     leaf: IntArray
     blocks: IntArray
     parent: IntArray
+    tenant: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.leaf)
@@ -79,7 +80,9 @@ class TraceBuilder:
         self.chains = Chains()
         self._t_s = array("d")
         self._duration_s = array("d")
-        self._numbers = {name: array("q") for name in ("conversation", "turn", "tokens_in", "tokens_out")}
+        self._numbers = {
+            name: array("q") for name in ("conversation", "turn", "tokens_in", "tokens_out", "tenant")
+        }
         self._kind: list[str] = []
         self._stop: list[str] = []
         self.leaf = array("i")
@@ -92,7 +95,7 @@ class TraceBuilder:
         """Take in the next row."""
         self._t_s.append(row.t_s)
         self._duration_s.append(row.outcome.duration_s)
-        for name in ("conversation", "turn", "tokens_in"):
+        for name in ("conversation", "turn", "tokens_in", "tenant"):
             self._numbers[name].append(getattr(row, name))
         self._numbers["tokens_out"].append(row.outcome.tokens_out)
         self._kind.append(row.kind)

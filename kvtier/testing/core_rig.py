@@ -54,8 +54,10 @@ class CoreRig(RigServices):
         core: type[NodeCore] = NodeCore,
         epoch: int = 1,
         started: bool = True,
+        eviction: str = "lru",
     ) -> None:
         self.now_s = 1000.0
+        self.eviction = eviction
         generations: dict[int, int] = {}
         host = HostSlots(arena_bytes, first_generation=epoch, publish=generations.__setitem__)
         super().__init__(host, generations, DiskStore(disk) if isinstance(disk, int) else disk)
@@ -67,7 +69,7 @@ class CoreRig(RigServices):
         self.core = core(
             base,
             self.host,
-            make_policies(),
+            make_policies(eviction),
             SECRET,
             random.Random(epoch),
             epoch=epoch,
@@ -147,13 +149,20 @@ class CoreRig(RigServices):
         fingerprint: bytes = MODEL,
         shard: str = "s0",
         mode: m.Mode = "worker",
+        **shown: Any,
     ) -> RigWorker:
-        """A worker in a process of its own."""
+        """A worker in a process of its own. shown: of what it computes with, as in m.Attach."""
         proc = self._proc("client")
         worker = RigWorker(proc, geometry, fingerprint, shard, mode)
         self._asked[self._serial + 1] = worker
         message = m.Attach(
-            fingerprint=fingerprint, model="model", geometry=geometry, shard=shard, layout="l", mode=mode
+            fingerprint=fingerprint,
+            model="model",
+            geometry=geometry,
+            shard=shard,
+            layout="l",
+            mode=mode,
+            **shown,
         )
         self.ask(message, proc.peer)
         self.workers.append(worker)
@@ -212,8 +221,9 @@ class CoreRig(RigServices):
         tenant: str = "acme",
         lease_s: float = 10.0,
         after: m.Planned | None = None,
+        **wishes: Any,
     ) -> Any:
-        """Planned, Failed, or None while a park of the conversation is waited for."""
+        """Planned, Failed, or None while a park of the conversation is waited for. wishes: see m.MakePlan."""
         front = after.front_tokens if after else 0
         return self.ask(
             m.MakePlan(
@@ -224,6 +234,7 @@ class CoreRig(RigServices):
                 after_key=after.front_key if after else b"",
                 after_tokens=front,
                 lease_s=lease_s,
+                **wishes,
             ),
             worker.peer,
         )
@@ -276,6 +287,7 @@ class CoreRig(RigServices):
         store = self.store.copy() if self.store is not None else None
         arenas = [arena.capacity_bytes for arena in self.host._arenas]
         epoch = self.core.state.epoch + 1
+        how.setdefault("eviction", self.eviction)
         return CoreRig(arena_bytes=arenas, disk=store, settings=self.settings, epoch=epoch, **how)
 
     # --- what must hold ---------------------------------------------------------------------------------
@@ -299,6 +311,8 @@ class CoreRig(RigServices):
         if len(restore.receipts) > 1:
             self.violations.append(f"two receipts: {restore.receipts}")
         wrong = restore.pages.wrong_rows(receipt.tokens) if receipt.tokens else []
+        # What is before is the worker's to compute.
+        wrong = [(group, at) for group, at in wrong if at >= receipt.loaded_from]
         if wrong:
             self.violations.append(f"{receipt} although {wrong} are wrong")
         running = self._running(restore)

@@ -136,11 +136,6 @@ class FakeGpu:
             self.step()
         del self._streams[stream]
 
-    @property
-    def open_streams(self) -> int:
-        """Streams that were not ended."""
-        return len(self._streams)
-
     def enqueue(
         self, stream: int, what: str, host: Clock, run: Callable[[], tuple[list[Range], list[Range], float]]
     ) -> None:

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from kvtier.config import Config, load
+from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.daemon.node_service import NodeService
@@ -23,10 +24,14 @@ from kvtier.testing.gates import Gate, GatedFileOps, gated_engine
 _GRACE_S = 10.0
 
 
-def make_service(name: str, config: Config, gates: str) -> NodeService | DiskService | GpuService:
+def make_service(
+    name: str, config: Config, gates: str
+) -> NodeService | DiskService | GpuService | DirectoryService:
     """The service of this name. gates: where its writes, reads and copies stop; '' for nowhere."""
     if name == "disk":
         return DiskService(config, GatedFileOps(Path(gates)) if gates else None)
+    if name == "directory":
+        return DirectoryService(config)
     if name == "gpu":
         gate = Gate(Path(gates) / "copy")
         return GpuService(config, (lambda slots: gated_engine(slots, gate)) if gates else None)

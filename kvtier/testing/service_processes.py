@@ -74,7 +74,8 @@ class ServiceProcesses:
     @property
     def names(self) -> list[str]:
         """The services of this node."""
-        return ["node", "gpu", *(["disk"] if self.config.disk.enabled else [])]
+        directory = ["directory"] if self.config.cluster.directory_listen else []
+        return [*directory, "node", "gpu", *(["disk"] if self.config.disk.enabled else [])]
 
     def start_all(self) -> None:
         """Start what does not run, and wait until the node is ready. Raises DaemonNotFound."""

@@ -19,31 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvtier.checksum import checksum
-from kvtier.errors import CorruptObject, ObjectExists, SlotLeased, StaleSlot, TierError, TierFull
-from kvtier.objects import ObjectMeta
+from kvtier.errors import CorruptObject, ObjectExists, StaleSlot, TierFull
+from kvtier.testing.tier_holds import OTHER, HoldsContract, meta_of
 from kvtier.testing.tier_kit import WRITER, TierKit, check_disjoint, content, found, get, put
 from kvtier.tier import Slot, Tier
 
 __all__ = ["TierContract", "TierKit"]
 
-OTHER = "other"
 THREADS = 4
-
-
-def _meta(kit: TierKit, index: int, nbytes: int | None = None) -> ObjectMeta:
-    return kit.meta(index, kit.sizes[0] if nbytes is None else nbytes)
-
-
-def _stale_everywhere(tier: Tier, slot: Slot) -> None:
-    """The slot is nobody's by now: nothing may be done through it."""
-    with pytest.raises(StaleSlot):
-        tier.read(slot, bytearray(slot.nbytes))
-    with pytest.raises(StaleSlot):
-        tier.write(slot, bytes(slot.nbytes))
-    with pytest.raises(StaleSlot):
-        tier.commit([(slot, checksum(bytes(slot.nbytes)))])
-    with pytest.raises(StaleSlot):
-        tier.lease(slot, OTHER, 1e9)
 
 
 def _fill_up(kit: TierKit, tier: Tier, nbytes: int) -> list[Slot]:
@@ -52,13 +35,13 @@ def _fill_up(kit: TierKit, tier: Tier, nbytes: int) -> list[Slot]:
     while True:
         assert len(slots) < 100_000, "the tier never gets full"
         try:
-            slots.append(tier.reserve(_meta(kit, 1000 + len(slots), nbytes), holder=WRITER))
+            slots.append(tier.reserve(meta_of(kit, 1000 + len(slots), nbytes), holder=WRITER))
         except TierFull as full:
             assert full.needed_bytes >= nbytes
             return slots
 
 
-class TierContract:
+class TierContract(HoldsContract):
     """Subclass it, and override the fixture `kit`."""
 
     @pytest.fixture
@@ -76,7 +59,7 @@ class TierContract:
     # -- reserve, write, commit
 
     def test_an_empty_tier_has_nothing(self, kit: TierKit, tier: Tier) -> None:
-        object_id = _meta(kit, 1).object_id
+        object_id = meta_of(kit, 1).object_id
         assert tier.find(object_id) is None
         assert tier.meta(object_id) is None
         assert list(tier.objects()) == []
@@ -99,7 +82,7 @@ class TierContract:
         wanted = {}
         for i in range(3):
             put(kit, tier, i)
-            given = _meta(kit, i)
+            given = meta_of(kit, i)
             kept = tier.meta(given.object_id)
             assert kept is not None
             assert kept.checksum == checksum(content(i, given.nbytes))
@@ -109,7 +92,7 @@ class TierContract:
         assert {meta.object_id: meta for meta in tier.objects()} == wanted
 
     def test_nothing_is_seen_before_commit(self, kit: TierKit, tier: Tier) -> None:
-        meta = _meta(kit, 1)
+        meta = meta_of(kit, 1)
         slot = tier.reserve(meta, holder=WRITER)
         tier.write(slot, content(1, meta.nbytes))
         assert tier.find(meta.object_id) is None
@@ -131,21 +114,21 @@ class TierContract:
         slot = put(kit, tier, 1)
         tier.holder_ended(WRITER)
         assert get(tier, slot) == content(1, slot.nbytes)
-        tier.remove(_meta(kit, 1).object_id)
+        tier.remove(meta_of(kit, 1).object_id)
         assert tier.usage().used_bytes == before
 
     def test_an_object_is_reserved_once(self, kit: TierKit, tier: Tier) -> None:
-        slot = tier.reserve(_meta(kit, 1), holder=WRITER)
+        slot = tier.reserve(meta_of(kit, 1), holder=WRITER)
         with pytest.raises(ObjectExists):
-            tier.reserve(_meta(kit, 1), holder=OTHER)
+            tier.reserve(meta_of(kit, 1), holder=OTHER)
         tier.abort(slot, quiet=True)
         put(kit, tier, 1)
         with pytest.raises(ObjectExists):
-            tier.reserve(_meta(kit, 1), holder=WRITER)
+            tier.reserve(meta_of(kit, 1), holder=WRITER)
 
     @pytest.mark.parametrize("off_by", [-1, 1])
     def test_wrong_lengths_are_refused(self, kit: TierKit, tier: Tier, off_by: int) -> None:
-        meta = _meta(kit, 1)
+        meta = meta_of(kit, 1)
         data = content(1, meta.nbytes)
         slot = tier.reserve(meta, holder=WRITER)
         with pytest.raises(ValueError):
@@ -159,21 +142,21 @@ class TierContract:
     def test_one_commit_shows_many(self, kit: TierKit, tier: Tier) -> None:
         ready = []
         for i in range(3):
-            meta = _meta(kit, i)
+            meta = meta_of(kit, i)
             slot = tier.reserve(meta, holder=WRITER)
             tier.write(slot, content(i, meta.nbytes))
             ready.append((slot, checksum(content(i, meta.nbytes))))
         tier.commit(ready)
         for i in range(3):
-            slot = found(tier, _meta(kit, i).object_id)
+            slot = found(tier, meta_of(kit, i).object_id)
             assert get(tier, slot) == content(i, slot.nbytes)
 
     def test_commit_is_all_or_none(self, kit: TierKit, tier: Tier) -> None:
-        meta = _meta(kit, 1)
+        meta = meta_of(kit, 1)
         data = content(1, meta.nbytes)
         good = tier.reserve(meta, holder=WRITER)
         tier.write(good, data)
-        stale = tier.reserve(_meta(kit, 2), holder=WRITER)
+        stale = tier.reserve(meta_of(kit, 2), holder=WRITER)
         tier.abort(stale, quiet=True)
         with pytest.raises(StaleSlot):
             tier.commit([(good, checksum(data)), (stale, 0)])
@@ -183,7 +166,7 @@ class TierContract:
         assert get(tier, found(tier, meta.object_id)) == data
 
     def test_a_committed_slot_is_no_longer_the_writers(self, kit: TierKit, tier: Tier) -> None:
-        meta = _meta(kit, 1)
+        meta = meta_of(kit, 1)
         data = content(1, meta.nbytes)
         slot = tier.reserve(meta, holder=WRITER)
         tier.write(slot, data)
@@ -194,179 +177,10 @@ class TierContract:
             tier.write(slot, bytes(meta.nbytes))
         assert get(tier, found(tier, meta.object_id)) == data
 
-    # -- abort and the writer's end
-
-    def test_a_quiet_abort_gives_the_room_back(self, kit: TierKit, tier: Tier) -> None:
-        before = tier.usage()
-        slot = tier.reserve(_meta(kit, 1), holder=WRITER)
-        tier.abort(slot, quiet=True)
-        assert tier.usage() == before
-        assert tier.find(_meta(kit, 1).object_id) is None
-        _stale_everywhere(tier, slot)
-
-    def test_an_unproven_abort_keeps_the_room_in_limbo(self, kit: TierKit, tier: Tier) -> None:
-        before = tier.usage()
-        slot = tier.reserve(_meta(kit, 1), holder=WRITER)
-        tier.abort(slot, quiet=False)
-        usage = tier.usage()
-        assert usage.filling_bytes == 0
-        assert slot.nbytes <= usage.limbo_bytes <= usage.used_bytes
-        _stale_everywhere(tier, slot)
-        again = put(kit, tier, 1, seed=2)
-        check_disjoint(kit, [slot, again])
-        tier.release(slot, OTHER)
-        assert tier.usage().limbo_bytes == usage.limbo_bytes
-        tier.release(slot, WRITER)
-        assert tier.usage().limbo_bytes == 0
-        assert get(tier, again) == content(2, again.nbytes)
-        tier.remove(_meta(kit, 1).object_id)
-        assert tier.usage() == before
-
-    def test_the_writers_end_frees_its_limbo(self, kit: TierKit, tier: Tier) -> None:
-        before = tier.usage()
-        slot = tier.reserve(_meta(kit, 1), holder=WRITER)
-        tier.abort(slot, quiet=False)
-        tier.holder_ended(OTHER)
-        assert tier.usage().limbo_bytes >= slot.nbytes
-        tier.holder_ended(WRITER)
-        assert tier.usage() == before
-
-    def test_the_writers_end_frees_what_it_was_filling(self, kit: TierKit, tier: Tier) -> None:
-        before = tier.usage()
-        slot = tier.reserve(_meta(kit, 1), holder=WRITER)
-        kept = tier.reserve(_meta(kit, 2), holder=OTHER)
-        tier.holder_ended(WRITER)
-        _stale_everywhere(tier, slot)
-        tier.abort(kept, quiet=True)
-        assert tier.usage() == before
-
-    def test_a_writer_past_its_lease_cannot_commit(self, kit: TierKit, tier: Tier) -> None:
-        if not kit.writer_expires:
-            pytest.skip("writers of this tier have no end time")
-        before = tier.usage()
-        slot = tier.reserve(_meta(kit, 1), holder=WRITER)
-        tier.lease(slot, WRITER, 10.0)
-        assert tier.expire(9.0) == []
-        assert tier.expire(11.0) == [(slot, WRITER)]
-        usage = tier.usage()
-        assert (usage.filling_bytes, usage.objects) == (0, 0)
-        assert usage.limbo_bytes >= slot.nbytes
-        _stale_everywhere(tier, slot)
-        again = put(kit, tier, 1)
-        check_disjoint(kit, [slot, again])
-        tier.release(slot, WRITER)
-        tier.remove(_meta(kit, 1).object_id)
-        assert tier.usage() == before
-
-    # -- leases and limbo
-
-    def test_a_lease_keeps_the_object(self, kit: TierKit, tier: Tier) -> None:
-        slot = put(kit, tier, 1)
-        object_id = _meta(kit, 1).object_id
-        tier.lease(slot, "a", 10.0)
-        tier.lease(slot, "b", 10.0)
-        tier.release(slot, "a")
-        with pytest.raises(SlotLeased):
-            tier.remove(object_id)
-        assert get(tier, found(tier, object_id)) == content(1, slot.nbytes)
-        tier.release(slot, "b")
-        used = tier.usage().used_bytes
-        freed = tier.remove(object_id)
-        assert freed >= slot.nbytes
-        assert tier.usage().used_bytes == used - freed
-
-    def test_a_lease_is_extended(self, kit: TierKit, tier: Tier) -> None:
-        slot = put(kit, tier, 1)
-        tier.lease(slot, "a", 10.0)
-        tier.lease(slot, "a", 20.0)
-        assert tier.expire(15.0) == []
-        with pytest.raises(SlotLeased):
-            tier.remove(_meta(kit, 1).object_id)
-        assert [holder for _, holder in tier.expire(21.0)] == ["a"]
-        assert tier.expire(22.0) == []
-
-    def test_expiry_withdraws_the_right_and_not_the_memory(self, kit: TierKit, tier: Tier) -> None:
-        before = tier.usage()
-        slot = put(kit, tier, 1)
-        object_id = _meta(kit, 1).object_id
-        tier.lease(slot, "a", 10.0)
-        assert [(s.slot_id, s.generation, h) for s, h in tier.expire(11.0)] == [
-            (slot.slot_id, slot.generation, "a")
-        ]
-        assert get(tier, found(tier, object_id)) == content(1, slot.nbytes)
-        used = tier.usage().used_bytes
-        assert tier.remove(object_id) == 0
-        assert tier.find(object_id) is None
-        assert list(tier.objects()) == []
-        assert tier.usage().used_bytes == used
-        assert tier.usage().limbo_bytes >= slot.nbytes
-        _stale_everywhere(tier, slot)
-        again = put(kit, tier, 1, seed=2)
-        check_disjoint(kit, [slot, again])
-        tier.remove(object_id)
-        tier.release(slot, "a")
-        assert tier.usage() == before
-
-    def test_a_holders_end_frees_leases_and_limbo(self, kit: TierKit, tier: Tier) -> None:
-        before = tier.usage()
-        leased, in_limbo = put(kit, tier, 1), put(kit, tier, 2)
-        tier.lease(in_limbo, "a", 10.0)
-        tier.expire(11.0)
-        tier.lease(leased, "a", 100.0)
-        tier.remove(_meta(kit, 2).object_id)
-        tier.holder_ended("a")
-        tier.remove(_meta(kit, 1).object_id)
-        assert tier.usage() == before
-        assert tier.expire(1e9) == []
-
-    def test_a_released_object_does_not_expire(self, kit: TierKit, tier: Tier) -> None:
-        slot = put(kit, tier, 1)
-        tier.lease(slot, "a", 10.0)
-        tier.release(slot, "a")
-        assert tier.expire(11.0) == []
-        assert tier.remove(_meta(kit, 1).object_id) >= slot.nbytes
-
-    def test_unknown_holders_are_no_error(self, kit: TierKit, tier: Tier) -> None:
-        slot = put(kit, tier, 1)
-        tier.lease(slot, "a", 10.0)
-        tier.release(slot, "nobody")
-        tier.holder_ended("nobody")
-        with pytest.raises(SlotLeased):
-            tier.remove(_meta(kit, 1).object_id)
-
-    # -- generations
-
-    def test_an_old_slot_opens_nothing_new(self, kit: TierKit, tier: Tier) -> None:
-        old = put(kit, tier, 1)
-        tier.remove(_meta(kit, 1).object_id)
-        new = put(kit, tier, 2)
-        _stale_everywhere(tier, old)
-        tier.lease(new, "a", 10.0)
-        tier.release(old, "a")
-        with pytest.raises(SlotLeased):
-            tier.remove(_meta(kit, 2).object_id)
-        filling = tier.reserve(_meta(kit, 3), holder=WRITER)
-        try:
-            tier.abort(old, quiet=True)
-        except TierError as refusal:
-            assert isinstance(refusal, StaleSlot)
-        assert get(tier, new) == content(2, new.nbytes)
-        tier.write(filling, content(3, filling.nbytes))
-
-    def test_slot_and_generation_are_never_reused(self, kit: TierKit, tier: Tier) -> None:
-        seen: set[tuple[int, int]] = set()
-        for turn in range(20):
-            slots = [tier.reserve(_meta(kit, i), holder=WRITER) for i in range(3)]
-            seen.update((slot.slot_id, slot.generation) for slot in slots)
-            assert len(seen) == 3 * (turn + 1)
-            for slot in slots:
-                tier.abort(slot, quiet=turn % 2 == 0)
-            tier.holder_ended(WRITER)
-
     # -- wrong bytes
 
     def test_bytes_that_do_not_match_their_checksum_are_a_miss(self, kit: TierKit, tier: Tier) -> None:
-        meta = _meta(kit, 1)
+        meta = meta_of(kit, 1)
         data = content(1, meta.nbytes)
         slot = tier.reserve(meta, holder=WRITER)
         tier.write(slot, data)
@@ -380,7 +194,7 @@ class TierContract:
         self._is_quarantined_and_heals(kit, tier)
 
     def _is_quarantined_and_heals(self, kit: TierKit, tier: Tier) -> None:
-        object_id = _meta(kit, 1).object_id
+        object_id = meta_of(kit, 1).object_id
         bad = found(tier, object_id)
         with pytest.raises(CorruptObject):
             tier.read(bad, bytearray(bad.nbytes))
@@ -402,7 +216,7 @@ class TierContract:
         check_disjoint(kit, slots)
         assert tier.usage().used_bytes <= tier.usage().capacity_bytes
         tier.abort(slots[1], quiet=True)
-        slots[1] = tier.reserve(_meta(kit, 1, nbytes), holder=WRITER)
+        slots[1] = tier.reserve(meta_of(kit, 1, nbytes), holder=WRITER)
         check_disjoint(kit, slots)
         for slot in slots:
             tier.abort(slot, quiet=True)
@@ -415,18 +229,18 @@ class TierContract:
         slots = _fill_up(kit, tier, nbytes)
         tier.abort(slots.pop(), quiet=False)
         with pytest.raises(TierFull):
-            tier.reserve(_meta(kit, 2, nbytes), holder=OTHER)
+            tier.reserve(meta_of(kit, 2, nbytes), holder=OTHER)
         tier.expire(11.0)
-        tier.remove(_meta(kit, 1, nbytes).object_id)
+        tier.remove(meta_of(kit, 1, nbytes).object_id)
         with pytest.raises(TierFull):
-            tier.reserve(_meta(kit, 2, nbytes), holder=OTHER)
+            tier.reserve(meta_of(kit, 2, nbytes), holder=OTHER)
         tier.release(leased, "a")
-        tier.reserve(_meta(kit, 2, nbytes), holder=OTHER)
+        tier.reserve(meta_of(kit, 2, nbytes), holder=OTHER)
         tier.holder_ended(WRITER)
-        tier.reserve(_meta(kit, 3, nbytes), holder=OTHER)
+        tier.reserve(meta_of(kit, 3, nbytes), holder=OTHER)
 
     def test_remove_leaves_an_object_that_is_being_filled(self, kit: TierKit, tier: Tier) -> None:
-        meta = _meta(kit, 1)
+        meta = meta_of(kit, 1)
         data = content(1, meta.nbytes)
         slot = tier.reserve(meta, holder=WRITER)
         assert tier.remove(meta.object_id) == 0
@@ -447,7 +261,7 @@ class TierContract:
                 tier.lease(slot, f"h{lane}", 10.0)
                 wrong += get(tier, slot) != content(index, slot.nbytes)
                 tier.release(slot, f"h{lane}")
-                tier.remove(_meta(kit, index).object_id)
+                tier.remove(meta_of(kit, index).object_id)
             return wrong
 
         with ThreadPoolExecutor(THREADS) as pool:
@@ -462,17 +276,17 @@ class TierContract:
             pytest.skip("not a durable tier")
         for i, nbytes in enumerate(kit.sizes):
             put(kit, tier, i, nbytes)
-        tier.remove(_meta(kit, 0).object_id)
-        tier.reserve(_meta(kit, 100), holder=WRITER)
+        tier.remove(meta_of(kit, 0).object_id)
+        tier.reserve(meta_of(kit, 100), holder=WRITER)
         metas = {meta.object_id: meta for meta in tier.objects()}
         tier = kit.reopen(tier)
         try:
             assert {meta.object_id: meta for meta in tier.objects()} == metas
-            assert tier.find(_meta(kit, 0).object_id) is None
-            assert tier.find(_meta(kit, 100).object_id) is None
+            assert tier.find(meta_of(kit, 0).object_id) is None
+            assert tier.find(meta_of(kit, 100).object_id) is None
             assert tier.usage().filling_bytes == 0
             for i, nbytes in list(enumerate(kit.sizes))[1:]:
-                slot = found(tier, _meta(kit, i, nbytes).object_id)
+                slot = found(tier, meta_of(kit, i, nbytes).object_id)
                 assert get(tier, slot) == content(i, nbytes)
             put(kit, tier, 0)
         finally:

@@ -192,6 +192,16 @@ class TierMachine(RuleBasedStateMachine):
                 room.phase = "gone"
             self._settle(room)
 
+    @precondition(lambda self: self._in("present"))
+    @rule(pick=PICK, holder=HOLDERS)
+    def outlive_a_lease(self, pick: int, holder: str) -> None:
+        """A right that ends, and the object removed: seldom met by chance, and where room is reused early."""
+        present = self._in("present")
+        room = present[pick % len(present)]
+        self._lease(room, 1, holder)
+        self.expire(int(max(room.active.values()) - self.now_s))
+        self.remove(room.index)
+
     # -- removing, and asking through old slots
 
     @rule(index=INDEXES)
@@ -227,6 +237,25 @@ class TierMachine(RuleBasedStateMachine):
             self.tier.commit([(slot, 0)])
         if slot in self.stale:
             self.tier.release(slot, holder)
+
+    def _reused(self) -> list[tuple[Slot, _Room]]:
+        """Old slots, each with the object that has its place by now."""
+        return [
+            (old, room)
+            for room in self._in("present")
+            for old in self.stale
+            if old.slot_id == room.slot.slot_id
+        ]
+
+    @precondition(lambda self: self._reused())
+    @rule(pick=PICK, holder=HOLDERS)
+    def release_what_one_has_no_longer(self, pick: int, holder: str) -> None:
+        """By the old slot of a place that is leased again."""
+        reused = self._reused()
+        old, room = reused[pick % len(reused)]
+        self._lease(room, 1, holder)
+        self.tier.release(old, holder)
+        self.remove(room.index)
 
     # -- what always holds
 
@@ -289,9 +318,6 @@ def bare_machine(kit: TierKit, *, max_examples: int, steps: int) -> type[TierMac
     machine.TestCase.settings = settings(
         max_examples=max_examples,
         stateful_step_count=steps,
-        deadline=None,
-        derandomize=True,
-        print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
     return machine

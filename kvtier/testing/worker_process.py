@@ -23,6 +23,7 @@ from kvtier.errors import KvtierError
 from kvtier.handles import ParkHandle, RestoreHandle
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import SHARD, KvMemory, tokens_of
+from kvtier.worker_inputs import WorkerPlan
 
 # A test's daemon is back in a moment.
 FAST = Backoff(first_s=0.01, limit_s=0.1)
@@ -44,6 +45,7 @@ class _Station:
             make_engine=lambda slots: gated_engine(slots, gate),
         )
         self.handles: list[ParkHandle | RestoreHandle] = []
+        self.plan: WorkerPlan | None = None
 
     def put(self, seed: int, pages: list[int], count: int) -> None:
         self.kv.put(seed, pages, count)
@@ -68,6 +70,24 @@ class _Station:
             "sources": [r.source for r in plan.ranges],
         }
         return {"handle": len(self.handles) - 1, **found}
+
+    def planned(self, seed: int, count: int) -> dict[str, Any]:
+        """Plan, and keep the plan for `go` instead of the one before it."""
+        if self.plan is not None:
+            self.worker.drop(self.plan)
+        plan = self.plan = self.worker.plan(f"chat-{seed}", tokens_of(seed, count))
+        return {
+            "tokens": plan.load_tokens,
+            "reason": plan.reason,
+            "sources": [r.source for r in plan.ranges],
+        }
+
+    def go(self, pages: list[int], deadline_s: float) -> int:
+        """Carry out what was planned."""
+        plan, self.plan = self.plan, None
+        assert plan is not None, "nothing is planned"
+        self.handles.append(self.worker.restore_async(plan, pages, deadline_s=deadline_s))
+        return len(self.handles) - 1
 
     def released(self, handle: int) -> bool:
         found = self.handles[handle]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtier.cluster.reconciler import EPOCHS_PER_TERM, Incarnation, Pace, Reconciler, next_term
+from kvtier.cluster.reconciler import EPOCHS_PER_TERM, ROLES, Incarnation, Pace, Reconciler, next_term
 
 PACE = Pace()
 
@@ -24,12 +24,12 @@ def cluster(nodes: int = 1, pace: Pace = PACE) -> FakeCluster:
 def test_host_is_started_first_and_only_once() -> None:
     fake = cluster()
     fake.step()
-    assert [who.role for who in fake.started] == ["host", "disk", "gpu"]
+    assert [who.role for who in fake.started] == list(ROLES)
     fake.step()
-    assert len(fake.started) == 3, "started again while the start was under way"
+    assert len(fake.started) == len(ROLES), "started again while the start was under way"
     fake.run(3)
     fake.check_converged()
-    assert len(fake.started) == 3
+    assert len(fake.started) == len(ROLES)
 
 
 def test_hundreds_of_nodes_take_a_few_bounded_rounds() -> None:
@@ -99,9 +99,9 @@ def test_a_start_that_never_arrives_is_tried_again() -> None:
     fake = cluster()
     fake.start_delay_s = 1e9
     fake.run(PACE.start_timeout_s - 1, every_s=1.0)
-    assert len(fake.started) == 3
+    assert len(fake.started) == len(ROLES)
     fake.run(4, every_s=1.0)
-    assert len(fake.started) == 6
+    assert len(fake.started) == 2 * len(ROLES)
 
 
 def test_new_configuration_replaces_without_overlap() -> None:
@@ -135,7 +135,7 @@ def test_stopping_ends_all_and_starts_none() -> None:
     fake.desired = Wish("c1", stopping=True)
     fake.run(3)
     assert not fake.actors
-    assert len(fake.started) == 6
+    assert len(fake.started) == 2 * len(ROLES)
 
 
 def test_an_actor_that_ignores_stop_is_ended_by_force() -> None:

@@ -85,7 +85,7 @@ def test_settings_cannot_be_changed():
         ("[leases]\ncopy_s = nan\n", "leases.copy_s", '"500ms"'),
         ("[leases]\nplan_s = inf\n", "leases.plan_s", '"500ms"'),
         ("[blocks]\nblock_tokens = 256\n", "blocks", "known are"),
-        ('[policy]\nname = "best"\n', "policy.name", '"lru"'),
+        ('[policy]\neviction = "best"\n', "policy.eviction", '"lru"'),
         ('[node]\nname = "a b"\n', "node.name", "Name"),
         ('[node]\nruntime_dir = "run"\n', "node.runtime_dir", "begins with /"),
         ('[node]\nruntime_dir = "/%s"\n' % ("x" * 120), "node.runtime_dir", "shorter"),

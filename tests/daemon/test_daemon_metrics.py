@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvtier.daemon.metrics import (
     REASONS,
     DiskMetrics,
+    EtaMetrics,
     Histogram,
     NodeMetrics,
     TierMetrics,
@@ -32,6 +33,12 @@ NODE = NodeMetrics(
     backpressure_s=1.5,
     disk=DiskMetrics(
         written_bytes=12345, user_bytes=12000, scrub_bad=2, wear_limit_bytes=99, wear_left_bytes=9
+    ),
+    eta=EtaMetrics(
+        outcomes={("host", "inside"): 8, ("disk", "late"): 1},
+        errors=Histogram((0.1, 1.0), (6, 2, 1), 3.5),
+        ways={"both": 2},
+        prefills=5,
     ),
     spilled_bytes=77,
     workers=2,
@@ -58,6 +65,16 @@ def scrape(node):
         ("kvtier_parks_total", {"level": "disk"}, 3),
         ("kvtier_parks_total", {"level": "none"}, 0),
         ("kvtier_restores_total", {"source": "disk"}, 2),
+        ("kvtier_eta_restores_total", {"source": "host", "outcome": "inside"}, 8),
+        ("kvtier_eta_restores_total", {"source": "disk", "outcome": "late"}, 1),
+        ("kvtier_eta_restores_total", {"source": "disk", "outcome": "early"}, 0),
+        ("kvtier_eta_relative_error_bucket", {"le": "0.1"}, 6),
+        ("kvtier_eta_relative_error_bucket", {"le": "1.0"}, 8),
+        ("kvtier_eta_relative_error_bucket", {"le": "+Inf"}, 9),
+        ("kvtier_eta_relative_error_sum", {}, 3.5),
+        ("kvtier_plans_total", {"way": "both"}, 2),
+        ("kvtier_plans_total", {"way": "load"}, 0),
+        ("kvtier_prefills_total", {}, 5),
         ("kvtier_restores_total", {"source": "host"}, 0),
         ("kvtier_misses_total", {"reason": "corrupt"}, 1),
         ("kvtier_misses_total", {"reason": "deadline"}, 0),

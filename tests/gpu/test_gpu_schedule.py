@@ -381,9 +381,6 @@ def test_controls_the_machine_sees_a_broken_schedule(
     quick = settings(
         max_examples=300,
         stateful_step_count=40,
-        deadline=None,
-        database=None,
-        derandomize=True,
         phases=[Phase.generate],
     )
     if name == "_fits" and not broken(None, type("W", (), {"batches": 1}), None):  # type: ignore[operator]
@@ -391,4 +388,4 @@ def test_controls_the_machine_sees_a_broken_schedule(
         run_state_machine_as_test(ScheduleMachine, settings=quick)
         return
     with pytest.raises(Exception):  # noqa: B017 - a KeyError of a broken ledger counts as well
-        run_state_machine_as_test(ScheduleMachine, settings=quick)
+        run_state_machine_as_test(ScheduleMachine, settings=settings(quick, max_examples=3000))

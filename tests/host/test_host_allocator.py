@@ -113,9 +113,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(
-    max_examples=80, stateful_step_count=50, deadline=None, derandomize=True
-)
+TestAllocatorMachine.settings = settings(max_examples=80, stateful_step_count=50)
 
 
 class NeverCoalesces(ExtentAllocator):
@@ -143,7 +141,7 @@ class FreesTooMuch(ExtentAllocator):
 @pytest.mark.parametrize("broken", [NeverCoalesces, LosesTheRest, FreesTooMuch])
 def test_the_machine_catches_a_broken_allocator(broken: type[ExtentAllocator]) -> None:
     machine = type("Broken", (AllocatorMachine,), {"allocator_class": broken})
-    quick = settings(max_examples=100, phases=[Phase.generate], deadline=None, derandomize=True)
+    quick = settings(max_examples=3000, phases=[Phase.generate])
     with pytest.raises((AssertionError, KeyError)):
         run_state_machine_as_test(machine, settings=quick)
 
@@ -233,7 +231,7 @@ def cheapest_by_trying_all(
     kept=st.lists(st.booleans(), min_size=14, max_size=14),
     wanted=st.integers(1, UNITS),
 )
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_the_window_is_the_cheapest_there_is(
     sizes: list[int], prices: list[int | None], kept: list[bool], wanted: int
 ) -> None:
@@ -274,7 +272,7 @@ def test_small_rooms_never_calcify() -> None:
 
 
 @given(st.lists(st.integers(0, 3000), max_size=1500, unique=True), st.integers(0, 3000))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_sorted_ints_are_a_sorted_list(values: list[int], asked: int) -> None:
     tested = SortedInts()
     for value in values:

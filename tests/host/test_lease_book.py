@@ -81,7 +81,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
 
 TestLeaseMachine = LeaseMachine.TestCase
-TestLeaseMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestLeaseMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 class ForgetsLimbo(LeaseBook):
@@ -101,7 +101,7 @@ class ExpiresExtended(LeaseBook):
 @pytest.mark.parametrize("broken", [ForgetsLimbo, ExpiresExtended])
 def test_the_machine_catches_a_broken_book(broken: type[LeaseBook]) -> None:
     machine = type("Broken", (LeaseMachine,), {"book_class": broken})
-    quick = settings(max_examples=100, phases=[Phase.generate], deadline=None, derandomize=True)
+    quick = settings(max_examples=3000, phases=[Phase.generate])
     with pytest.raises(AssertionError):
         run_state_machine_as_test(machine, settings=quick)
 

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from kvtier import records
 from kvtier.errors import CorruptObject
 from kvtier.messages import Forget, Status
 from kvtier.node import adoption, wire
 from kvtier.node import state as state_module
 from kvtier.node.conversations import Conversation, Head, from_bytes
+from kvtier.node.state import NodeState
 from kvtier.records import frame
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.node_machine import NodeMachine
@@ -89,6 +91,18 @@ def test_any_bytes_are_a_record_or_damaged(data, framed):
     assert isinstance(known, Conversation)
 
 
+def test_a_sum_that_is_not_looked_at_would_name_another_chain(monkeypatch):
+    """The control: without its sum a record with a flipped bit names blocks that never were."""
+    head = Head(b"k" * 32, 4, b"r" * 32, b"f" * 32, None, 1.0)
+    known = Conversation("acme", "chat", 1, [head])
+    packed = known.to_bytes()
+    bit = 8 * packed.index(b"k" * 32)
+    with pytest.raises(CorruptObject):
+        from_bytes("acme", "chat", 1, flip(packed, bit))
+    monkeypatch.setattr(records, "_sum", lambda *parts: packed[1:9])
+    assert from_bytes("acme", "chat", 1, flip(packed, bit)).heads[0].key != head.key
+
+
 # --- adopting it ----------------------------------------------------------------------------------------
 
 
@@ -159,6 +173,28 @@ def adopt(rig):
     return ticks
 
 
+@pytest.mark.parametrize(("units", "in_one"), [(2, 2), (10**9, 9)])
+def test_no_part_is_larger_than_it_may_be(parked, monkeypatch, units, in_one):
+    """The last one is the control: without the bound all is one part."""
+    monkeypatch.setattr(adoption, "UNITS_AT_ONCE", units)
+    taken = []
+    stored_on_disk, handle = NodeState.stored_on_disk, CoreRig.handle
+
+    def counted(state, meta):
+        taken[-1] += 1
+        return stored_on_disk(state, meta)
+
+    def handled(rig, stimulus):
+        taken.append(0)
+        return handle(rig, stimulus)
+
+    monkeypatch.setattr(NodeState, "stored_on_disk", counted)
+    monkeypatch.setattr(CoreRig, "handle", handled)
+    reborn = parked.restarted()
+    adopt(reborn)
+    assert (max(taken), sum(taken)) == (in_one, len(parked.store.objects))
+
+
 def test_a_large_store_is_adopted_in_parts_between_which_the_node_answers(parked, one_at_a_time):
     reborn = parked.restarted()
     assert not reborn.ask(Status()).report.ready
@@ -224,8 +260,6 @@ def test_anything_in_any_order_while_the_store_is_adopted_in_parts(one_at_a_time
         settings=settings(
             max_examples=60,
             stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),

@@ -8,8 +8,11 @@ from kvtier.host.slots import HostSlots
 from kvtier.keys import make_root, tenant_secret
 from kvtier.messages import Forget, Released
 from kvtier.node.blocks import Stored
+from kvtier.node.copies import Copies
+from kvtier.node.disk_dues import DiskDues
 from kvtier.node.disk_requests import DiskRequests, Written
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.park_writes import ParkWrites
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
@@ -17,7 +20,7 @@ from kvtier.node.restores import Restores
 from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET, CoreRig
 from kvtier.testing.rig_checks import drain, problems, watch_promises
-from kvtier.testing.rig_uses import UNIT
+from kvtier.testing.rig_uses import HYBRID, UNIT
 
 
 def begun(rig):
@@ -125,6 +128,30 @@ def host_front(rig, worker):
     rig.run()
 
 
+def forgotten_before_the_disk_is_there(rig, worker):
+    """A node begins, and a conversation is forgotten before its disk says that it has it."""
+    to_disk(rig, worker)
+    late = rig.restarted(started=False)
+    late.ask(Forget(conversation="chat", tenant="acme"))
+    late.start_gpu()
+    late.start_disk()
+    if late.core.state.conversations:
+        rig.violations.append("what was forgotten came back")
+
+
+def more_rows_of_a_window(rig, worker):
+    """The disk has less of a sliding layer than a later park, which it refuses to write."""
+    worker = rig.attach(HYBRID, fingerprint=b"h" * 32)
+    rig.park(worker, "chat", range(8), level="disk", held_from=[0, 3, 0])
+    rig.run()
+    rig.park(worker, "fork", range(7), level="disk")
+    rig.run_copies()
+    reborn = rig.restarted()
+    twin = reborn.attach(HYBRID, fingerprint=b"h" * 32)
+    if reborn.plan(twin, "chat", range(8)).plan.load_tokens < 8:
+        rig.violations.append("what was promised to be on disk is lost")
+
+
 # --- what is broken ---------------------------------------------------------------------------------------
 
 
@@ -221,18 +248,47 @@ def one_salt_for_all(patch):
 
 
 def write_only_what_is_new(patch):
-    finish = Parks._make_durable
+    reached = ParkWrites.reached
 
     def careless(self, job):
         new = {m.object_id for m in job.metas if m.start >= job.query.after_tokens}
         job.metas = [m for m in job.metas if m.object_id in new]
         job.held = {object_id: stored for object_id, stored in job.held.items() if object_id in new}
-        finish(self, job)
+        return reached(self, job)
 
-    patch.setattr(Parks, "_make_durable", careless)
+    patch.setattr(ParkWrites, "reached", careless)
+
+
+def count_a_job_as_quiet_when_it_is_over(patch):
+    def settle(self, job):
+        if job.over:
+            job.running.clear()
+            self._state.host.holder_ended(job.id)
+            self._jobs.pop(job.id, None)
+            job.worker.jobs.discard(job.id)
+        return job.over
+
+    patch.setattr(Copies, "settle", settle)
+
+
+def believe_a_disk_that_comes_late(patch):
+    patch.setattr(DiskDues, "was_forgotten", lambda self, name: False)
+
+
+def remove_before_writing_more_rows(patch):
+    write = DiskSide.write
+
+    def careless(self, objects, *rest, **wishes):
+        self.remove([s for s in objects if s.on_disk is not None])
+        write(self, objects, *rest, **wishes)
+
+    patch.setattr(DiskSide, "write", careless)
 
 
 CONTROLS = {
+    count_a_job_as_quiet_when_it_is_over: (late_gather, "may touch"),
+    believe_a_disk_that_comes_late: (forgotten_before_the_disk_is_there, "came back"),
+    remove_before_writing_more_rows: (more_rows_of_a_window, "is lost"),
     free_when_a_lease_ends: (late_gather, "may touch"),
     free_when_a_socket_closes: (closed_socket, "may touch"),
     forget_the_tenant: (two_tenants, "was given"),
@@ -249,7 +305,8 @@ CONTROLS = {
 
 def outcome(scenario):
     units = 4 if scenario in (late_gather, closed_socket, plan_in_a_full_memory) else 64
-    rig = CoreRig(arena_bytes=[units * UNIT], disk=14 * UNIT)
+    on_disk = 20 if scenario is more_rows_of_a_window else 14
+    rig = CoreRig(arena_bytes=[units * UNIT], disk=on_disk * UNIT)
     watch_promises(rig, lambda job, pieces: None)
     scenario(rig, rig.attach())
     drain(rig)

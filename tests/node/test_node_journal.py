@@ -138,8 +138,8 @@ def test_another_policy_is_noticed():
     def dear():
         policies = make_policies()
         choose = policies.restore.choose
-        policies.restore.choose = lambda segments, tokens: dataclasses.replace(
-            choose(segments, tokens), eta_high_s=9.0
+        policies.restore.choose = lambda segments, tokens, wish: dataclasses.replace(
+            choose(segments, tokens, wish), eta_high_s=9.0
         )
         return policies
 

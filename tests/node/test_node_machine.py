@@ -15,16 +15,11 @@ from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET
 from kvtier.testing.node_machine import NodeMachine
 
-QUICK = settings(
-    max_examples=400,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-LONG = settings(QUICK, max_examples=3000, stateful_step_count=80, derandomize=False, print_blob=True)
-# A control only has to be noticed, not to be made small.
-CONTROL = settings(QUICK, max_examples=2000, phases=[Phase.generate])
+QUICK = settings(max_examples=400, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+LONG = settings(QUICK, max_examples=3000, stateful_step_count=80, derandomize=False)
+# A control only has to be noticed, not to be made small. Each takes some ten to two hundred examples, as
+# measured with many seeds; so this bound is met by none, and test_node_controls has each without any luck.
+CONTROL = settings(QUICK, max_examples=6000, phases=[Phase.generate], report_multiple_bugs=False)
 
 TestNode = NodeMachine.TestCase
 TestNode.settings = QUICK

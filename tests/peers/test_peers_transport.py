@@ -17,14 +17,14 @@ import numpy.typing as npt
 import pytest
 
 from kvtier.checksum import checksum
-from kvtier.errors import AuthError, ConfigError
+from kvtier.errors import AuthError, ConfigError, KvtierError
 from kvtier.objects import ObjectId
 from kvtier.peer_messages import PeerProof
 from kvtier.peers import handshake
 from kvtier.peers.client import ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
-from kvtier.peers.stream import Stream
+from kvtier.peers.stream import Stream, StreamLost
 from kvtier.waiting import wait_until
 
 
@@ -376,3 +376,67 @@ def test_a_stream_ends_for_good(server: PeerServer) -> None:
     stream.close()
     with pytest.raises(OSError, match="receiving"):
         stream.fill(memoryview(bytearray(1)), time.monotonic() + 1)
+
+
+# --- questions ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(shelf: Shelf) -> Iterator[PeerServer]:
+    """Answers with who asks and what, and refuses what begins with 'no'."""
+
+    def answer(body: bytes, peer: str) -> bytes:
+        if body.startswith(b"no"):
+            raise AuthError("not that")
+        return peer.encode() + b":" + body
+
+    made = PeerServer(Identity("a", 7, TOKEN), shelf, ServerSettings(), answer)
+    yield made
+    made.close()
+
+
+def test_questions_and_objects_share_a_connection(shelf: Shelf, asked: PeerServer) -> None:
+    client = client_of(asked.port, streams=1)
+    try:
+        assert client.ask(b"who am I", 5.0) == b"b:who am I"
+        assert client.fetch(wants(shelf, 1), 20.0) == [""]
+        large = b"x" * 1_000_000
+        assert client.ask(large, 20.0) == b"b:" + large
+        with pytest.raises(KvtierError, match="not that"):
+            client.ask(b"no", 5.0)
+        assert client.ask(b"still here", 5.0) == b"b:still here"
+        assert len(asked._open) == 1
+    finally:
+        client.close()
+
+
+def test_nobody_answers_where_there_is_nobody_to(client: PeerClient) -> None:
+    with pytest.raises(StreamLost):
+        client.ask(b"anybody?", 2.0)
+
+
+def test_a_connection_that_the_other_end_closed_is_replaced(asked: PeerServer) -> None:
+    client = client_of(asked.port, streams=1)
+    try:
+        assert client.ask(b"1", 5.0)
+        for stream in list(asked._open):
+            stream.close()
+        until(lambda: not asked._open, "it is closed")
+        assert client.ask(b"2", 5.0) == b"b:2"
+    finally:
+        client.close()
+
+
+def test_a_peer_of_an_earlier_start_gives_nothing(shelf: Shelf, asked: PeerServer) -> None:
+    client = client_of(asked.port)
+    client.least_epoch = 8
+    try:
+        wanted = wants(shelf, 1)
+        assert client.fetch(wanted, 5.0) == ["peer_lost"]
+        assert not arrived(shelf, wanted[0])
+        with pytest.raises(StreamLost, match="earlier start"):
+            client.ask(b"who", 5.0)
+        client.least_epoch = 7
+        assert client.fetch(wants(shelf, 1), 20.0) == [""]
+    finally:
+        client.close()

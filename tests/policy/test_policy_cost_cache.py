@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 
+from kvtier.policy import cost_cache
 from kvtier.policy.baselines.interfaces import plain
 from kvtier.policy.baselines.lru import LruCache
 from kvtier.policy.cost_cache import CostCache, CostTwoTiers
+from kvtier.policy.survival import CLASSES, SurvivalCurve, survival_kernels
 from kvtier.sim.compiled import compiled
 from kvtier.sim.read_trace import read_trace
 from kvtier.sim.registry import Setup, make_policy
@@ -167,8 +169,41 @@ def test_two_tiers_hold_their_bounds_and_write_little(fast):
     policy._settle = settled
     score, writes = replay_two_tiers(trace, policy)
     assert max(a for a, _ in bounds) <= fast and max(b for _, b in bounds) <= 40 - fast
-    assert writes <= 1.5 + (40 - fast) / trace.unique_blocks
+    assert writes <= 1.6
     assert score.token_hit_percent > 0
+
+
+def writes_of(capacity=60, fast=6):
+    trace = chats(4, requests=1000)
+    return replay_two_tiers(trace, CostTwoTiers(fast, capacity - fast, TOKENS, False, compiled))[1]
+
+
+def test_writes_are_bounded_and_without_a_price_they_are_not(monkeypatch):
+    assert writes_of() <= 1.6
+    monkeypatch.setattr(cost_cache, "_WRITES_PER_BLOCK", 100.0)
+    assert writes_of() > 1.6
+
+
+def test_what_is_likely_is_worth_a_write_sooner_than_what_would_be_soon():
+    kernels = survival_kernels(plain)
+    # Back in a second, if at all, one time in four; and in a few minutes, nearly always.
+    soon = SurvivalCurve.of_hazards(np.where(np.arange(CLASSES) == 2, 0.25, 0.0)).survival
+    likely = SurvivalCurve.of_hazards(np.where(np.arange(CLASSES) < 16, 0.3, 0.0)).survival
+    for age_s in (0.0, -2.0):
+        free = [kernels.rate_after(curve, age_s, 0.0) for curve in (soon, likely)]
+        paid = [kernels.rate_after(curve, age_s, 0.5) for curve in (soon, likely)]
+        assert paid[0] == 0.0 < paid[1] < free[1]
+        assert free[0] > 0.0
+
+
+@pytest.mark.parametrize("age_s", [-5.0, 0.0, 3.0, 500.0, 1e12])
+def test_without_a_cost_the_rate_is_the_same(age_s):
+    kernels, times = survival_kernels(plain), np.random.default_rng(1)
+    curve = SurvivalCurve.of_hazards(times.random(CLASSES) * 0.5).survival
+    rates = np.zeros(CLASSES + 1, np.float32)
+    kernels.rank(curve, rates)
+    assert kernels.rate_after(curve, age_s, 0.0) == pytest.approx(kernels.rate(curve, rates, age_s), rel=1e-5)
+    assert kernels.rate_after(curve, age_s, 1.0) == 0.0
 
 
 def test_the_registry_makes_it_for_both_objectives():

@@ -46,6 +46,18 @@ def test_start_bandwidth_and_queue_are_learned_each():
     assert line.early_factor <= 1 <= line.late_factor
 
 
+@pytest.mark.parametrize("bytes_per_s", [2e5, 1e6, 2e7, 1e8, 1e11])
+@pytest.mark.parametrize("path", [HOST, DISK])
+def test_a_guess_that_is_far_off_is_left_within_ten_loads(path, bytes_per_s):
+    costs, random = LoadCosts(), np.random.default_rng(1)
+    for _ in range(10):
+        nbytes = int(random.integers(8, 128)) << 20
+        seconds = (0.001 + nbytes / bytes_per_s) * float(np.exp(random.normal(0, 0.15)))
+        costs.observed(costs.estimate(path, nbytes), seconds)
+    expected = 0.001 + (50 << 20) / bytes_per_s
+    assert costs.estimate(path, 50 << 20).eta.mid_s == pytest.approx(expected, rel=0.35)
+
+
 def test_paths_learn_apart():
     costs = LoadCosts()
     before = costs.estimate(DISK, 500 * MB)

@@ -60,7 +60,7 @@ def questions(draw, runs, mixed):
         gpu_weight=draw(st.sampled_from([0.0, 0.3, 2.0, 50.0])),
         prefill_wait_s=draw(st.sampled_from([0.0, 5.0, 60.0])),
         deadline_s=draw(st.sampled_from([math.inf, 0.0, 3.0, 20.0, 100.0])),
-        mixed=mixed,
+        takes="both" if mixed else "fronts",
     )
 
 
@@ -212,7 +212,7 @@ def test_at_break_even_both_are_nearly_twice_as_fast_as_either(token_s, pair_s, 
     lines = {"host": LoadLine(0.0, tokens / load_s)}
     runs = (Run(0, tokens, STEP, (("host", float(tokens)),)),)
     single = plan_restore(runs, Question(tokens, compute, lines))
-    both = plan_restore(runs, Question(tokens, compute, lines, mixed=True))
+    both = plan_restore(runs, Question(tokens, compute, lines, takes="both"))
     assert single.ttft_s == pytest.approx(load_s)
     assert both.way == "mixed"
     assert single.ttft_s / both.ttft_s >= 1.9
@@ -268,7 +268,7 @@ def test_a_busy_gpu_tips_the_scale_towards_loading():
 
 
 def test_nothing_stored_is_computed():
-    plan = plan_restore((), Question(100, Quadratic(1.0, 0.01), {}, mixed=True))
+    plan = plan_restore((), Question(100, Quadratic(1.0, 0.01), {}, takes="both"))
     assert (plan.way, plan.ttft_s, plan.load_s, plan.gpu_s, plan.late) == ("recompute", 2.0, 0.0, 2.0, False)
 
 

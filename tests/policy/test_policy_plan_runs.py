@@ -149,7 +149,7 @@ def test_without_a_rate_everything_is_loaded_but_what_would_be_late():
     policy = learned()
     segments = blocks(*["disk"] * 10, nbytes=100 * MB)
     assert policy.choose(segments, 2560).tokens == 2560
-    assert policy.choose(segments, 2560, RestoreWish(mixed=True)).compute_front == 0
+    assert policy.choose(segments, 2560, RestoreWish(takes="both")).compute_front == 0
     cut = policy.choose(segments, 2560, RestoreWish(deadline_s=0.5))
     assert 0 < cut.tokens < 1280
     assert "would arrive in 0.500 s" in cut.why
@@ -165,7 +165,7 @@ def test_what_is_quicker_is_done_and_said():
     assert "recomputing all 0.1" in recomputed.why
     loaded = policy.choose(segments, 2600, slow)
     assert (loaded.tokens, loaded.compute_front) == (2560, 0)
-    both = policy.choose(segments, 2560, RestoreWish(Flat(1 / 2560), mixed=True))
+    both = policy.choose(segments, 2560, RestoreWish(Flat(1 / 2560), takes="both"))
     assert both.tokens == 2560
     assert 1024 <= both.compute_front <= 1536
     assert both.expected_s == pytest.approx(0.5, rel=0.1)

@@ -28,6 +28,17 @@ def learned(loads=((10**8, 0, 0.1),), prefills=((0, 1000, 0.2),)):
     return calibration
 
 
+def read_back(data):
+    calibration = Calibration()
+    before = calibration.to_bytes()
+    try:
+        calibration.take_over(data)
+    except ConfigError:
+        assert calibration.to_bytes() == before
+        raise
+    return calibration
+
+
 amounts = st.integers(1, 10**12)
 seconds = st.floats(1e-5, 1e4)
 
@@ -39,7 +50,7 @@ seconds = st.floats(1e-5, 1e4)
 )
 def test_what_is_read_back_decides_the_same(loads, prefills):
     before = learned(loads, prefills)
-    after = Calibration.from_bytes(before.to_bytes())
+    after = read_back(before.to_bytes())
     assert after.to_bytes() == before.to_bytes()
     assert after.restore.choose(SEGMENTS, 600) == before.restore.choose(SEGMENTS, 600)
     rates = [c.rate("abc", SPEC, DEVICES["h100"]) for c in (before, after)]
@@ -48,8 +59,8 @@ def test_what_is_read_back_decides_the_same(loads, prefills):
 
 
 def test_a_model_that_nobody_asked_for_is_kept():
-    once = Calibration.from_bytes(learned().to_bytes())
-    twice = Calibration.from_bytes(once.to_bytes())
+    once = read_back(learned().to_bytes())
+    twice = read_back(once.to_bytes())
     assert twice.rate("abc", SPEC, DEVICES["h100"]).prefills == 1
     assert twice.rate("abc", SPEC, DEVICES["h100"], 2).prefills == 0
     assert twice.rate("abc", SPEC, DEVICES["h200"]).prefills == 0
@@ -95,18 +106,39 @@ def test_what_it_did_not_write_is_refused_by_its_field(change, error):
     state = json.loads(learned().to_bytes())
     change(state)
     with pytest.raises(ConfigError, match=error):
-        Calibration.from_bytes(json.dumps(state).encode())
+        read_back(json.dumps(state).encode())
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=60) | st.integers(0, 500).map(lambda cut: learned().to_bytes()[:cut]))
 def test_torn_files_are_refused(data):
     with pytest.raises(ConfigError):
-        Calibration.from_bytes(data)
+        read_back(data)
 
 
 def test_a_deep_file_is_refused():
     with pytest.raises(ConfigError, match="calibration"):
-        Calibration.from_bytes(b"[" * 100_000)
+        read_back(b"[" * 100_000)
     with pytest.raises(ConfigError, match="calibration"):
-        Calibration.from_bytes(b'{"version": 1, "restore": NaN}')
+        read_back(b'{"version": 1, "restore": NaN}')
+
+
+def test_a_guess_about_an_unknown_device_is_not_relied_on():
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+    }
+    calibration = Calibration()
+    assert calibration.rate_of("m", config, "NVIDIA H100 80GB HBM3", 1).known
+    rate = calibration.rate_of("m", config, "an abacus", 1)
+    assert rate is calibration.rate_of("m", config, "", 1)
+    assert not rate.known
+    for _ in range(8):
+        rate.observed(0, 1000, 3.0)
+    assert rate.known
+    assert rate.seconds(0, 1000) == pytest.approx(3.0, rel=0.2)

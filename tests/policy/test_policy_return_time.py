@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvtier.policy.return_time import ReturnTimes
+from kvtier.policy.return_time import PEOPLE, ReturnTimes
 from kvtier.policy.return_time_context import CODES, FEATURES, Context, codes_of
 from kvtier.policy.survival import EDGES_S
+from kvtier.sim.compiled import compiled
 
 CHAT = Context(
     clock="end", stop="end_turn", kind="u", turns=3, tokens_in=9000, new_tokens=500, tokens_out=300
@@ -72,3 +73,83 @@ def test_unknown_values_are_a_class_of_their_own():
     assert set(codes_of(replace(CHAT, tokens_out=-1)).tolist()) != set(
         codes_of(replace(CHAT, tokens_out=0)).tolist()
     )
+
+
+def learn(times, context, low_s, high_s, waits, seed=1):
+    chance = random.Random(seed)
+    for _ in range(waits):
+        times.observe(context, chance.uniform(low_s, high_s), returned=True)
+
+
+def learns_new_habits(times, waits):
+    """Whether a change of habits, after a long time without one, is learned within so many waits.
+
+    First one wait in two is over within 5 min, of all ages; then one in ten.
+    """
+    chance = random.Random(1)
+    for before, parts in ((30_000, 0.5), (waits, 0.1)):
+        for _ in range(before):
+            soon = chance.random() < parts
+            gap_s = chance.lognormvariate(4, 1.2) if soon else chance.uniform(900, 1100)
+            times.observe(CHAT, gap_s, returned=True)
+    return float(times.curve(CHAT).returns_within(300.0)) < 0.26
+
+
+def test_a_change_of_habits_is_learned_within_100_waits():
+    assert learns_new_habits(ReturnTimes(compiled), 100)
+
+
+def test_without_forgetting_it_is_not():
+    assert not learns_new_habits(ReturnTimes(compiled, kept=1.0), 100)
+
+
+APART = {
+    "hour": (replace(CHAT, hour=22.5), replace(CHAT, hour=10.5), CHAT),
+    "tenant": (replace(CHAT, tenant=7), replace(CHAT, tenant=8), CHAT),
+}
+
+
+@pytest.mark.parametrize("feature", APART)
+def test_contexts_are_told_apart_by(feature):
+    """Left at one, most are back after ten hours; left at the other, after ten minutes."""
+    late, soon, unknown = APART[feature]
+    times, blind = ReturnTimes(compiled), ReturnTimes(compiled)
+    chance = random.Random(3)
+    for _ in range(600):
+        for context, gap_s in ((late, 36000.0), (soon, 600.0)):
+            gap_s *= chance.uniform(0.9, 1.1)
+            times.observe(context, gap_s, returned=True)
+            blind.observe(unknown, gap_s, returned=True)
+    one, other = (float(times.curve(context).returns_within(1800.0)) for context in (late, soon))
+    assert one < 0.3 and other > 0.7
+    assert 0.3 < float(blind.curve(unknown).returns_within(1800.0)) < 0.7
+
+
+def test_the_hours_of_a_day_go_round():
+    first = codes_of(replace(CHAT, hour=0.5)).tolist()
+    assert codes_of(replace(CHAT, hour=24.5)).tolist() == first
+    assert codes_of(replace(CHAT, hour=23.5)).tolist() != first
+    assert codes_of(CHAT).tolist() != first
+
+
+def test_few_waits_leave_the_curve_near_what_is_published():
+    published = [part for age_s, part in PEOPLE if 86 <= age_s <= 3600]
+    ages_s = [age_s for age_s, _ in PEOPLE if 86 <= age_s <= 3600]
+    start = ReturnTimes().curve(CHAT).returns_within(ages_s)
+    assert np.abs(start / 0.9 - published).max() < 0.06
+    few, many = ReturnTimes(compiled), ReturnTimes(compiled)
+    learn(few, CHAT, 4000, 5000, 2)
+    learn(many, CHAT, 4000, 5000, 500)
+    assert np.abs(few.curve(CHAT).returns_within(ages_s) - start).max() < 0.12
+    assert np.abs(many.curve(CHAT).returns_within(ages_s) - start).max() > 0.6
+
+
+def test_a_context_that_was_seen_rarely_stays_near_what_all_have_in_common():
+    times = ReturnTimes(compiled)
+    learn(times, CHAT, 40, 60, 500)
+    rare = replace(CHAT, stop="length", tenant=5)
+    before = float(times.curve(rare).returns_within(70.0))
+    learn(times, rare, 900, 1100, 1)
+    assert abs(float(times.curve(rare).returns_within(70.0)) - before) < 0.35
+    learn(times, rare, 900, 1100, 200)
+    assert float(times.curve(rare).returns_within(70.0)) < 0.3

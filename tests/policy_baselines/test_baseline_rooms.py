@@ -15,6 +15,7 @@ from kvtier.policy.baselines.interfaces import Arrival, plain
 from kvtier.policy.baselines.lru import LruCache
 from kvtier.policy.baselines.s3fifo import S3FifoCache
 from kvtier.policy.baselines.sieve import SieveCache
+from kvtier.policy.baselines.tlru import TlruCache
 from kvtier.policy.baselines.two_tiers import TwoTiers
 
 CACHES = {
@@ -23,6 +24,7 @@ CACHES = {
     "s3fifo": lambda c: S3FifoCache(c, plain),
     "sieve": lambda c: SieveCache(c, plain),
     "gdsf": lambda c: GdsfCache(c, 16, plain),
+    "tlru": lambda c: TlruCache(c, 16, 40, plain),
 }
 each = pytest.mark.parametrize("name", CACHES)
 
@@ -70,6 +72,31 @@ def test_gdsf_prefers_blocks_that_are_dear_and_often_used():
     dear.serve(arrival(0, 1))
     dear.serve(arrival(2))
     assert dear.serve(arrival(3)).evicted.tolist() == [2]
+
+
+def test_tlru_lets_go_of_what_the_next_turn_can_compute_in_time():
+    cache = TlruCache(6, 16, 40, plain)
+    cache.serve(arrival(0, 1, 2, 3))
+    # Four blocks are 64 tokens; two blocks are needed to have no more than 40 left, and the other two spare.
+    assert cache.serve(arrival(4, 5, 6)).evicted.tolist() == [3]
+    assert cache.serve(arrival(7)).evicted.tolist() == [2]
+    assert cache.serve(arrival(8)).evicted.tolist() == [6]
+
+
+def test_tlru_without_a_threshold_is_lru():
+    tail, lru = TlruCache(6, 16, 0, plain), LruCache(6, plain)
+    for path in ((0, 1, 2, 3), (4, 5, 6), (0, 1, 7), (4,), (8, 9), (0, 1, 2)):
+        one, other = tail.serve(arrival(*path)), lru.serve(arrival(*path))
+        assert (one.hit, one.evicted.tolist()) == (other.hit, other.evicted.tolist())
+
+
+def test_tlru_keeps_what_something_firm_stands_on():
+    cache = TlruCache(9, 16, 40, plain)
+    cache.serve(arrival(0, 1, 2, 3, 4, 5, 6))
+    # Now 1 and 2 would be spare, but 3 and 4 are firm and stand on them.
+    assert cache.serve(arrival(0, 1, 2)).evicted.tolist() == []
+    assert cache.serve(arrival(7, 8, 9, 10)).evicted.tolist() == [6, 5]
+    assert cache.serve(arrival(11, 12)).evicted.tolist() == [10, 9]
 
 
 def test_a_copy_in_the_slow_tier_is_not_written_again():

@@ -15,7 +15,7 @@ from kvtier.sim.registry import POLICIES, Setup, make_policy
 from kvtier.sim.replay import replay, replay_two_tiers
 
 BLOCK_TOKENS = 16
-LEAF_ONLY = ("lru", "gdsf", "ttl", "cost", "clairvoyant")
+LEAF_ONLY = ("lru", "tlru", "gdsf", "ttl", "cost", "clairvoyant")
 
 
 def check(rows, decisions, capacity, *, leaf_only, bypass, expires=False):

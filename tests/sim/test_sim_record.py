@@ -54,7 +54,9 @@ class Logged:
     def replay(self, entries=None):
         log = b"".join(msgpack.packb(entry) for entry in entries or self.entries)
         policy = self.config.policy
-        return replay_log(io.BytesIO(log), lambda: make_policies(policy.name, policy.restore), self.secret)
+        return replay_log(
+            io.BytesIO(log), lambda: make_policies(policy.eviction, policy.restore), self.secret
+        )
 
 
 def recorded(path):
@@ -216,7 +218,7 @@ def test_a_node_that_records_nothing_says_how_to(capsys):
 
 def policies(logged):
     policy = logged.config.policy
-    return lambda: make_policies(policy.name, policy.restore)
+    return lambda: make_policies(policy.eviction, policy.restore)
 
 
 def test_every_decision_of_a_live_run_is_simulated_too(logged, other):

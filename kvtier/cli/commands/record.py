@@ -99,9 +99,9 @@ def _written(path: Path, trace: TextIO) -> int:
 
 
 def _policies(config: Config) -> Callable[[], Policies]:
-    from kvtier.policy.defaults import make_policies
+    from kvtier.daemon.policies import configured_policies
 
-    return lambda: make_policies(config.policy.name, config.policy.restore)
+    return lambda: configured_policies(config)
 
 
 def _configured(path: str) -> Path:

@@ -35,6 +35,7 @@ class Arrival:
     path: the blocks of the prompt, int32, the root first; blocks are numbered in order of first
     appearance, and a block always has the same parent.  conversation and turn: -1 where unknown.
     kind: 'u' new text of the user, 't' tool results only, '' unknown.  outcome: None in a causal replay.
+    tenant: a number, 0 where there is only one.
     """
 
     row: int
@@ -45,6 +46,7 @@ class Arrival:
     kind: str
     path: IntArray
     outcome: Outcome | None
+    tenant: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from kvtier.config_schema import Config
 from kvtier.errors import ConfigError, KvtierError
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
+from kvtier.model_config import load_config
 from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, EventsJoined, Received, Send, Stimulus, Tick
 from kvtier.node.settings import NodeSettings
@@ -29,6 +30,7 @@ from kvtier.sim.cluster.deciders import NONE, capacity_of, policies_of
 from kvtier.sim.cluster.engine import Engine
 from kvtier.sim.cluster.events import Events
 from kvtier.sim.cluster.job import Job
+from kvtier.sim.cluster.models import MODELS
 from kvtier.sim.cluster.node import Kept, Node
 from kvtier.sim.cluster.scenario import Scenario
 
@@ -55,7 +57,12 @@ class CoreNode(Node):
         ended: Callable[[Job], None],
         block_tokens: int,
     ) -> None:
-        super().__init__(scenario, cost, events, first_token, ended)
+
+        def prefilled(job: Job, seconds: float) -> None:
+            first_token(job, seconds)
+            self._tell_prefill(job, seconds)
+
+        super().__init__(scenario, cost, events, prefilled, ended)
         if policy.startswith(NONE):
             raise ConfigError(
                 "policies", f"'{policy}' has no core to drive", fix="compare it with fidelity 'fast'"
@@ -82,6 +89,9 @@ class CoreNode(Node):
         # Requests to the core that are not answered yet, and jobs that wait for an event, by number.
         self._asked: dict[int, Callable[[m.Message], None]] = {}
         self._restoring: dict[int, tuple[Job, Engine, Plan, float]] = {}
+        # Workers of the rows that wait for their prefill, and rows that were planned behind others.
+        self._serving: dict[int, Engine] = {}
+        self._behind: set[int] = set()
         self._lines: dict[str, Lines] = {}
         self._services = CoreServices(events, self._tell, self._disk, self._lines.__getitem__)
         self._names: dict[int, str] = {}
@@ -99,8 +109,16 @@ class CoreNode(Node):
             self._tell(Received(_DISK, t.Announce(last=True)))
         token_bytes = int(self._cost.token_bytes)
         geometry = Geometry(self._block_tokens, self._block_tokens, (GroupGeometry("full", token_bytes),))
+        model, worker = self._scenario.model, self._scenario.worker
         attach = m.Attach(
-            fingerprint=_MODEL, model="simulated", geometry=geometry, shard="s0", layout="simulated"
+            fingerprint=_MODEL,
+            model="simulated",
+            geometry=geometry,
+            shard="s0",
+            layout="simulated",
+            config=load_config(model.config or MODELS[model.name])[0],
+            device=worker.device,
+            devices=worker.gpus,
         )
         for engine in self.engines:
             self._ask(self._peer(engine), attach, partial(self._attached, engine))
@@ -118,12 +136,19 @@ class CoreNode(Node):
         engine = self._engine(job)
         job.past = job.gpu_tokens = engine.idle_tokens(job)
         engine.expect(job)
+        now_s = self._events.now_s
+        self._serving[job.row] = engine
+        if engine.to_gpu.queued_bytes(now_s) or self.drive.queued_bytes(now_s):
+            self._behind.add(job.row)
         plan = m.MakePlan(
             worker=self._names[id(engine)],
             conversation=_name(job),
             tenant=str(job.turn.tenant),
             tokens=packed_text(job, job.turn.tokens_in),
             lease_s=self._scenario.deadline_s,
+            deadline_s=self._scenario.deadline_s,
+            waiting=engine.waiting,
+            prefill_wait_s=engine.backlog_s(now_s),
         )
         self._ask(self._peer(engine), plan, lambda answer: self._planned(answer, job, engine))
 
@@ -131,6 +156,7 @@ class CoreNode(Node):
         assert isinstance(answer, m.Planned), f"a simulated plan was refused: {answer}"
         plan = answer.plan
         if min(plan.load_tokens, job.usable) <= job.past:
+            self._behind.discard(job.row)
             if plan.plan_id:
                 self._ask(self._peer(engine), m.DropPlan(plan_id=plan.plan_id), _nothing)
             engine.ready(job)
@@ -156,7 +182,9 @@ class CoreNode(Node):
     def _restored(self, number: int, receipt: RestoreReceipt) -> None:
         job, engine, plan, asked_s = self._restoring.pop(number)
         source = "disk" if receipt.sources.get("disk") else "host"
-        self.forecasts.see(plan.eta_s, source, self._events.now_s - asked_s, loaded=False)
+        behind = job.row in self._behind
+        self._behind.discard(job.row)
+        self.forecasts.see(plan.eta_s, source, self._events.now_s - asked_s, loaded=behind)
         job.late = receipt.reason == "deadline"
         got = min(receipt.tokens, job.usable)
         if got > job.past:
@@ -164,6 +192,17 @@ class CoreNode(Node):
             job.disk_tokens, job.host_tokens = from_disk, got - job.past - from_disk
             job.past = got
         engine.ready(job)
+
+    def _tell_prefill(self, job: Job, seconds: float) -> None:
+        """As a worker does after each prefill."""
+        engine = self._serving.pop(job.row)
+        told = m.Prefilled(
+            worker=self._names[id(engine)],
+            past=job.past,
+            tokens=job.turn.tokens_in - job.past,
+            seconds=seconds,
+        )
+        self._ask(self._peer(engine), told, _nothing)
 
     def _park(self, job: Job, engine: Engine) -> None:
         if job.last is None:
@@ -178,6 +217,7 @@ class CoreNode(Node):
             held_from=[0],
             level=self._scenario.level,
             timeout_s=_LONGEST_PARK_S,
+            stop=job.turn.stop,
         )
         self._parked[job.turn.tenant] = self._parked.get(job.turn.tenant, 0) + job.last.end
         self._ask(self._peer(engine), park, _nothing)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvtier.policy.interfaces import RestoreWish
+from kvtier.policy.usage import ParkedBlock, Turn
 from kvtier.sim.cluster.costs import ServingCost
 from kvtier.sim.cluster.deciders import capacity_of, policies_of
 from kvtier.sim.cluster.engine import Engine
@@ -41,6 +42,8 @@ class RunNode(Node):
             policies_of(policy),
             write_through=scenario.level == "disk",
         )
+        # The load has one model, which has no name here.
+        self.store.policies.usage.serves({b"": cost}, {})
         speed = scenario.nodes.peer_bytes_per_s
         self.to_peers = Link(speed, scenario.host.start_s) if speed else None
 
@@ -65,6 +68,8 @@ class RunNode(Node):
             theirs = home.store.find(job.front, job.known)
             if theirs.tokens > own.tokens:
                 source, found = home, theirs
+        self._pass(now_s)
+        self.store.policies.usage.asked(_name(job), job.turn.tokens_in, now_s)
         self.store.use(own, now_s)
         job.ready_s = now_s
         if min(found.tokens, job.usable) > job.past:
@@ -117,7 +122,7 @@ class RunNode(Node):
             waiting_requests=engine.waiting,
             prefill_wait_s=engine.backlog_s(now_s),
             deadline_s=self._scenario.deadline_s,
-            mixed=mixed,
+            takes="both" if mixed else "fronts",
             queued_bytes={
                 "host": engine.to_gpu.queued_bytes(now_s),
                 "disk": source.drive.queued_bytes(now_s),
@@ -125,6 +130,31 @@ class RunNode(Node):
         )
 
     def _park(self, job: Job, engine: Engine) -> None:
-        now_s = self._events.now_s
+        now_s, usage = self._events.now_s, self.store.policies.usage
+        self._pass(now_s)
+        chain = _chain(job)
+        for block in chain:
+            usage.stored(_name(job), block, now_s)
         nbytes, _ = self.store.park(job.last, now_s)
+        usage.parked(_name(job), chain, Turn(job.turn.stop), now_s)
         engine.from_gpu.send(now_s, nbytes)
+
+    def _pass(self, now_s: float) -> None:
+        disk = self.store.disk
+        free_bytes = disk.capacity_bytes - disk.used_bytes
+        self.store.policies.usage.passed(now_s, disk.capacity_bytes > 0, free_bytes)
+
+
+def _name(job: Job) -> tuple[str, str]:
+    turn = job.turn
+    return f"{turn.tenant}", f"{turn.conversation}" if turn.conversation >= 0 else f"row {job.row}"
+
+
+def _chain(job: Job) -> list[ParkedBlock]:
+    """The runs that the job leaves behind, the front first."""
+    chain: list[ParkedBlock] = []
+    run = job.last
+    while run is not None:
+        chain.append(ParkedBlock(run.key, run.start, run.end, run.nbytes))
+        run = run.parent
+    return chain[::-1]

@@ -1,0 +1,264 @@
+"""Messages between a node's core and the cluster around it: the directory, and other nodes.
+
+    core -> 'directory'    FindBranches, FindHolders, FindConversations, Holdings, Bury
+    'directory' -> core    Branches, Holders, Known, Buried, Erase, Over, Graves, Heard
+    core -> 'peers'        AskHolder, PeerRead
+    'peers' -> core        TheseAre, PeerReadDone
+    'peer:N' -> core       WhatIs, Lend, GaveBack, Erase        (N: of the other node's question)
+    core -> 'peer:N'       TheseAre, Lent, Erased
+
+'directory' and 'peers' are the node's own service, which speaks to them; so the core knows no address, and a
+log of its stimuli holds all that it was told.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvtier.geometry import Geometry
+from kvtier.messages import Message
+from kvtier.tier_messages import WireItem, WireMeta, WireRoot
+
+DIRECTORY, PEERS, PEER = "directory", "peers", "peer:"
+# The node's own service, where it wishes something by itself.
+SERVICE = "service"
+# Blocks that one question about a chain may name, and objects that an answer does: above, fronts are shorter.
+MOST_KEYS, MOST_METAS = 16384, 16384
+
+
+class Stone(msgspec.Struct, frozen=True, array_like=True):
+    """A conversation was forgotten; see directory.announcements.Tombstone, which has the same fields."""
+
+    id: str
+    tenant: str
+    conversation: str
+    at_s: float
+    nodes: tuple[str, ...] = ()
+
+
+class BranchEnd(msgspec.Struct, frozen=True, array_like=True):
+    """Where a branch of a conversation ends at some node. hint: the first 16 bytes of its last key."""
+
+    hint: bytes
+    tokens: int
+    private: tuple[int, bytes] | None = None
+
+
+class Chain(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks from the first token on. keys: 32 bytes each, one after the other. ends: of each, in tokens."""
+
+    keys: bytes
+    ends: list[int]
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """What the node has of a block. parts: (layer group, shard, bytes of a token, in host, on disk)."""
+
+    key: bytes
+    tenant: str
+    tokens: int
+    parts: tuple[tuple[int, str, int, bool, bool], ...] = ()
+
+
+class Named(msgspec.Struct, frozen=True, array_like=True):
+    """A conversation at this node. version: larger than of all that was said before. ends: none: it is over.
+
+    after: ids of the tombstones that it came after.
+    """
+
+    tenant: str
+    conversation: str
+    version: int
+    ends: tuple[tuple[bytes, int, float, tuple[int, bytes] | None, bytes], ...] = ()
+    after: tuple[str, ...] = ()
+    returns_at_s: float | None = None
+    keep_until_s: float | None = None
+
+
+# --- core and directory -------------------------------------------------------------------------------
+
+
+class FindBranches(Message, frozen=True, tag="find_branches"):
+    """Where do branches of this conversation end?"""
+
+    job: str
+    tenant: str
+    conversation: str
+
+
+class Branches(Message, frozen=True, tag="branches"):
+    """Answer to FindBranches, the last parked first; nothing where the directory does not answer."""
+
+    job: str
+    ends: tuple[BranchEnd, ...] = ()
+
+
+class FindHolders(Message, frozen=True, tag="find_holders"):
+    """How far could which node restore these chains, for a worker of this geometry and shard?"""
+
+    job: str
+    tenant: str
+    chains: list[Chain]
+    geometry: Geometry
+    shard: str
+
+
+class Holders(Message, frozen=True, tag="holders"):
+    """Answer to FindHolders: (index of the chain, node, its epoch, tokens), for each the best first."""
+
+    job: str
+    fronts: tuple[tuple[int, str, int, int], ...] = ()
+
+
+class FindConversations(Message, frozen=True, tag="find_conversations"):
+    """One conversation, or with '' a page of them in order of (tenant, name). tenant '': of all."""
+
+    job: str
+    tenant: str
+    conversation: str = ""
+    after: tuple[str, str] | None = None
+    limit: int = 1
+
+
+class KnownConversation(msgspec.Struct, frozen=True, array_like=True):
+    """A conversation over all nodes. held: (node, tokens of its longest branch there)."""
+
+    tenant: str
+    conversation: str
+    held: tuple[tuple[str, int], ...]
+    branches: int
+    parked_at_s: float
+
+
+class Known(Message, frozen=True, tag="known"):
+    """Answer to FindConversations."""
+
+    job: str
+    conversations: tuple[KnownConversation, ...] = ()
+
+
+class Heard(Message, frozen=True, tag="heard"):
+    """The directory has taken this node in, and has said what it is to forget before it serves."""
+
+
+class Holdings(Message, frozen=True, tag="holdings"):
+    """What changed here, for the directory."""
+
+    blocks: tuple[Held, ...] = ()
+    named: tuple[Named, ...] = ()
+
+
+class Bury(Message, frozen=True, tag="bury"):
+    """This node forgot a conversation: note it for good, tell the directory and all nodes."""
+
+    job: str
+    stone: Stone
+
+
+class Buried(Message, frozen=True, tag="buried"):
+    """Answer to Bury. done: nodes that erased it. absent: that did not say so. kept: on the drive."""
+
+    job: str
+    done: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    kept: bool = True
+
+
+class Graves(Message, frozen=True, tag="graves"):
+    """At a start: tombstones that this node has carried out. wait_s: for Heard, at most, before it serves."""
+
+    stones: tuple[Stone, ...]
+    wait_s: float = 0.0
+
+
+class Over(Message, frozen=True, tag="over"):
+    """Tombstones that all nodes have carried out: they need not be kept."""
+
+    ids: tuple[str, ...]
+
+
+# --- core and other nodes -----------------------------------------------------------------------------
+
+
+class AskHolder(Message, frozen=True, tag="ask_holder"):
+    """Have a node asked what it has of these blocks. keys: 32 bytes each."""
+
+    job: str
+    node: str
+    epoch: int
+    keys: bytes
+    shard: str
+
+
+class WhatIs(Message, frozen=True, tag="what_is"):
+    """What do you have of these blocks? keys: 32 bytes each."""
+
+    keys: bytes
+    shard: str
+
+
+class TheseAre(Message, frozen=True, tag="these_are"):
+    """Answer to WhatIs and AskHolder: objects in the order of the keys; nothing where nobody answered."""
+
+    job: str = ""
+    roots: tuple[WireRoot, ...] = ()
+    metas: tuple[WireMeta, ...] = ()
+
+
+class PeerRead(Message, frozen=True, tag="peer_read"):
+    """Read objects of another node into host slots; what has not come after timeout_s is given up."""
+
+    job: str
+    node: str
+    epoch: int
+    object_keys: list[tuple[bytes, int, str]]
+    slots: list[WireItem]
+    timeout_s: float
+
+
+class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
+    """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.client.Outcome)."""
+
+    job: str
+    failed: tuple[tuple[int, str], ...] = ()
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """From the node's own service: go out of service."""
+
+
+class Lend(Message, frozen=True, tag="lend"):
+    """Have an object in host memory, and hold it there, to be sent."""
+
+    block_key: bytes
+    group: int
+    shard: str
+
+
+class Lent(Message, frozen=True, tag="lent"):
+    """Answer to Lend: where it lies, until GaveBack; or reason: 'missing' or 'busy'."""
+
+    loan: str = ""
+    item: WireItem | None = None
+    reason: str = ""
+
+
+class GaveBack(Message, frozen=True, tag="gave_back"):
+    """What was lent is not read any more."""
+
+    loan: str
+
+
+class Erase(Message, frozen=True, tag="erase"):
+    """Another node forgot this conversation: do so too."""
+
+    stone: Stone
+
+
+class Erased(Message, frozen=True, tag="erased"):
+    """Answer to Erase, when it is durable here. ok: whether it is."""
+
+    stone: Stone
+    ok: bool = True

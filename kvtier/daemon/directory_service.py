@@ -1,0 +1,181 @@
+"""A part of the directory as a service: its shards, behind the nodes' own authenticated connections.
+
+Nodes are the truth.  A service that starts again knows nothing; each node's next message is answered with the
+wish for a snapshot.  A node that was not heard of for `cluster.lost_after_s` counts as lost until it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvtier.config import Config
+from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
+from kvtier.directory import calls
+from kvtier.directory.shard import Shard, ShardSettings
+from kvtier.errors import ConfigError, MalformedMessage
+from kvtier.peers.handshake import Identity
+from kvtier.peers.server import PeerServer, ServerSettings
+
+_LOG = logging.getLogger(__name__)
+# Nodes ask now and then at least; a connection that says nothing for so long is of one that is gone.
+_IDLE_S = 60.0
+_LOOK_S = 0.5
+# So that an answer stays within what one frame may hold.
+_PAGE_MOST = 2000
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a node said last. at_s: by time.monotonic()."""
+
+    epoch: int
+    address: str
+    at_s: float
+    here: bool = True
+
+
+class DirectoryService:
+    """The shards that fall to `cluster.directory_listen`: see `shards_at`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._heard: dict[str, _Heard] = {}
+        self._shards: dict[int, Shard] = {}
+        self._ended = threading.Event()
+        self._server: PeerServer | None = None
+        self._looking: threading.Thread | None = None
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen, and return. Raises ConfigError."""
+        cluster = self._config.cluster
+        address = cluster.directory_listen
+        if not address:
+            raise ConfigError(
+                "cluster.directory_listen", "is empty", fix="name an entry of cluster.directory"
+            )
+        count = cluster.shards
+        self._shards = {
+            index: Shard(ShardSettings(index, count, cluster.keep_tombstones_s))
+            for index in shards_at(cluster.directory, address, count)
+        }
+        token = read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
+        own = Identity(directory_name(address), time.time_ns() // 1_000_000, token)
+        host, port = split(address)
+        self._server = PeerServer(own, None, ServerSettings(host, port, idle_s=_IDLE_S), self._answer)
+        self._looking = threading.Thread(target=self._look, name="kvtier-directory", daemon=True)
+        self._looking.start()
+
+    def stop(self, grace_s: float) -> None:
+        """End; again is no error."""
+        self._ended.set()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._looking is not None:
+            self._looking.join(grace_s)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether it ended within the time."""
+        return self._ended.wait(timeout_s)
+
+    def health(self) -> dict[str, Any]:
+        """Alive, and what it knows."""
+        with self._lock:
+            here = sum(heard.here for heard in self._heard.values())
+            return {"alive": not self._ended.is_set(), "shards": len(self._shards), "nodes": here}
+
+    # --- calls ------------------------------------------------------------------------------------------
+
+    def _answer(self, body: bytes, peer: str) -> bytes:
+        call = calls.unpack_call(body)
+        with self._lock:
+            if isinstance(call, calls.Tell):
+                return calls.pack(self._tell(call, peer))
+            if isinstance(call, calls.Find):
+                return calls.pack(self._find(call))
+            if isinstance(call, calls.GetNodes):
+                return calls.pack(self._nodes())
+            if isinstance(call, calls.GetAfter):
+                return calls.pack(self._after(call))
+            found = self._shard(call.shard).conversation(call.tenant, call.conversation)
+            return calls.pack(calls.Page([] if found is None else [found]))
+
+    def _tell(self, call: calls.Tell, peer: str) -> calls.Told:
+        said = call.announcement
+        if said.node != peer:
+            raise MalformedMessage(f"node '{peer}' speaks for '{said.node}'")
+        try:
+            answer = self._shard(said.shard).apply(said, time.time())
+        except ValueError as error:
+            raise MalformedMessage(str(error)) from error
+        heard = self._heard.get(peer)
+        if heard is None or said.epoch >= heard.epoch:
+            self._heard[peer] = _Heard(said.epoch, call.address, time.monotonic())
+        return answer
+
+    def _find(self, call: calls.Find) -> calls.Found:
+        try:
+            hits = [self._shard(shard).find(call.tenant, keys) for shard, keys in call.asked]
+        except ValueError as error:
+            raise MalformedMessage(str(error)) from error
+        known = ((node, self._heard.get(node)) for one in hits for node, _ in one.nodes)
+        return calls.Found(hits, {node: heard.address for node, heard in known if heard is not None})
+
+    def _after(self, call: calls.GetAfter) -> calls.Page:
+        at_most = min(call.at_most, _PAGE_MOST)
+        found = [
+            conversation
+            for shard in call.shards
+            for conversation in self._shard(shard).conversations_after(call.tenant, call.after, at_most)
+        ]
+        found.sort(key=lambda conversation: (conversation.tenant, conversation.name))
+        return calls.Page(found[:at_most])
+
+    def _nodes(self) -> calls.Nodes:
+        return calls.Nodes(
+            [calls.Node(node, h.epoch, h.address, h.here) for node, h in sorted(self._heard.items())]
+        )
+
+    def _shard(self, index: int) -> Shard:
+        shard = self._shards.get(index)
+        if shard is None:
+            raise MalformedMessage(f"shard {index} is not here: the nodes' settings differ")
+        return shard
+
+    def _look(self) -> None:
+        """Give up nodes that were not heard of, and do a piece of the tidying."""
+        while not self._ended.wait(_LOOK_S):
+            with self._lock:
+                late_s = time.monotonic() - self._config.cluster.lost_after_s
+                for node, heard in self._heard.items():
+                    if heard.here and heard.at_s < late_s:
+                        _LOG.warning("node '%s' is not heard of any more", node)
+                        heard.here = False
+                        for shard in self._shards.values():
+                            shard.lost(node, heard.epoch)
+                for shard in self._shards.values():
+                    shard.tidy(time.time())
+
+
+def shards_at(directory: Sequence[str], address: str, count: int) -> list[int]:
+    """The shards of the service at this address: they go round the list."""
+    return [index for index in range(count) if directory[index % len(directory)] == address]
+
+
+def directory_name(address: str) -> str:
+    """What the service at an address is called when two ends find out who they are."""
+    return f"directory@{address}"
+
+
+def split(address: str) -> tuple[str, int]:
+    """host:port, as `config_checks` let it pass."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)

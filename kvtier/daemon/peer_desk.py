@@ -1,0 +1,289 @@
+"""Everything of a node's service that is about other nodes: the core's instructions go out, answers come in.
+
+Nothing here waits in the loop's thread: questions and reads run on threads of their own, each with a
+deadline, and their ends are stimuli like all others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+
+from kvtier import protocol
+from kvtier.cluster_messages import (
+    DIRECTORY,
+    PEER,
+    PEERS,
+    AskHolder,
+    Buried,
+    Bury,
+    Erase,
+    Erased,
+    FindBranches,
+    FindConversations,
+    FindHolders,
+    Graves,
+    Heard,
+    Holdings,
+    Over,
+    PeerRead,
+    PeerReadDone,
+    Stone,
+    TheseAre,
+    WhatIs,
+)
+from kvtier.config import Config
+from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
+from kvtier.daemon.directory_service import split
+from kvtier.daemon.peer_directory import PeerDirectory
+from kvtier.daemon.peer_graves import PeerGraves
+from kvtier.daemon.peer_lender import PeerLender
+from kvtier.errors import KvtierError
+from kvtier.host.sysmem import Bytes
+from kvtier.host.tier import HostTier
+from kvtier.messages import Message
+from kvtier.node.core import NodeCore
+from kvtier.node.events import Send
+from kvtier.objects import ObjectId
+from kvtier.peers.client import ClientSettings, PeerClient, Wanted
+from kvtier.peers.handshake import Identity
+from kvtier.peers.server import PeerServer, ServerSettings
+from kvtier.peers.stream import StreamLost
+from kvtier.tier import Slot
+from kvtier.tier_messages import WireItem
+
+_LOG = logging.getLogger(__name__)
+_READS, _ASKS = 8, 8
+# How long the directory may take to say what is to be forgotten before this node serves.
+_HEARD_S = 1.0
+# What another node may take to erase a conversation, its flush included.
+_ERASE_S = 12.0
+
+Tell = Callable[[str, Message], None]
+M = TypeVar("M", bound=Message)
+
+
+class PeerDesk:
+    """Serves other nodes and asks them, from `start` to `close`.
+
+    tell: hands the core a message from a peer of this name, in the loop's thread, soon.  look: has the
+    loop's thread look at the core, and returns when it did.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        epoch: int,
+        host: HostTier,
+        tell: Tell,
+        look: Callable[[Callable[[NodeCore], None]], object],
+    ) -> None:
+        cluster = config.cluster
+        self._config = config
+        self._host = host
+        self._tell = tell
+        self._look = look
+        token = read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
+        self._own = Identity(config.node.name, epoch, token)
+        self._graves = PeerGraves(config.node.state_dir)
+        self._lender = PeerLender(host, tell, lambda erased: self._was_erased(erased.stone))
+        self._directory = PeerDirectory(
+            cluster,
+            self._own,
+            snapshot=self._say_everything,
+            forget=self._forget,
+            over=self._are_over,
+            heard=lambda: tell(DIRECTORY, Heard()),
+        )
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[str, str], PeerClient] = {}
+        self._erasing: set[str] = set()
+        self._closing = False
+        self._reads = ThreadPoolExecutor(_READS, "kvtier-pull")
+        self._asks = ThreadPoolExecutor(_ASKS, "kvtier-look")
+        self._server: PeerServer | None = None
+
+    def graves(self) -> Graves:
+        """What the core has to know before it learns what the disk holds."""
+        return Graves(stones=self._graves.stones(), wait_s=_HEARD_S)
+
+    def start(self) -> None:
+        """Listen and begin to announce. Raises ConfigError."""
+        host, port = split(self._config.cluster.listen)
+        settings = ServerSettings(host, port, streams=self._config.cluster.streams)
+        self._server = PeerServer(self._own, self._lender, settings, self._lender.answer)
+        self._directory.start()
+
+    def close(self) -> None:
+        """End everything: nothing of it touches host memory any more. In the loop's thread, after its end."""
+        self._closing = True
+        self._lender.close()
+        with self._lock:
+            clients = list(self._clients.values())
+        for client in clients:
+            client.close()
+        self._directory.close()
+        self._asks.shutdown(cancel_futures=True)
+        self._reads.shutdown(cancel_futures=True)
+        if self._server is not None:
+            self._server.close()
+        self._graves.close()
+
+    # --- the core's instructions ------------------------------------------------------------------------
+
+    @staticmethod
+    def takes(peer: str) -> bool:
+        """Whether what the core sends to this peer is for the desk."""
+        return peer in (DIRECTORY, PEERS) or peer.startswith(PEER)
+
+    def carry_out(self, send: Send) -> None:
+        """In the loop's thread."""
+        message = send.message
+        if send.peer.startswith(PEER):
+            self._lender.answered(send.peer, message)
+        elif isinstance(message, Holdings):
+            self._directory.say(message)
+        elif isinstance(message, PeerRead):
+            self._reads.submit(self._guarded, self._read, message)
+        elif isinstance(message, Erased):
+            self._asks.submit(self._guarded, self._erased, message)
+        elif isinstance(message, FindBranches | FindHolders | FindConversations | AskHolder | Bury):
+            self._asks.submit(self._guarded, self._answer, message)
+
+    def _guarded(self, work: Callable[[M], None], message: M) -> None:
+        """A pool swallows what its work raises: it is a fault of ours, and has to be seen."""
+        try:
+            work(message)
+        except BaseException:
+            _LOG.exception("%s was not carried out", type(message).__name__)
+            raise
+
+    def _answer(self, message: Message) -> None:
+        if isinstance(message, FindBranches):
+            self._tell(DIRECTORY, self._directory.branches(message))
+        elif isinstance(message, FindHolders):
+            self._tell(DIRECTORY, self._directory.holders(message))
+        elif isinstance(message, FindConversations):
+            self._tell(DIRECTORY, self._directory.known(message))
+        elif isinstance(message, AskHolder):
+            self._tell(PEERS, self._ask_holder(message))
+        elif isinstance(message, Bury):
+            self._tell(DIRECTORY, self._bury(message))
+
+    # --- other nodes ------------------------------------------------------------------------------------
+
+    def _client(self, node: str, epoch: int) -> PeerClient | None:
+        """The connections to a node; None when nobody knows where it is. epoch: the least that counts."""
+        address = self._directory.address_of(node)
+        if not address:
+            return None
+        with self._lock:
+            client = self._clients.get((node, address))
+            if client is None:
+                settings = ClientSettings(streams=self._config.cluster.streams)
+                client = PeerClient(self._own, node, split(address), settings)
+                self._clients[node, address] = client
+            client.least_epoch = max(client.least_epoch, epoch)
+            if self._closing:
+                client.close()
+        return client
+
+    def _ask_holder(self, message: AskHolder) -> TheseAre:
+        client = self._client(message.node, message.epoch)
+        question = WhatIs(keys=message.keys, shard=message.shard)
+        found = self._question(message.node, client, question, self._config.cluster.ask_s)
+        answer = found if isinstance(found, TheseAre) else TheseAre()
+        return msgspec.structs.replace(answer, job=message.job)
+
+    def _question(
+        self, node: str, client: PeerClient | None, message: Message, timeout_s: float
+    ) -> Message | None:
+        """A node's answer, or None."""
+        if client is None:
+            return None
+        try:
+            return protocol.decode(client.ask(protocol.encode(message), timeout_s)[protocol.LENGTH.size :])
+        except (StreamLost, KvtierError) as error:
+            _LOG.warning("node '%s' does not answer: %s", node, error)
+            return None
+
+    def _read(self, message: PeerRead) -> None:
+        began_s = time.monotonic()
+        outcomes: Sequence[str] = ["peer_lost"] * len(message.slots)
+        client = self._client(message.node, message.epoch)
+        if client is not None:
+            keys = zip(message.object_keys, message.slots, strict=True)
+            wanted = [Wanted(ObjectId(*key), self._room(item), item.checksum) for key, item in keys]
+            try:
+                outcomes = client.fetch(wanted, message.timeout_s)
+            except KvtierError as error:
+                _LOG.warning("node '%s' gives nothing: %s", message.node, error)
+        failed = tuple((index, why) for index, why in enumerate(outcomes) if why)
+        came = [item for item, why in zip(message.slots, outcomes, strict=True) if not why]
+        self._tell(
+            PEERS,
+            PeerReadDone(
+                job=message.job,
+                failed=failed,
+                bytes=sum(item.nbytes for item in came),
+                seconds=time.monotonic() - began_s,
+            ),
+        )
+
+    def _room(self, item: WireItem) -> Bytes:
+        slot = Slot(item.slot_id, item.generation, (item.arena, item.offset), item.nbytes)
+        return self._host.view(slot)
+
+    # --- forgetting -------------------------------------------------------------------------------------
+
+    def _bury(self, message: Bury) -> Buried:
+        """Note it for good, then have every node erase it; those that are away learn it at their return."""
+        nodes = self._directory.nodes()
+        stone = msgspec.structs.replace(message.stone, nodes=tuple(sorted({*nodes, self._own.node})))
+        if not self._graves.add(stone):
+            return Buried(job=message.job, kept=False, absent=tuple(sorted(nodes)))
+        self._directory.say_buried(stone)
+        with ThreadPoolExecutor(_ASKS, "kvtier-erase") as pool:
+            answers = list(pool.map(lambda node: self._erase_at(node, stone), nodes))
+        done = tuple(node for node, erased in zip(nodes, answers, strict=True) if erased)
+        return Buried(job=message.job, done=done, absent=tuple(sorted(set(nodes) - set(done))))
+
+    def _erase_at(self, node: str, stone: Stone) -> bool:
+        found = self._question(node, self._client(node, 0), Erase(stone=stone), _ERASE_S)
+        return isinstance(found, Erased) and found.ok
+
+    def _forget(self, stone: Stone) -> None:
+        """The directory says that this node has to; it says so until it did."""
+        with self._lock:
+            if stone.id in self._erasing:
+                return
+            self._erasing.add(stone.id)
+        self._tell(DIRECTORY, Erase(stone=stone))
+
+    def _erased(self, message: Erased) -> None:
+        with self._lock:
+            self._erasing.discard(message.stone.id)
+        if message.ok:
+            self._was_erased(message.stone)
+
+    def _was_erased(self, stone: Stone) -> None:
+        if self._graves.add(stone):
+            self._directory.say_buried(stone)
+
+    def _are_over(self, ids: Sequence[str]) -> None:
+        self._graves.over(ids)
+        self._tell(DIRECTORY, Over(ids=tuple(ids)))
+
+    # --- the directory ----------------------------------------------------------------------------------
+
+    def _say_everything(self) -> None:
+        def look(core: NodeCore) -> None:
+            self._directory.say_everything(core.cluster.announcing.everything(), self._graves.stones())
+
+        self._look(look)

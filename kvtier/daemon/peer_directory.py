@@ -1,0 +1,280 @@
+"""A node's side of the directory: announces what it holds, and asks who holds what.
+
+One thread for each directory service sends it the streams of its shards; the announcer itself, which is pure,
+belongs to the lock here.  A service that does not answer is not asked for a second, so that it costs a plan
+its wait once and not each time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvtier.cluster_messages import (
+    Branches,
+    FindBranches,
+    FindConversations,
+    FindHolders,
+    Holders,
+    Holdings,
+    Known,
+    Stone,
+)
+from kvtier.config_schema import ClusterConfig
+from kvtier.daemon.directory_service import directory_name, shards_at, split
+from kvtier.directory import calls, saying
+from kvtier.directory.announcements import Answer
+from kvtier.directory.announcer import Announcer, Sender
+from kvtier.directory.lookups import Hits, Question, questions
+from kvtier.directory.merge import Conversation
+from kvtier.directory.routing import shard_of_conversation
+from kvtier.errors import KvtierError
+from kvtier.peers.client import ClientSettings, PeerClient
+from kvtier.peers.handshake import Identity
+from kvtier.peers.stream import StreamLost
+
+_LOG = logging.getLogger(__name__)
+# A message of a snapshot may have to wait for others' snapshots at a service that has just started.
+_TELL_S = 10.0
+_PAUSE_S = 1.0
+_GATHER_S = 0.02
+_MOST_SILENT_S = 2.0
+
+
+@dataclass(slots=True)
+class _Service:
+    """One directory service. down_until_s: by time.monotonic(), when it may be asked again."""
+
+    address: str
+    shards: list[int]
+    client: PeerClient
+    wake: threading.Event = field(default_factory=threading.Event)
+    down_until_s: float = 0.0
+    thread: threading.Thread | None = None
+
+
+class PeerDirectory:
+    """See the module's text. Methods may be called from any thread, `say*` from the core's alone.
+
+    snapshot: has the core's thread call `say_everything`, and returns afterwards.  forget, over: what the
+    directory's answers ask for.  heard: when every shard has answered for the first time.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        own: Identity,
+        *,
+        snapshot: Callable[[], None],
+        forget: Callable[[Stone], None],
+        over: Callable[[Sequence[str]], None],
+        heard: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._own = own
+        self._snapshot, self._forget, self._over, self._heard = snapshot, forget, over, heard
+        # Shards that have not answered for what this node says of itself.
+        self._strange = set(range(config.shards))
+        self._lock = threading.Lock()
+        self._announcer = Announcer(own.node, own.epoch, config.shards)
+        self._addresses: dict[str, str] = {}
+        self._ended = threading.Event()
+        settings = ClientSettings(streams=1, connect_s=1.0)
+        self._services = [
+            _Service(
+                address,
+                shards_at(config.directory, address, config.shards),
+                PeerClient(own, directory_name(address), split(address), settings),
+            )
+            for address in dict.fromkeys(config.directory)
+        ]
+        self._pool = ThreadPoolExecutor(len(self._services), "kvtier-ask")
+
+    def start(self) -> None:
+        """Begin to announce."""
+        for service in self._services:
+            service.thread = threading.Thread(
+                target=self._announce, args=(service,), name="kvtier-announce", daemon=True
+            )
+            service.thread.start()
+
+    def close(self) -> None:
+        """End all connections and threads."""
+        self._ended.set()
+        for service in self._services:
+            service.wake.set()
+            service.client.close()
+        for service in self._services:
+            if service.thread is not None:
+                service.thread.join()
+        self._pool.shutdown()
+
+    # --- announcing -------------------------------------------------------------------------------------
+
+    def say(self, changed: Holdings) -> None:
+        """Have what changed announced."""
+        with self._lock:
+            saying.say(self._announcer, changed)
+        self._wake()
+
+    def say_everything(self, every: Holdings, stones: Iterable[Stone]) -> None:
+        """Give the streams that want one a snapshot of all that the node has."""
+        with self._lock:
+            saying.say_everything(self._announcer, every, stones)
+
+    def say_buried(self, stone: Stone) -> None:
+        """This node has carried out a tombstone."""
+        with self._lock:
+            self._announcer.tombstone(saying.tombstone(stone))
+        self._wake()
+
+    def _wake(self) -> None:
+        for service in self._services:
+            service.wake.set()
+
+    def _announce(self, service: _Service) -> None:
+        silent_s = min(_MOST_SILENT_S, self._config.lost_after_s / 3)
+        probe_s = time.monotonic() + silent_s
+        while not self._ended.is_set():
+            if service.wake.wait(max(0.0, probe_s - time.monotonic())):
+                # What changes together goes together.
+                self._ended.wait(_GATHER_S)
+            service.wake.clear()
+            if time.monotonic() >= probe_s:
+                # Also while other shards have news: each may have been lost by itself.
+                probe_s = time.monotonic() + silent_s
+                with self._lock:
+                    for shard in service.shards:
+                        self._announcer.senders[shard].probe()
+            try:
+                while self._tell_all(service):
+                    pass
+            except (StreamLost, KvtierError) as error:
+                if not self._ended.is_set():
+                    _LOG.warning("the directory at %s takes no announcements: %s", service.address, error)
+                    self._ended.wait(_PAUSE_S)
+                service.wake.set()
+
+    def _tell_all(self, service: _Service) -> bool:
+        """Send the next message of each shard; answers whether there was any."""
+        said = False
+        for shard in service.shards:
+            sender = self._announcer.senders[shard]
+            if sender.wants_snapshot and not sender.fenced:
+                self._snapshot()
+            with self._lock:
+                message = sender.next()
+            if message is None or self._ended.is_set():
+                continue
+            body = calls.pack(calls.Tell(message, self._config.listen))
+            answer = calls.unpack_answer(service.client.ask(body, _TELL_S), Answer)
+            self._answered(shard, sender, answer)
+            said = True
+        return said
+
+    def _answered(self, shard: int, sender: Sender, answer: Answer) -> None:
+        with self._lock:
+            sender.answered(answer)
+        if answer.fenced:
+            _LOG.error("a later start of this node is known to the directory: nothing is announced any more")
+        for tombstone in answer.forget:
+            self._forget(saying.stone(tombstone))
+        if answer.over:
+            self._over(answer.over)
+        with self._lock:
+            known = bool(self._strange) and not sender.wants_snapshot
+            if known:
+                self._strange.discard(shard)
+            heard = known and not self._strange
+        if heard:
+            self._heard()
+
+    # --- asking -----------------------------------------------------------------------------------------
+
+    def branches(self, message: FindBranches) -> Branches:
+        """Where branches of a conversation end; nothing when the directory does not answer in time."""
+        found = self.conversation(message.tenant, message.conversation)
+        return Branches(job=message.job, ends=saying.branch_ends(found))
+
+    def conversation(self, tenant: str, name: str) -> list[Conversation]:
+        """What all nodes say of a conversation: one, or none."""
+        shard = shard_of_conversation(tenant, name, self._config.shards)
+        service = next(service for service in self._services if shard in service.shards)
+        page = self._ask(service, calls.GetConversation(shard, tenant, name), calls.Page)
+        return page.conversations if page is not None else []
+
+    def known(self, message: FindConversations) -> Known:
+        """A conversation, or a page of them, over all nodes."""
+        if message.conversation:
+            found = self.conversation(message.tenant, message.conversation)
+        else:
+            pages = self._pool.map(
+                lambda s: self._ask(
+                    s, calls.GetAfter(s.shards, message.tenant, message.after, message.limit), calls.Page
+                ),
+                self._services,
+            )
+            found = [one for page in pages if page is not None for one in page.conversations]
+            found.sort(key=lambda conversation: (conversation.tenant, conversation.name))
+        page = tuple(saying.known(one) for one in found[: message.limit])
+        return Known(job=message.job, conversations=page)
+
+    def holders(self, message: FindHolders) -> Holders:
+        """How far which other node reaches in each chain, the best first."""
+        chains = [saying.refs_of(chain) for chain in message.chains]
+        asked = [(at, q) for at, refs in enumerate(chains) for q in questions(refs, self._config.shards)]
+        answers: dict[int, list[tuple[Question, Hits]]] = {}
+        parts = self._pool.map(lambda s: self._find(s, message.tenant, asked), self._services)
+        for part in parts:
+            for at, question, hits in part:
+                answers.setdefault(at, []).append((question, hits))
+        found = [
+            (at, front.node, front.epoch, front.tokens)
+            for at, refs in enumerate(chains)
+            for front in saying.fronts_of(message, refs, answers.get(at, []))
+            if front.node != self._own.node
+        ]
+        return Holders(job=message.job, fronts=tuple(found))
+
+    def _find(
+        self, service: _Service, tenant: str, asked: Sequence[tuple[int, Question]]
+    ) -> list[tuple[int, Question, Hits]]:
+        mine = [(at, question) for at, question in asked if question.shard in service.shards]
+        if not mine:
+            return []
+        call = calls.Find(tenant, [(question.shard, question.keys) for _, question in mine])
+        found = self._ask(service, call, calls.Found)
+        if found is None or len(found.hits) != len(mine):
+            return []
+        self._addresses.update(found.addresses)
+        return [(at, question, hits) for (at, question), hits in zip(mine, found.hits, strict=True)]
+
+    def nodes(self) -> dict[str, bool]:
+        """Every other node that the directory has heard of, and whether it is there."""
+        known = dict.fromkeys(self._addresses, False)
+        for answer in self._pool.map(
+            lambda service: self._ask(service, calls.GetNodes(), calls.Nodes), self._services
+        ):
+            for node in answer.nodes if answer is not None else ():
+                self._addresses[node.node] = node.address
+                known[node.node] = known.get(node.node, False) or node.here
+        known.pop(self._own.node, None)
+        return known
+
+    def address_of(self, node: str) -> str:
+        """host:port of a node; '' when nobody said it."""
+        return self._addresses.get(node, "")
+
+    def _ask(self, service: _Service, call: calls.Call, kind: type[calls.T]) -> calls.T | None:
+        if time.monotonic() < service.down_until_s:
+            return None
+        try:
+            return calls.unpack_answer(service.client.ask(calls.pack(call), self._config.ask_s), kind)
+        except (StreamLost, KvtierError) as error:
+            service.down_until_s = time.monotonic() + _PAUSE_S
+            _LOG.warning("the directory at %s does not answer: %s", service.address, error)
+            return None

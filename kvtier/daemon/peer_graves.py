@@ -1,0 +1,103 @@
+"""Tombstones that this node has carried out, on its drive: they outlive it and the directory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgpack
+import msgspec
+
+from kvtier.cluster_messages import Stone
+from kvtier.errors import KvtierError
+
+_NAME = "tombstones"
+
+
+class PeerGraves:
+    """A file in node.state_dir to which each change is appended and flushed. From any thread.
+
+    Raises KvtierError when it cannot be read or written.
+    """
+
+    def __init__(self, state_dir: str | Path) -> None:
+        self._path = Path(state_dir) / _NAME
+        self._lock = threading.Lock()
+        self._stones: dict[str, Stone] = {}
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._read()
+            self._rewrite()
+            self._file: BinaryIO = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise KvtierError(f"{self._path}: {error.strerror}", fix="check node.state_dir") from error
+
+    def stones(self) -> tuple[Stone, ...]:
+        """All of them."""
+        with self._lock:
+            return tuple(self._stones.values())
+
+    def add(self, stone: Stone) -> bool:
+        """Keep one for good; answers whether it is on the drive."""
+        with self._lock:
+            if stone.id in self._stones:
+                return True
+            if not self._append([msgspec.to_builtins(stone)]):
+                return False
+            self._stones[stone.id] = stone
+            return True
+
+    def over(self, ids: Iterable[str]) -> None:
+        """These need not be kept. Should that be lost, they are kept longer, which does no harm."""
+        with self._lock:
+            known = [stone_id for stone_id in ids if self._stones.pop(stone_id, None) is not None]
+            if known:
+                self._append(known)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, entries: Iterable[object]) -> bool:
+        data = b"".join(msgpack.packb(entry) for entry in entries)
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(data)
+            os.fsync(self._file.fileno())
+        except OSError:
+            written = 0
+        if written != len(data):
+            # Half an entry would hide all that come after it.
+            os.ftruncate(self._file.fileno(), end)
+            return False
+        return True
+
+    def _read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            # What a crash cut short at the end was never answered for.
+            for entry in msgpack.Unpacker(file):
+                if isinstance(entry, str):
+                    self._stones.pop(entry, None)
+                else:
+                    stone = msgspec.convert(entry, Stone)
+                    self._stones[stone.id] = stone
+
+    def _rewrite(self) -> None:
+        """Without those that are over; the new file takes the old one's place as a whole."""
+        beside = self._path.with_suffix(".new")
+        with beside.open("wb") as file:
+            for stone in self._stones.values():
+                file.write(msgpack.packb(msgspec.to_builtins(stone)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

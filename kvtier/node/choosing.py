@@ -1,0 +1,152 @@
+"""What to load of what is stored: the restore policy is asked, and its answer put into pieces and ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple, cast
+
+from kvtier.errors import ProtocolError
+from kvtier.messages import MakePlan
+from kvtier.node.blocks import Block
+from kvtier.node.coverage import Piece, Source, SourceOf, longest, restored_end
+from kvtier.node.queues import Queues
+from kvtier.node.state import NodeState, Worker
+from kvtier.policy.interfaces import LoadChoice, RestoreWish, Segment
+from kvtier.receipts import TokenRange
+
+_SLOWER: tuple[Source, ...] = ("host", "disk", "peer")
+# Nobody waits for a prefill that long, or in such a queue.
+_MOST_WAIT_S, _MOST_WAITING = 1e6, 1_000_000
+
+
+class Asked(NamedTuple):
+    """What a plan loads by one path. queue_bytes: what was before it when it was planned."""
+
+    source: str
+    via: str
+    nbytes: int
+    queue_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The longest front that could be restored. source_of: of its objects; node: a peer that has some."""
+
+    blocks: Sequence[Block]
+    pieces: list[Piece]
+    source_of: SourceOf
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """pieces: to load, in order.  segments: the same by block.  stored: whether anything could be loaded."""
+
+    choice: LoadChoice
+    pieces: list[Piece]
+    segments: list[Segment]
+    asked: tuple[Asked, ...]
+    stored: bool
+
+    @property
+    def way(self) -> str:
+        """One of eta.WAYS."""
+        if not self.pieces:
+            return "recompute"
+        return "both" if self.choice.compute_front else "load"
+
+    def ranges(self, tokens: int) -> tuple[TokenRange, ...]:
+        """Runs of one source that cover [0, tokens)."""
+        start = self.choice.compute_front if self.pieces else 0
+        ranges = [TokenRange(0, start, "compute")] if start else []
+        # A chain of sliding layers only begins at its window: what is before it needs no bytes at all.
+        for segment, after in zip_longest(self.segments, self.segments[1:]):
+            if after is None or after.source != segment.source:
+                ranges.append(TokenRange(start, segment.end, cast("Source", segment.source)))
+                start = segment.end
+        if start < tokens:
+            ranges.append(TokenRange(start, tokens, "compute"))
+        return tuple(ranges)
+
+
+class Chooser:
+    """Asks the policy with what the node knows."""
+
+    def __init__(self, state: NodeState, queues: Queues) -> None:
+        self._state = state
+        self._queues = queues
+
+    def choose(
+        self, message: MakePlan, worker: Worker, front: Front, tokens: int, waited_s: float = 0.0
+    ) -> Chosen:
+        """What to load of a front. tokens: of the request; waited_s: since it came."""
+        pieces = front.pieces
+        vias: dict[Source, str] = {"disk": self._codec(message), "peer": front.node}
+        wish = self._wish(message, worker, waited_s)
+        choice = self._state.policies.restore.choose(_segments(pieces, vias), tokens, wish)
+        stored = bool(pieces)
+        if choice.tokens < restored_end(pieces):
+            geometry = worker.geometry.at(message.fidelity)
+            pieces = longest(front.blocks, geometry, worker.shard, front.source_of, choice.tokens)
+        if choice.compute_front:
+            pieces = [piece for piece in pieces if piece.stored.meta.start >= choice.compute_front]
+        segments = _segments(pieces, vias)
+        return Chosen(choice, pieces, segments, _asked(segments, wish), stored)
+
+    def _wish(self, message: MakePlan, worker: Worker, waited_s: float) -> RestoreWish:
+        rate, deadline_s = worker.rate, message.deadline_s
+        return RestoreWish(
+            recompute=rate if rate is not None and rate.known else None,
+            waiting_requests=message.waiting,
+            prefill_wait_s=message.prefill_wait_s,
+            deadline_s=math.inf if deadline_s is None else max(deadline_s - waited_s, 0.0),
+            takes=message.takes,
+            queued_bytes=self._queues.bytes(),
+        )
+
+    def _codec(self, message: MakePlan) -> str:
+        """What the conversation's blocks on disk are encoded with, if not with the node's own codec."""
+        known = self._state.conversations.get((message.tenant, message.conversation))
+        return (known.codec if known is not None else "") or self._state.tenant_codec(message.tenant)
+
+
+def check_wishes(message: MakePlan) -> None:
+    """Raise ProtocolError for a queue or a deadline that is none."""
+    numbers = {
+        "waiting": (message.waiting, _MOST_WAITING),
+        "prefill_wait_s": (message.prefill_wait_s, _MOST_WAIT_S),
+    }
+    for field, (value, most) in numbers.items():
+        if not 0 <= value <= most:
+            raise ProtocolError(f"{field} is {value}", fix=f"give a number from 0 to {most:g}")
+    if message.deadline_s is not None and not math.isfinite(message.deadline_s):
+        raise ProtocolError(f"deadline_s is {message.deadline_s}", fix="give a finite number of seconds")
+
+
+def _segments(pieces: Sequence[Piece], vias: Mapping[Source, str]) -> list[Segment]:
+    """One for each block: of the slowest source when its parts lie in several."""
+    segments: list[Segment] = []
+    for piece in pieces:
+        meta = piece.stored.meta
+        start, nbytes = meta.start, meta.nbytes
+        source: Source = piece.source
+        if segments and segments[-1].start == start:
+            last = segments.pop()
+            nbytes += last.nbytes
+            source = max(source, cast("Source", last.source), key=_SLOWER.index)
+        segments.append(Segment(start, start + meta.tokens, source, nbytes, vias.get(source, "")))
+    return segments
+
+
+def _asked(segments: Sequence[Segment], wish: RestoreWish) -> tuple[Asked, ...]:
+    paths: dict[tuple[str, str], int] = {}
+    for segment in segments:
+        path = segment.source, segment.via
+        paths[path] = paths.get(path, 0) + segment.nbytes
+    return tuple(
+        Asked(source, via, nbytes, wish.queued_bytes.get(source, 0))
+        for (source, via), nbytes in paths.items()
+    )

@@ -1,0 +1,204 @@
+"""Runs: the blocks of a node that share one return time, and what they are worth for their room.
+
+Blocks last used by the same turn of the same conversation stand on one path without a gap, so they are one
+run with one curve. Worth for each byte and second is the best rate of return (`worth`) times the seconds that
+a use saves, per byte: against the next place where the bytes would be found, or computing them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Final, Protocol
+
+from kvtier.policy.interfaces import Recompute, RestorePolicy, Segment
+from kvtier.policy.returns import Curve
+from kvtier.policy.usage import Name, TierName
+
+# What loading a byte costs is asked of the restore policy so often, with a load of so many bytes.
+_ASK_AGAIN_S: Final = 30.0
+_ASK_BYTES: Final = 64 << 20
+_ASK_TOKENS: Final = 256
+# Until a worker's prefill rate is known: what a token costs at the start, twice that at the other position.
+_GUESS_TOKEN_S: Final = 1 / 8000
+_GUESS_DOUBLES_AT: Final = 30_000
+# What lies nearer saves at least this share of what the next place costs.
+_LEAST_SAVED: Final = 0.1
+# Reading is not worth a write where it takes so many times as long as computing.
+_TOO_SLOW: Final = 4.0
+TIER_NAMES: Final[tuple[TierName, ...]] = ("host", "disk")
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Blocks that wait for one return. Times in Unix seconds.
+
+    name: of the conversation.  clock_s: when the wait begins, which may be yet to come.  waiting: whether
+    anybody is expected back; if not, nothing counts but its age.  start, end: tokens from the first to behind
+    the last block.  token_bytes: of all layers and shards here.  token_s: to compute one again, at
+    the middle.  keep_until_s: from then on it is worth nothing, as its caller said.  leaves: by tier, the
+    blocks that may go.  mark: by tier, its entry in the order, 0 for none.  paid: whether it pays for a write
+    to disk, and in which class of age that was asked.
+    """
+
+    name: Name
+    used_s: float
+    model: bytes = b""
+    clock_s: float = inf
+    waiting: bool = False
+    curve: Curve | None = field(default=None, repr=False)
+    start: int = 0
+    end: int = 0
+    token_bytes: float = 1.0
+    token_s: float = _GUESS_TOKEN_S
+    keep_until_s: float = inf
+    leaves: tuple[dict[bytes, None], dict[bytes, None]] = field(default_factory=lambda: ({}, {}))
+    mark: list[int] = field(default_factory=lambda: [0, 0])
+    paid: tuple[int, bool] | None = None
+
+    def idle_s(self, now_s: float) -> float:
+        """How long it has been waited for."""
+        return max(now_s - self.clock_s, 0.0)
+
+    def rate(self, now_s: float) -> float:
+        """The best rate of return from now on, 1/s."""
+        if not self.waiting or self.curve is None or now_s >= self.keep_until_s:
+            return 0.0
+        return self.curve.rate(self.idle_s(now_s))
+
+
+class Order(Protocol):
+    """What the book tells the order of each tier."""
+
+    def moved(self, key: bytes, before: Run, after: Run) -> bool:
+        """The block belongs to another run; answers whether the tier holds it."""
+
+    def ranked(self, run: Run) -> None:
+        """The run's worth has changed."""
+
+    def holds(self, key: bytes) -> bool:
+        """Whether the tier holds the block."""
+
+
+class Book:
+    """Whose each block is, and what everything costs. Shared by the orders of both tiers.
+
+    nobody: the run of blocks that no conversation is known for.  disk_usable, disk_free_bytes: as the node
+    said last.
+    """
+
+    def __init__(self, restore: RestorePolicy) -> None:
+        self.now_s = 0.0
+        self.nobody = Run(("", ""), 0.0)
+        self.disk_usable = False
+        self.disk_free_bytes = 0
+        self.orders: list[Order] = []
+        self._owner: dict[bytes, Run] = {}
+        self._restore = restore
+        self._asked_s = -inf
+        self._load_s = {"host": 0.0, "disk": 0.0}
+        self._recompute: dict[bytes, Recompute] = {}
+        self._retired: dict[bytes, None] = {}
+
+    def owner(self, key: bytes) -> Run:
+        """The run of a block."""
+        return self._owner.get(key, self.nobody)
+
+    def own(self, key: bytes, run: Run, end: int, *, coming: bool = False) -> None:
+        """The block, which ends at token `end`, belongs to the run from now on.
+
+        coming: a tier is about to hold it; else it counts only where one does.
+        """
+        before = self._owner.get(key, self.nobody)
+        if before is run:
+            return
+        held = coming
+        for order in self.orders:
+            held |= order.moved(key, before, run)
+        if not held:
+            self._owner.pop(key, None)
+            return
+        self._owner[key] = run
+        if before is not self.nobody:
+            before.start = max(before.start, min(end, before.end))
+
+    def left(self, key: bytes) -> None:
+        """A tier let go of the block: when none holds it, nobody needs to know whose it was."""
+        if not any(order.holds(key) for order in self.orders):
+            self._owner.pop(key, None)
+
+    def ranked(self, run: Run) -> None:
+        """The run's worth has changed."""
+        for order in self.orders:
+            order.ranked(run)
+
+    def owned(self) -> list[Run]:
+        """All runs that have a block somewhere."""
+        return list(dict.fromkeys(self._owner.values()))
+
+    # --- what it costs ----------------------------------------------------------------------------------
+
+    def computes(self, model: bytes, recompute: Recompute) -> None:
+        """How long computing takes on the model's workers."""
+        self._recompute[model] = recompute
+
+    def token_s(self, model: bytes, position: int) -> float:
+        """Seconds to compute a token at this position again, with all tokens around it."""
+        found = self._recompute.get(model)
+        if found is None:
+            return _GUESS_TOKEN_S * (1.0 + position / _GUESS_DOUBLES_AT)
+        longer = found.seconds(0, position + 2 * _ASK_TOKENS) - found.seconds(0, position + _ASK_TOKENS)
+        return max(longer, 0.0) / _ASK_TOKENS
+
+    def measured(self, run: Run) -> None:
+        """Look up what the run's tokens cost to compute."""
+        run.token_s = self.token_s(run.model, (run.start + run.end) // 2)
+
+    def load_s(self, tier: TierName) -> float:
+        """Expected seconds to load a byte from there, in a load of some size."""
+        if self.now_s - self._asked_s >= _ASK_AGAIN_S:
+            self._asked_s = self.now_s
+            for source in TIER_NAMES:
+                segment = Segment(0, _ASK_TOKENS, source, _ASK_BYTES)
+                choice = self._restore.choose((segment,), _ASK_TOKENS)
+                expected_s = choice.expected_s or (choice.eta_low_s + choice.eta_high_s) / 2
+                self._load_s[source] = expected_s / _ASK_BYTES
+        return self._load_s[tier]
+
+    def saving_s(self, run: Run, tier: TierName) -> float:
+        """Seconds that a use of the run saves for each byte that lies in this tier and not below it.
+
+        What is on disk saves the GPU all of the computing: reading takes time, and none of the GPU's.
+        """
+        again_s = run.token_s / run.token_bytes
+        if tier == "disk":
+            return again_s
+        elsewhere_s = min(self.load_s("disk"), again_s) if self.disk_usable else again_s
+        # Loads that were measured behind a queue look as slow as computing.
+        return max(elsewhere_s - self.load_s("host"), _LEAST_SAVED * elsewhere_s)
+
+    def reads_too_slowly(self, run: Run) -> bool:
+        """Whether computing the run again is known to be so much sooner than reading it that nobody would."""
+        return (
+            run.model in self._recompute and self.load_s("disk") * run.token_bytes > _TOO_SLOW * run.token_s
+        )
+
+    def worth(self, run: Run, tier: TierName) -> float:
+        """Seconds saved for each byte and second of room: what runs are ordered by."""
+        if run.model in self._retired:
+            return 0.0
+        rate = run.rate(self.now_s)
+        return rate * self.saving_s(run, tier) if rate else 0.0
+
+    def retired(self, model: bytes) -> bool:
+        """Whether nobody serves the model any more."""
+        return model in self._retired
+
+    def retire(self, models: dict[bytes, None]) -> None:
+        """These models, and no others, are served by nobody any more."""
+        changed = {**models, **self._retired}
+        before, self._retired = self._retired, dict(models)
+        if before.keys() != models.keys():
+            for run in self.owned():
+                if run.model in changed:
+                    self.ranked(run)

@@ -1,0 +1,84 @@
+"""Several nodes of real processes with one directory, on loopback and without Ray, for fault tests.
+
+The first node runs the directory's service too.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kvtier.testing.node_bench import Bench, until
+
+_TOKEN, _SECRET = "token of a test's cluster", "secret of a test's cluster, 32 bytes"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def cluster_settings(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Settings by node. folder: for the secrets that they share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("token", _TOKEN), ("secret", _SECRET)):
+        path = folder / name
+        path.touch(mode=0o600)
+        path.write_text(text)
+    directory = f"127.0.0.1:{free_port()}"
+    settings = {
+        name: {
+            "node.name": name,
+            "cluster.listen": f"127.0.0.1:{free_port()}",
+            "cluster.directory": directory,
+            "cluster.token_file": str(folder / "token"),
+            "cluster.shards": 4,
+            # Other tests run beside this one: what is too late here would be right on time elsewhere.
+            "cluster.ask_s": 2.0,
+            "cluster.lost_after_s": 3.0,
+            "access.tenant_secret_file": str(folder / "secret"),
+            "disk.scrub_bytes_per_s": 0,
+        }
+        for name in names
+    }
+    settings[names[0]]["cluster.directory_listen"] = directory
+    return settings
+
+
+class NodeCluster:
+    """Nodes by name, each a Bench. Ended, with all that it holds, at the end of a `with`."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...] = ("a", "b"), **settings: Any) -> None:
+        more = {name.replace("__", "."): value for name, value in settings.items()}
+        self.nodes: dict[str, Bench] = {}
+        try:
+            for name, own in cluster_settings(folder / "shared", names).items():
+                self.nodes[name] = Bench(folder / name, {**own, **more})
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> NodeCluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything."""
+        for bench in self.nodes.values():
+            bench.close()
+
+    def until_known(self, seed: int, at: str, tokens: int, count: int) -> None:
+        """Until another node's plan for a conversation of `count` tokens reaches as far."""
+        worker = self.nodes[at].worker
+        until(
+            lambda: worker.do("planned", seed=seed, count=count)["tokens"] == tokens,
+            f"'{at}' knows {tokens} tokens of conversation {seed}",
+        )

@@ -1,0 +1,264 @@
+"""The directory's service, and what a node keeps of it on its drive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtier.cluster_messages import FindBranches, FindConversations, Held, Holdings, Named, Stone
+from kvtier.config import Config, load
+from kvtier.daemon import peer_directory
+from kvtier.daemon.directory_service import DirectoryService, directory_name, shards_at, split
+from kvtier.daemon.peer_directory import PeerDirectory
+from kvtier.daemon.peer_graves import PeerGraves
+from kvtier.directory import calls
+from kvtier.directory.announcements import Announcement
+from kvtier.errors import AuthError, ConfigError, KvtierError
+from kvtier.peers.client import ClientSettings, PeerClient
+from kvtier.peers.handshake import Identity
+from kvtier.peers.stream import StreamLost
+from kvtier.testing.node_bench import until
+from kvtier.testing.node_cluster import cluster_settings
+
+TOKEN = b"token of a test's cluster"
+
+
+class Say:
+    """A node that holds what it is given, and notes what it is told."""
+
+    def __init__(self, config: Config, node: str, epoch: int = 1) -> None:
+        self.blocks: list[Held] = []
+        self.named: list[Named] = []
+        self.stones: list[Stone] = []
+        self.told: list[Any] = []
+        self.directory = PeerDirectory(
+            config.cluster,
+            Identity(node, epoch, TOKEN),
+            snapshot=self._snapshot,
+            forget=lambda stone: self.told.append(stone),
+            over=lambda ids: self.told.append(tuple(ids)),
+            heard=lambda: self.told.append("heard"),
+        )
+        self.directory.start()
+
+    def _snapshot(self) -> None:
+        every = Holdings(blocks=tuple(self.blocks), named=tuple(self.named))
+        self.directory.say_everything(every, self.stones)
+
+    def names(self, name: str, version: int = 1) -> None:
+        named = Named("acme", name, version, ((name.encode().ljust(16), 10, 1.0, None, b""),))
+        self.named.append(named)
+        self.directory.say(Holdings(named=(named,)))
+
+    def ends(self, name: str) -> int:
+        return len(self.directory.branches(FindBranches(job="", tenant="acme", conversation=name)).ends)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load(None, {**cluster_settings(tmp_path, ("a",))["a"], "cluster.lost_after_s": 1.0})
+
+
+@pytest.fixture
+def service(config: Config) -> Iterator[DirectoryService]:
+    made = DirectoryService(config)
+    made.start()
+    yield made
+    made.stop(5.0)
+
+
+@pytest.fixture
+def nodes(config: Config) -> Iterator[list[Say]]:
+    made = [Say(config, "a"), Say(config, "b")]
+    yield made
+    for node in made:
+        node.directory.close()
+
+
+def test_what_one_says_the_other_finds(service: DirectoryService, nodes: list[Say]) -> None:
+    a, b = nodes
+    for number in range(40):
+        a.names(f"chat-{number:02}")
+    until(lambda: all(b.ends(f"chat-{number:02}") for number in range(40)), "all are known")
+    until(lambda: "heard" in a.told and "heard" in b.told, "every shard has answered")
+    page = b.directory.known(FindConversations(job="", tenant="acme", after=("acme", "chat-30"), limit=5))
+    assert [one.conversation for one in page.conversations] == [f"chat-{n}" for n in range(31, 36)]
+    assert page.conversations[0].held == (("a", 10),)
+    assert b.directory.nodes() == {"a": True}
+    assert service.health()["nodes"] == 2
+
+
+def test_silence_is_a_loss_and_the_next_word_a_return(
+    service: DirectoryService, config: Config, nodes: list[Say], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = nodes
+    a.names("chat")
+    until(lambda: b.ends("chat"), "it is known")
+    a.directory.close()
+    until(lambda: not b.ends("chat"), "the silent node's word counts no more")
+    assert b.directory.nodes() == {"a": False}
+    later = Say(config, "a", epoch=2)
+    later.names("chat")
+    until(lambda: b.ends("chat"), "it is back")
+    later.directory.close()
+
+
+def test_a_service_that_starts_again_is_told_everything(config: Config, nodes: list[Say]) -> None:
+    a, b = nodes
+    first = DirectoryService(config)
+    first.start()
+    a.names("chat")
+    until(lambda: b.ends("chat"), "it is known")
+    first.stop(5.0)
+    assert b.ends("chat") == 0
+    second = DirectoryService(config)
+    second.start()
+    try:
+        until(lambda: b.ends("chat"), "it is known again")
+    finally:
+        second.stop(5.0)
+
+
+def test_tombstones_reach_a_node_that_was_away(
+    service: DirectoryService, config: Config, nodes: list[Say]
+) -> None:
+    a, b = nodes
+    b.names("chat")
+    until(lambda: a.ends("chat"), "it is known")
+    b.directory.close()
+    stone = Stone("a.1", "acme", "chat", 1e12, ("a", "b"))
+    a.stones.append(stone)
+    a.directory.say_buried(stone)
+    until(lambda: not a.ends("chat"), "it is gone")
+    returned = Say(config, "b", epoch=2)
+    returned.names("chat")
+    until(lambda: stone in returned.told, "it is told to forget")
+    assert returned.told.index(stone) < len(returned.told)
+    assert not a.ends("chat")
+    returned.directory.say_buried(stone)
+    until(lambda: ("a.1",) in a.told, "nobody waits for it any more")
+    returned.directory.close()
+
+
+@pytest.fixture
+def raw(service: DirectoryService, config: Config) -> Iterator[PeerClient]:
+    address = config.cluster.directory_listen
+    made = PeerClient(
+        Identity("a", 1, TOKEN), directory_name(address), split(address), ClientSettings(streams=1)
+    )
+    yield made
+    made.close()
+
+
+def test_what_makes_no_sense_is_refused_and_the_connection_lives(raw: PeerClient) -> None:
+    announcement = Announcement(node="b", epoch=1, number=0, shard=0, shards=4, phase="whole")
+    for body, why in (
+        (b"\x00nonsense", "not a call"),
+        (calls.pack(calls.Tell(announcement, "")), "speaks for 'b'"),
+        (calls.pack(calls.GetConversation(99, "acme", "chat")), "settings differ"),
+        (calls.pack(calls.Find("acme", [(0, b"half a hint")])), "hints"),
+    ):
+        with pytest.raises(KvtierError, match=why):
+            raw.ask(body, 5.0)
+    assert calls.unpack_answer(raw.ask(calls.pack(calls.GetNodes()), 5.0), calls.Nodes).nodes == []
+
+
+def test_a_stranger_is_not_let_in(service: DirectoryService, config: Config) -> None:
+    address = config.cluster.directory_listen
+    stranger = PeerClient(
+        Identity("a", 1, b"another token than theirs"),
+        directory_name(address),
+        split(address),
+        ClientSettings(),
+    )
+    with pytest.raises(AuthError):
+        stranger.ask(calls.pack(calls.GetNodes()), 5.0)
+
+
+def test_a_directory_that_is_away_is_not_asked_at_once_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    def lost(self: PeerClient, body: bytes, timeout_s: float) -> bytes:
+        asked.append(body)
+        raise StreamLost("nobody there")
+
+    monkeypatch.setattr(PeerClient, "ask", lost)
+    node = Say(config, "a")
+    try:
+        node.directory._services[0].down_until_s = 0.0
+        for _ in range(5):
+            assert node.ends("chat") == 0
+        finds = [body for body in asked if isinstance(calls.unpack_call(body), calls.GetConversation)]
+        assert len(finds) == 1
+    finally:
+        node.directory.close()
+    assert peer_directory._PAUSE_S > 0
+
+
+def test_shards_go_round_and_none_is_left_out() -> None:
+    directory = ("x:1", "y:2", "z:3")
+    every = [index for address in directory for index in shards_at(directory, address, 16)]
+    assert sorted(every) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "field"),
+    [
+        ("cluster.listen", "nowhere", "cluster.listen"),
+        ("cluster.directory_listen", "127.0.0.1:1", "cluster.directory_listen"),
+        ("cluster.directory", "", "cluster.directory"),
+        ("cluster.token_file", "", "cluster.token_file"),
+        ("access.tenant_secret_file", "", "access.tenant_secret_file"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path: Path, setting: str, value: str, field: str) -> None:
+    settings = cluster_settings(tmp_path, ("a", "b"))["b"]
+    with pytest.raises(ConfigError, match=field.replace(".", r"\.")):
+        load(None, {**settings, setting: value})
+
+
+# --- tombstones on the drive --------------------------------------------------------------------------------
+
+
+def test_tombstones_outlive_the_node_and_a_torn_end(tmp_path: Path) -> None:
+    graves = PeerGraves(tmp_path)
+    stones = [Stone(f"a.{number}", "acme", f"chat-{number}", 1.0, ("a", "b")) for number in range(3)]
+    assert all(graves.add(stone) for stone in stones)
+    assert graves.add(stones[0])
+    graves.over(["a.1", "unknown"])
+    graves.close()
+    path = tmp_path / "tombstones"
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:10])
+    again = PeerGraves(tmp_path)
+    assert again.stones() == (stones[0], stones[2])
+    assert again.add(stones[1])
+    again.close()
+    last = PeerGraves(tmp_path)
+    assert set(last.stones()) == set(stones)
+    last.close()
+
+
+def test_a_drive_that_is_full_is_said_and_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graves = PeerGraves(tmp_path)
+    stone = Stone("a.1", "acme", "chat", 1.0)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        assert not graves.add(stone)
+    assert graves.stones() == ()
+    assert graves.add(stone)
+    graves.close()
+    again = PeerGraves(tmp_path)
+    assert again.stones() == (stone,)
+    again.close()

@@ -1,0 +1,45 @@
+"""A node goes out of service while it runs: what only memory held is on disk afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvtier.cluster.actors import Drains
+from kvtier.cluster.drain import Progress
+from kvtier.daemon.embedded import Embedded
+from kvtier.testing.kv_memory import pages_for
+from kvtier.testing.node_bench import LocalWorker, until
+
+TOKENS = 190
+PAGES = pages_for(TOKENS)
+
+
+def test_parks_in_memory_outlive_the_node(
+    make_daemon: Callable[..., Embedded], make_local: Callable[..., LocalWorker], tmp_path: Any
+) -> None:
+    settings = {"disk__directory": str(tmp_path / "disk"), "access__tenant_secret_file": secret(tmp_path)}
+    daemon = make_daemon(**settings)
+    local = make_local(daemon.socket_path)
+    for seed in (1, 2):
+        assert local.park(seed, PAGES, TOKENS).result().level == "host"
+    assert isinstance(daemon.node, Drains)
+    first = Progress.of(daemon.node.drain(10.0))
+    assert first.dirty_bytes + first.flushed_bytes > 0
+    until(lambda: Progress.of(daemon.node.drain(10.0)).done, "all is written")
+    last = Progress.of(daemon.node.drain(10.0))
+    assert last.dirty_bytes == 0 and last.flushed_bytes > 0
+    late = local.park(3, PAGES, TOKENS).result()
+    assert (late.level, late.detail) == ("none", "this node goes out of service")
+    daemon.close()
+    again = make_local(make_daemon(**settings).socket_path)
+    for seed in (1, 2):
+        assert again.restore(seed, PAGES, TOKENS).tokens == TOKENS
+    assert again.restore(3, PAGES, TOKENS).tokens == 0
+
+
+def secret(folder: Any) -> str:
+    path = folder / "secret"
+    path.touch(mode=0o600)
+    path.write_text("secret of a node, 32 bytes or more")
+    return str(path)
