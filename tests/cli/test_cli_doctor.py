@@ -13,7 +13,7 @@ GPU = inspect.GpuFacts("NVIDIA H100", "0000:4F:00.0", 1 << 36, 1 << 36, -1, True
 @pytest.fixture
 def machine(monkeypatch):
     def become(**facts):
-        base = inspect.Facts(13000, "cupy 14", (GPU,), "", None, 1 << 38, None, (0,), (0,), (), "")
+        base = inspect.Facts(13000, "cupy 14", (GPU,), "", None, 1 << 38, None, (0,), (0,), (), "", "advise")
         monkeypatch.setattr(inspect, "gather", lambda: replace(base, **facts))
 
     return become

@@ -13,7 +13,7 @@ from kvtier.gpu.cuda.inspect import Facts, Finding, GpuFacts, cgroup_limit, cpu_
 
 GIB = 1 << 30
 H100 = GpuFacts("NVIDIA H100", "0000:4F:00.0", 79 * GIB, 80 * GIB, 1, True, "")
-GOOD = Facts(13000, "cupy-cuda13x 14.2.0", (H100,), "", None, 512 * GIB, None, (0, 1), (1,), (), "")
+GOOD = Facts(13000, "cupy-cuda13x 14.2.0", (H100,), "", None, 512 * GIB, None, (0, 1), (1,), (), "", "advise")
 
 
 def about(facts: Facts, name: str) -> Finding:
@@ -38,6 +38,8 @@ def test_a_good_machine_has_nothing_to_fix() -> None:
         ("pinned memory", {"gpus": (replace(H100, pinned="out of memory"),)}, "bad", "ulimit -l"),
         ("memlock", {"memlock_bytes": 65536}, "note", "LimitMEMLOCK"),
         ("memory", {"cgroup_bytes": 64 * GIB}, "note", "64.0 of 512.0 GiB"),
+        ("huge pages", {"huge_pages": "never"}, "note", "echo advise > /sys/kernel/mm"),
+        ("huge pages", {"huge_pages": ""}, "note", "small pages"),
         ("numa", {"cpu_nodes": (0,)}, "note", "--cpunodebind=1"),
         ("ipc", {"foreign_namespaces": ("pid", "ipc")}, "note", "--pid=host --ipc=host"),
         ("allocator", {"allocator": "a:1,expandable_segments: True"}, "note", "PYTORCH_ALLOC_CONF"),
@@ -89,12 +91,16 @@ def test_namespaces_and_nodes_of_a_tree(tmp_path: Path, monkeypatch: pytest.Monk
         folder.mkdir(parents=True)
         (folder / "cpulist").write_text(cpus)
     (tmp_path / "sys/devices/system/node/online").write_text("0-1\n")
+    setting = tmp_path / inspect.SHMEM_SETTING
+    setting.parent.mkdir(parents=True)
+    setting.write_text("always within_size [advise] never deny force\n")
     monkeypatch.setattr(inspect.os, "sched_getaffinity", lambda pid: {5, 6})
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     facts = gather(tmp_path)
     assert facts.foreign_namespaces == ("pid",)
     assert (facts.numa_nodes, facts.cpu_nodes) == ((0, 1), (1,))
     assert about(facts, "allocator").grade == "note"
+    assert facts.huge_pages == "advise" and about(facts, "huge pages").grade == "good"
 
 
 def test_a_machine_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

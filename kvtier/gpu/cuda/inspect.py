@@ -27,6 +27,7 @@ BATCHED_COPIES = 12080
 # The kernel gives the first namespaces of a machine fixed numbers (include/uapi/linux/nsfs.h).
 FIRST_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF}
 PROBE_BYTES = 64 << 20
+SHMEM_SETTING = Path("sys/kernel/mm/transparent_hugepage/shmem_enabled")
 UNLIMITED_V1 = 1 << 62
 GIB = 1 << 30
 
@@ -50,6 +51,7 @@ class Facts:
 
     memlock_bytes, cgroup_bytes: None where there is no limit.  cpu_nodes: NUMA nodes of the CPUs that this
     process may use.  foreign_namespaces: those that are not the machine's own.  allocator: torch's settings.
+    huge_pages: what the kernel's shmem_enabled says; '' where it has no such setting.
     """
 
     driver: int
@@ -63,6 +65,7 @@ class Facts:
     cpu_nodes: tuple[int, ...]
     foreign_namespaces: tuple[str, ...]
     allocator: str
+    huge_pages: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,8 @@ class Finding:
 def judge(facts: Facts) -> list[Finding]:
     """Every finding, the device's first. Pure."""
     found = [_driver(facts), _cupy(facts), *_devices(facts)]
-    found += [_memlock(facts), _cgroup(facts), _placement(facts), _namespaces(facts), _allocator(facts)]
-    return found
+    found += [_memlock(facts), _cgroup(facts), _huge_pages(facts), _placement(facts)]
+    return [*found, _namespaces(facts), _allocator(facts)]
 
 
 def _driver(facts: Facts) -> Finding:
@@ -144,6 +147,17 @@ def _cgroup(facts: Facts) -> Finding:
     )
 
 
+def _huge_pages(facts: Facts) -> Finding:
+    if facts.huge_pages in ("", "never", "deny"):
+        return Finding(
+            "huge pages",
+            "note",
+            "the arena gets small pages, which makes direct I/O and faulting it in slower",
+            f"echo advise > /{SHMEM_SETTING} as root, before kvtier up",
+        )
+    return Finding("huge pages", "good", f"the arena may have them: shmem_enabled is {facts.huge_pages}")
+
+
 def _placement(facts: Facts) -> Finding:
     if len(facts.numa_nodes) < 2:
         return Finding("numa", "good", "one NUMA node")
@@ -203,6 +217,7 @@ def gather(root: Path = Path("/")) -> Facts:
         cpu_nodes=_cpu_nodes(root),
         foreign_namespaces=_foreign(root),
         allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "",
+        huge_pages=_text(root / SHMEM_SETTING).partition("[")[2].partition("]")[0],
     )
 
 
