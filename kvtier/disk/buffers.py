@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -56,23 +55,25 @@ class ScratchPool:
     """
 
     def __init__(self, count: int) -> None:
-        self._free: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(Scratch())
+        self._may_take = threading.Semaphore(count)
+        self._free: deque[Scratch] = deque()
 
-    def close(self) -> None:
-        """Give the memory back now and not when the collector finds its owner. No request is running."""
-        while not self._free.empty():
-            self._free.get_nowait()
+    def forget(self) -> None:
+        """Give back the memory that is not in use, now and not when the collector finds the pool's owner."""
+        self._free.clear()
 
     @contextmanager
     def take(self) -> Iterator[Scratch]:
         """A Scratch for the time of the block."""
-        scratch = self._free.get()
-        try:
-            yield scratch
-        finally:
-            self._free.put(scratch)
+        with self._may_take:
+            try:
+                scratch = self._free.pop()
+            except IndexError:
+                scratch = Scratch()
+            try:
+                yield scratch
+            finally:
+                self._free.append(scratch)
 
 
 class StagingPool:

@@ -164,7 +164,7 @@ class Segments:
     def close(self) -> None:
         """Close every file, and give back scratch memory."""
         self._flushers.shutdown()
-        self._pool.close()
+        self._pool.forget()
         while self._fds:
             self._ops.close(self._fds.popitem()[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import threading
@@ -238,3 +239,16 @@ def test_when_one_of_the_flushes_fails_the_segments_stay_new(tmp_path: Path) -> 
     assert segments.is_new(0)
     assert segments.is_new(1)
     segments.close()
+
+
+def test_closed_segments_hold_no_scratch_memory(tmp_path: Path) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("/dev/zero")
+
+    gc.collect()  # what other tests left
+    before = mapped()
+    segments = make(tmp_path, SpyOps())
+    segments.write_block(0, 0, HEADER, memory(4097, 1))
+    assert mapped() > before
+    segments.close()
+    assert mapped() == before
