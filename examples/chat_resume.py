@@ -5,6 +5,9 @@
 A small Llama with random weights stands in for yours, and the daemon runs inside this process; where a node
 has one, say `kvtier.connect()`.  What the model says is noise; what matters is how few tokens it has to
 compute on the second turn, and that its words are the same as if nothing had happened.
+
+A daemon that has heard of a few more prefills of a model this small would rather compute: nothing loads as
+soon. With a model of yours it loads what is worth it.
 """
 
 from __future__ import annotations

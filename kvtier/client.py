@@ -178,8 +178,11 @@ class Client:
     def locate(
         self, conversation: str, tokens: Tokens = (), *, tenant: str = DEFAULT_TENANT
     ) -> list[tuple[str, int, float]]:
-        """(node, tokens held, expected seconds to load there; 0.0 for another node), most tokens first.
+        """(node, tokens held, expected seconds to the first token), the soonest first.
 
+        Those seconds are of waiting, loading what is stored, pulling what another node has more of, and
+        computing the rest; without the last where it is not known how fast workers compute, and 0.0 where
+        nothing is known of a node's load.  Without a worker at this node, it is most tokens first.
         tokens: of the next turn: only what they begin with counts, where a worker is attached to this node.
         """
         # Only here: a client that names no tokens loads no numpy.

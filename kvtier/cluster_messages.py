@@ -13,6 +13,8 @@ log of its stimuli holds all that it was told.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from kvtier.geometry import Geometry
@@ -75,6 +77,38 @@ class Named(msgspec.Struct, frozen=True, array_like=True):
     keep_until_s: float | None = None
 
 
+class Speed(msgspec.Struct, frozen=True, array_like=True):
+    """start_s + bytes / bytes_per_s, with what is before it in its queue."""
+
+    start_s: float
+    bytes_per_s: float
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """What a node says of itself, for choosing among nodes.
+
+    host, disk: of loads into its pool.  peer: of reads from other nodes.  wait_s: until a worker of it could
+    begin to compute.  accepts: whether turns may go there; not where it goes out of service.
+    """
+
+    host: Speed
+    disk: Speed
+    peer: Speed
+    wait_s: float = 0.0
+    accepts: bool = True
+
+
+class Reach(NamedTuple):
+    """How far a node could restore a chain. chain: its index. host_bytes, disk_bytes: to load there."""
+
+    chain: int
+    node: str
+    epoch: int
+    tokens: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+
+
 # --- core and directory -------------------------------------------------------------------------------
 
 
@@ -104,10 +138,11 @@ class FindHolders(Message, frozen=True, tag="find_holders"):
 
 
 class Holders(Message, frozen=True, tag="holders"):
-    """Answer to FindHolders: (index of the chain, node, its epoch, tokens), for each the best first."""
+    """Answer to FindHolders, of each chain the best first. loads: of these nodes, where it is known."""
 
     job: str
-    fronts: tuple[tuple[int, str, int, int], ...] = ()
+    fronts: tuple[Reach, ...] = ()
+    loads: dict[str, Load] = msgspec.field(default_factory=dict)
 
 
 class FindConversations(Message, frozen=True, tag="find_conversations"):
@@ -131,10 +166,11 @@ class KnownConversation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Known(Message, frozen=True, tag="known"):
-    """Answer to FindConversations."""
+    """Answer to FindConversations. loads: of the nodes of one conversation, where it is known."""
 
     job: str
     conversations: tuple[KnownConversation, ...] = ()
+    loads: dict[str, Load] = msgspec.field(default_factory=dict)
 
 
 class Heard(Message, frozen=True, tag="heard"):
@@ -142,10 +178,11 @@ class Heard(Message, frozen=True, tag="heard"):
 
 
 class Holdings(Message, frozen=True, tag="holdings"):
-    """What changed here, for the directory."""
+    """What changed here, for the directory. load: None where it is as it was said last."""
 
     blocks: tuple[Held, ...] = ()
     named: tuple[Named, ...] = ()
+    load: Load | None = None
 
 
 class Bury(Message, frozen=True, tag="bury"):

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 import msgspec
 
-from kvtier.config_schema import Config, Section, TenantConfig
+from kvtier.config_schema import Config, TenantConfig
+from kvtier.config_section import Section
 from kvtier.config_units import format_bytes
 
 _PLAIN = {int: "integer", str: "text", bool: "true or false", float: "seconds"}

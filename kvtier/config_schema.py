@@ -1,5 +1,6 @@
 """Every setting of a node: its type, bounds, default and meaning. `config.py` fills it in.
 
+What concerns other nodes, and Ray below them, stands in config_cluster_schema.py.
 Durations end in _s (float seconds), sizes in _bytes (int); TOML and the command line may write "500ms"
 and "8GiB" for them. The descriptions are the documentation: `kvtier config show` and docs/operations.md
 repeat them.
@@ -17,18 +18,14 @@ import msgspec
 from msgspec import Meta
 
 from kvtier import paths
+from kvtier.config_cluster_schema import ClusterConfig, RayConfig
+from kvtier.config_section import GiB, MiB, Section
 
 # A socket's path has at most 107 bytes, and Ray adds up to 64 (session_<time>_<pid>/sockets/plasma_store).
 SOCKET_PATH_MAX_BYTES = 107
 RAY_TEMP_DIR_MAX_BYTES = SOCKET_PATH_MAX_BYTES - 64
-MiB = 1 << 20
-GiB = 1 << 30
 
 Origin: TypeAlias = Literal["default", "file", "argument"]
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the sections."""
 
 
 class NodeConfig(Section, frozen=True):
@@ -284,127 +281,6 @@ class MetricsConfig(Section, frozen=True):
     allow_remote: Annotated[
         bool, Meta(description="Allow an address beyond loopback: the endpoints ask for no credentials.")
     ] = False
-
-
-class RayConfig(Section, frozen=True):
-    """The Ray cluster below the daemon."""
-
-    address: Annotated[
-        str,
-        Meta(
-            description="Cluster to join (host:port), a private one of kvtier's or as a guest; empty: begin "
-            "a private one."
-        ),
-    ] = ""
-    listen: Annotated[
-        str,
-        Meta(
-            description="IP address of this machine at which a private cluster is heard by its other nodes; "
-            "empty: loopback, for this node alone."
-        ),
-    ] = ""
-    token_file: Annotated[
-        str,
-        Meta(
-            description="File with the token of the Ray cluster (32 characters or more), the same on all its "
-            "nodes; empty: a private cluster makes one, a guest has Ray's own settings."
-        ),
-    ] = ""
-    gcs_storage: Annotated[
-        str,
-        Meta(
-            description="Where a private cluster's head keeps its state: a folder for Ray's embedded store, "
-            "or host:port of a Redis; empty: in memory, lost with the head."
-        ),
-    ] = ""
-    temp_dir: Annotated[
-        str,
-        Meta(
-            description="Ray's folder of sockets and logs; 43 bytes at most; empty: under node.runtime_dir."
-        ),
-    ] = ""
-    object_store_bytes: Annotated[
-        int, Meta(ge=80 * MiB, description="Ray's own object store; KV never goes through it.")
-    ] = 128 * MiB
-    gcs_reconnect_s: Annotated[
-        int, Meta(ge=60, description="How long actors live on without Ray's head (Ray's own default: 60 s).")
-    ] = 3600
-    health_check_period_s: Annotated[
-        float, Meta(ge=0.1, le=60, description="How often Ray's head looks after each node.")
-    ] = 0.5
-    health_check_timeout_s: Annotated[
-        float, Meta(ge=0.1, le=60, description="When a look counts as failed.")
-    ] = 1.0
-    health_check_failures: Annotated[
-        int, Meta(ge=1, le=100, description="Failed looks in a row after which a node is dead.")
-    ] = 3
-    port_first: Annotated[
-        int, Meta(ge=0, le=65535, description="First of the private cluster's ports; 0 takes free ones.")
-    ] = 0
-    port_count: Annotated[
-        int, Meta(ge=32, le=10000, description="How many ports from port_first on it may use.")
-    ] = 64
-
-
-class ClusterConfig(Section, frozen=True):
-    """Other nodes: what they find here, and where this one looks for them."""
-
-    listen: Annotated[
-        str,
-        Meta(
-            description="host:port at which other nodes reach this one, for KV and questions; empty: the "
-            "node is alone."
-        ),
-    ] = ""
-    token_file: Annotated[
-        str,
-        Meta(description="File with the secret (16 bytes or more) by which nodes know each other."),
-    ] = ""
-    directory: Annotated[
-        tuple[str, ...],
-        Meta(
-            max_length=64,
-            description="host:port of each directory service, the same list in the same order on all nodes.",
-        ),
-    ] = ()
-    directory_listen: Annotated[
-        str,
-        Meta(
-            description="Which entry of cluster.directory this node serves; empty: none. Its shards are made "
-            "anew from the nodes' announcements after every start."
-        ),
-    ] = ""
-    shards: Annotated[
-        int,
-        Meta(ge=1, le=1024, description="Parts of the directory, spread over its services; all nodes agree."),
-    ] = 16
-    streams: Annotated[
-        int,
-        Meta(
-            ge=1, le=64, description="Connections that one read from a peer uses, and objects sent at once."
-        ),
-    ] = 4
-    ask_s: Annotated[
-        float,
-        Meta(
-            gt=0,
-            le=10,
-            description="Longest that a plan waits for the directory and for peers; then it goes on with "
-            "what is here.",
-        ),
-    ] = 0.25
-    lost_after_s: Annotated[
-        float,
-        Meta(ge=1, le=600, description="Silence after which the directory counts a node as lost."),
-    ] = 6.0
-    keep_tombstones_s: Annotated[
-        float,
-        Meta(
-            ge=60,
-            description="Longest that the directory waits for an absent node to carry out what was "
-            "forgotten.",
-        ),
-    ] = 90 * 86400.0
 
 
 class LogConfig(Section, frozen=True):

@@ -275,7 +275,7 @@ class Locate(Message, frozen=True, tag="locate"):
 
 
 class Located(Message, frozen=True, tag="located"):
-    """Answer to Locate: (node, tokens held, expected seconds to load; 0.0 for other nodes), best first."""
+    """Answer to Locate: (node, tokens held, expected seconds to the first token or 0.0), best first."""
 
     nodes: list[tuple[str, int, float]]
 

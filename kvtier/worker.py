@@ -12,23 +12,21 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from kvtier.arguments import DEFAULT_TENANT, Duration, name, one_of, optional_seconds, seconds
 from kvtier.attachment import Attachment, MakeEngine, attach
-from kvtier.errors import DaemonNotFound, KvtierError, MalformedMessage, ProtocolError
+from kvtier.errors import DaemonNotFound, KvtierError
 from kvtier.handles import QUIET_S, ParkHandle, RestoreHandle
-from kvtier.link import Link, LinkSettings, Prepared
+from kvtier.link import Link, LinkSettings
 from kvtier.messages import (
     CODECS,
     Detach,
     Done,
     DropPlan,
-    Failed,
     MakePlan,
-    Message,
     Park,
     ParkStarted,
     Planned,
@@ -37,9 +35,10 @@ from kvtier.messages import (
     RestoreStarted,
 )
 from kvtier.objects import Shard
-from kvtier.page_use import PageUse, ParkUse, RestoreUse, missed
+from kvtier.page_use import ParkUse, RestoreUse, missed
 from kvtier.receipts import RestoreReceipt, TokenRange
-from kvtier.wire import Channel, ChannelTimeout, expect
+from kvtier.wire import Channel
+from kvtier.worker_calls import WorkerCalls, cancel, copies_here
 from kvtier.worker_inputs import (
     NO_FRONT,
     NOTHING_KNOWN,
@@ -57,8 +56,6 @@ from kvtier.worker_inputs import (
 if TYPE_CHECKING:
     from kvtier.worker_inputs import AnyPool
 
-Answer = TypeVar("Answer", bound=Message)
-Started = TypeVar("Started", ParkStarted, RestoreStarted)
 CALL_TIMEOUT_S = 1.0
 # The node ends what is late by itself; only after this time the worker does.
 RESTORE_GRACE_S = 0.1
@@ -86,7 +83,6 @@ class Worker:
     ) -> None:
         self._pool = WorkerPool(pool)
         self._request = attach_request(model, self._pool, shard, computing)
-        self._call_timeout_s = call_timeout_s
         self._make_engine = make_engine
         self._requests = itertools.count(1)
         self._attachment: Attachment | None = None
@@ -96,6 +92,7 @@ class Worker:
         self._process = os.getpid()
         self._closed = False
         self._link = Link(settings, self._prepare, self._on_lost)
+        self._calls = WorkerCalls(self._link, call_timeout_s)
         try:
             self._link.start(required=required)
         except BaseException:
@@ -162,7 +159,7 @@ class Worker:
             next(self._requests),
             binding,
             limit_s=time.monotonic() + limit_s + PARK_GRACE_S,
-            copies_here=_copies_here(attachment),
+            copies_here=copies_here(attachment),
             names=names,
             level=level,
         )
@@ -187,8 +184,8 @@ class Worker:
             codec=codec,
             stop=stop,
         )
-        self._begin(attachment, use, (message, ParkStarted), self._call_timeout_s)
-        return ParkHandle(use, lambda: self._cancel(attachment, use))
+        self._calls.begin(attachment, use, (message, ParkStarted), self._calls.timeout_s)
+        return ParkHandle(use, lambda: cancel(attachment, use))
 
     def plan(
         self,
@@ -234,11 +231,11 @@ class Worker:
             prefill_wait_s=seconds("prefill_wait_s", prefill_wait_s),
         )
         one_of("takes", takes, TAKES)
-        limit_s = self._call_timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
+        limit_s = self._calls.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         try:
             if attachment is None:
                 raise DaemonNotFound(self._link.reason or "not attached")
-            answer = self._exchange(self._link.prepare(message), attachment, limit_s, Planned)
+            answer = self._calls.exchange(self._link.prepare(message), attachment, limit_s, Planned)
         except DaemonNotFound as error:
             everything = (TokenRange(0, count, "compute"),)
             return WorkerPlan(
@@ -263,10 +260,10 @@ class Worker:
             next(self._requests),
             binding,
             limit_s=time.monotonic() + limit_s + RESTORE_GRACE_S,
-            copies_here=_copies_here(attachment),
+            copies_here=copies_here(attachment),
             plan=plan,
         )
-        handle = RestoreHandle(use, lambda: self._cancel(attachment, use))
+        handle = RestoreHandle(use, lambda: cancel(attachment, use))
         if not plan.plan_id:
             use.said_done(missed(plan, plan.reason or "no_match", plan.detail))
             return handle
@@ -280,8 +277,8 @@ class Worker:
             deadline_s=limit_s,
             pages=[] if use.copies_here else page_bytes(binding),
         )
-        patience_s = min(self._call_timeout_s, limit_s + RESTORE_GRACE_S)
-        self._begin(attachment, use, (message, RestoreStarted), patience_s)
+        patience_s = min(self._calls.timeout_s, limit_s + RESTORE_GRACE_S)
+        self._calls.begin(attachment, use, (message, RestoreStarted), patience_s)
         return handle
 
     def drop(self, plan: WorkerPlan) -> None:
@@ -373,64 +370,3 @@ class Worker:
         attachment = self._attachment
         if attachment is not None:
             attachment.stop("daemon_unavailable", str(error))
-
-    # --- parts of the calls -----------------------------------------------------------------------------
-
-    def _begin(
-        self,
-        attachment: Attachment | None,
-        use: PageUse[Any],
-        request: tuple[Message, type[Started]],
-        limit_s: float,
-    ) -> None:
-        """Send a request whose outcome comes by events; what the node cannot do now ends the use at once."""
-        message, kind = request
-        prepared = self._link.prepare(message)
-        if attachment is None or not self._link.connected:
-            use.end("daemon_unavailable", self._link.reason or "not attached")
-            return
-        if not attachment.agent.add(use):
-            self._link.fail(attachment.era, DaemonNotFound("the events connection was lost"))
-            use.end("daemon_unavailable", self._link.reason)
-            return
-        try:
-            answer = self._exchange(prepared, attachment, limit_s, kind)
-        except DaemonNotFound as error:
-            attachment.agent.end(use, "daemon_unavailable", str(error))
-        except KvtierError:
-            # A refusal comes before anything was done.
-            use.said_released()
-            attachment.agent.forget(use)
-            raise
-        except BaseException:
-            attachment.agent.end(use, "cancelled", "the call was interrupted")
-            raise
-        else:
-            use.begun(answer.job, answer.receipt)
-
-    def _exchange(
-        self, prepared: Prepared, attachment: Attachment, limit_s: float, kind: type[Answer]
-    ) -> Answer:
-        """The node's answer, or what it refuses the request with; DaemonNotFound for every other failure."""
-        try:
-            answer = self._link.exchange(prepared, limit_s, attachment.era)
-            if not isinstance(answer, kind | Failed):
-                raise MalformedMessage(f"the daemon answered with {type(answer).__name__}")
-        except ProtocolError as error:
-            self._link.fail(attachment.era, error)
-            raise DaemonNotFound(str(error)) from error
-        except ChannelTimeout as error:
-            # Also when the time went by waiting for another call: nothing on this connection takes that long.
-            if limit_s >= self._call_timeout_s:
-                self._link.fail(attachment.era, error)
-            raise
-        return expect(answer, kind, self._link.settings.path)
-
-    def _cancel(self, attachment: Attachment | None, use: PageUse[Any]) -> None:
-        if attachment is not None:
-            attachment.agent.end(use, "cancelled", "cancelled by the caller")
-
-
-def _copies_here(attachment: Attachment | None) -> bool:
-    """Whether this process runs the copies. Without an attachment nobody does."""
-    return attachment is None or attachment.mode == "worker"

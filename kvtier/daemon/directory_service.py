@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvtier.cluster_messages import Load
 from kvtier.config import Config
 from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
 from kvtier.directory import calls
@@ -36,6 +37,7 @@ class _Heard:
     epoch: int
     address: str
     at_s: float
+    load: Load | None = None
     here: bool = True
 
 
@@ -105,8 +107,7 @@ class DirectoryService:
                 return calls.pack(self._nodes())
             if isinstance(call, calls.GetAfter):
                 return calls.pack(self._after(call))
-            found = self._shard(call.shard).conversation(call.tenant, call.conversation)
-            return calls.pack(calls.Page([] if found is None else [found]))
+            return calls.pack(self._one(call))
 
     def _tell(self, call: calls.Tell, peer: str) -> calls.Told:
         said = call.announcement
@@ -118,7 +119,7 @@ class DirectoryService:
             raise MalformedMessage(str(error)) from error
         heard = self._heard.get(peer)
         if heard is None or said.epoch >= heard.epoch:
-            self._heard[peer] = _Heard(said.epoch, call.address, time.monotonic())
+            self._heard[peer] = _Heard(said.epoch, call.address, time.monotonic(), call.load)
         return answer
 
     def _find(self, call: calls.Find) -> calls.Found:
@@ -126,8 +127,19 @@ class DirectoryService:
             hits = [self._shard(shard).find(call.tenant, keys) for shard, keys in call.asked]
         except ValueError as error:
             raise MalformedMessage(str(error)) from error
-        known = ((node, self._heard.get(node)) for one in hits for node, _ in one.nodes)
-        return calls.Found(hits, {node: heard.address for node, heard in known if heard is not None})
+        names = {node for one in hits for node, _ in one.nodes}
+        addresses = {node: self._heard[node].address for node in names if node in self._heard}
+        return calls.Found(hits, addresses, self._loads(names))
+
+    def _one(self, call: calls.GetConversation) -> calls.Page:
+        found = self._shard(call.shard).conversation(call.tenant, call.conversation)
+        if found is None:
+            return calls.Page([])
+        return calls.Page([found], self._loads({node for b in found.branches for node in b.nodes}))
+
+    def _loads(self, names: Iterable[str]) -> dict[str, Load]:
+        heard = {name: self._heard[name].load for name in names if name in self._heard}
+        return {name: load for name, load in heard.items() if load is not None}
 
     def _after(self, call: calls.GetAfter) -> calls.Page:
         at_most = min(call.at_most, _PAGE_MOST)

@@ -22,8 +22,8 @@ from kvtier.errors import ConfigError
 REQUEST_TIMEOUT_S: Final = 5.0
 # How soon close() is noticed.
 POLL_S: Final = 0.1
-# Two names of 1 KiB with every character escaped, and what stands around them.
-BODY_MAX_BYTES: Final = 16 << 10
+# The tokens of a long turn as numbers in JSON.
+BODY_MAX_BYTES: Final = 1 << 20
 
 Check = Callable[[], Sequence[str]]
 

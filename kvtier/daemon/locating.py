@@ -9,7 +9,7 @@ import hmac
 import threading
 from http import HTTPStatus
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -26,6 +26,7 @@ _SCHEME: Final = "bearer "
 class _Question(msgspec.Struct, forbid_unknown_fields=True):
     conversation: str
     tenant: str = DEFAULT_TENANT
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]] = msgspec.field(default_factory=list)
 
 
 class Locating:
@@ -51,10 +52,12 @@ class Locating:
             asked = msgspec.json.decode(body, type=_Question)
         except msgspec.DecodeError as error:
             return _failure(
-                HTTPStatus.BAD_REQUEST, str(error), 'send {"conversation": "...", "tenant": "..."}'
+                HTTPStatus.BAD_REQUEST,
+                str(error),
+                'send {"conversation": "...", "tenant": "...", "tokens": [1, 2, ...]}',
             )
         try:
-            found = self._connected().locate(asked.conversation, tenant=asked.tenant)
+            found = self._connected().locate(asked.conversation, asked.tokens, tenant=asked.tenant)
         except ConfigError as error:
             return _failure(HTTPStatus.BAD_REQUEST, str(error), error.fix)
         except KvtierError as error:

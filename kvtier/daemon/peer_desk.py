@@ -107,6 +107,8 @@ class PeerDesk:
         self._closing = False
         self._reads = ThreadPoolExecutor(_READS, "kvtier-pull")
         self._asks = ThreadPoolExecutor(_ASKS, "kvtier-look")
+        # Apart: each may wait for a node that hangs for as long as an erasure may take, and no plan for it.
+        self._burials = ThreadPoolExecutor(_ASKS, "kvtier-bury")
         self._server: PeerServer | None = None
 
     def graves(self) -> Graves:
@@ -130,6 +132,7 @@ class PeerDesk:
             client.close()
         self._directory.close()
         self._asks.shutdown(cancel_futures=True)
+        self._burials.shutdown(cancel_futures=True)
         self._reads.shutdown(cancel_futures=True)
         if self._server is not None:
             self._server.close()
@@ -153,7 +156,9 @@ class PeerDesk:
             self._reads.submit(self._guarded, self._read, message)
         elif isinstance(message, Erased):
             self._asks.submit(self._guarded, self._erased, message)
-        elif isinstance(message, FindBranches | FindHolders | FindConversations | AskHolder | Bury):
+        elif isinstance(message, Bury):
+            self._burials.submit(self._guarded, self._answer, message)
+        elif isinstance(message, FindBranches | FindHolders | FindConversations | AskHolder):
             self._asks.submit(self._guarded, self._answer, message)
 
     def _guarded(self, work: Callable[[M], None], message: M) -> None:

@@ -22,9 +22,10 @@ from kvtier.cluster_messages import (
     Holders,
     Holdings,
     Known,
+    Load,
     Stone,
 )
-from kvtier.config_schema import ClusterConfig
+from kvtier.config_cluster_schema import ClusterConfig
 from kvtier.daemon.directory_service import directory_name, shards_at, split
 from kvtier.directory import calls, saying
 from kvtier.directory.announcements import Answer
@@ -82,6 +83,9 @@ class PeerDirectory:
         self._lock = threading.Lock()
         self._announcer = Announcer(own.node, own.epoch, config.shards)
         self._addresses: dict[str, str] = {}
+        # Of other nodes, as they said last; and this one's, which goes with its next message.
+        self._loads: dict[str, Load] = {}
+        self._load: Load | None = None
         self._ended = threading.Event()
         settings = ClientSettings(streams=1, connect_s=1.0)
         self._services = [
@@ -117,9 +121,12 @@ class PeerDirectory:
 
     def say(self, changed: Holdings) -> None:
         """Have what changed announced."""
-        with self._lock:
-            saying.say(self._announcer, changed)
-        self._wake()
+        if changed.load is not None:
+            self._load = changed.load
+        if changed.blocks or changed.named:
+            with self._lock:
+                saying.say(self._announcer, changed)
+            self._wake()
 
     def say_everything(self, every: Holdings, stones: Iterable[Stone]) -> None:
         """Give the streams that want one a snapshot of all that the node has."""
@@ -170,7 +177,7 @@ class PeerDirectory:
                 message = sender.next()
             if message is None or self._ended.is_set():
                 continue
-            body = calls.pack(calls.Tell(message, self._config.listen))
+            body = calls.pack(calls.Tell(message, self._config.listen, self._load))
             answer = calls.unpack_answer(service.client.ask(body, _TELL_S), Answer)
             self._answered(shard, sender, answer)
             said = True
@@ -205,7 +212,10 @@ class PeerDirectory:
         shard = shard_of_conversation(tenant, name, self._config.shards)
         service = next(service for service in self._services if shard in service.shards)
         page = self._ask(service, calls.GetConversation(shard, tenant, name), calls.Page)
-        return page.conversations if page is not None else []
+        if page is None:
+            return []
+        self._loads.update(page.loads)
+        return page.conversations
 
     def known(self, message: FindConversations) -> Known:
         """A conversation, or a page of them, over all nodes."""
@@ -221,7 +231,8 @@ class PeerDirectory:
             found = [one for page in pages if page is not None for one in page.conversations]
             found.sort(key=lambda conversation: (conversation.tenant, conversation.name))
         page = tuple(saying.known(one) for one in found[: message.limit])
-        return Known(job=message.job, conversations=page)
+        loads = self._loads_of({node for one in page for node, _ in one.held}) if message.conversation else {}
+        return Known(job=message.job, conversations=page, loads=loads)
 
     def holders(self, message: FindHolders) -> Holders:
         """How far which other node reaches in each chain, the best first."""
@@ -233,12 +244,17 @@ class PeerDirectory:
             for at, question, hits in part:
                 answers.setdefault(at, []).append((question, hits))
         found = [
-            (at, front.node, front.epoch, front.tokens)
+            reach
             for at, refs in enumerate(chains)
-            for front in saying.fronts_of(message, refs, answers.get(at, []))
-            if front.node != self._own.node
+            for reach in saying.reaches_of(
+                at, saying.fronts_of(message, refs, answers.get(at, [])), self._own.node
+            )
         ]
-        return Holders(job=message.job, fronts=tuple(found))
+        loads = self._loads_of({reach.node for reach in found})
+        return Holders(job=message.job, fronts=tuple(found), loads=loads)
+
+    def _loads_of(self, nodes: Iterable[str]) -> dict[str, Load]:
+        return {node: self._loads[node] for node in nodes if node in self._loads}
 
     def _find(
         self, service: _Service, tenant: str, asked: Sequence[tuple[int, Question]]
@@ -251,6 +267,7 @@ class PeerDirectory:
         if found is None or len(found.hits) != len(mine):
             return []
         self._addresses.update(found.addresses)
+        self._loads.update(found.loads)
         return [(at, question, hits) for (at, question), hits in zip(mine, found.hits, strict=True)]
 
     def nodes(self) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from kvtier.cluster_messages import Stone
 from kvtier.errors import KvtierError
 
 _NAME = "tombstones"
+_LOG = logging.getLogger(__name__)
 
 
 class PeerGraves:
@@ -79,13 +81,24 @@ class PeerGraves:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            # What a crash cut short at the end was never answered for.
-            for entry in msgpack.Unpacker(file):
-                if isinstance(entry, str):
-                    self._stones.pop(entry, None)
-                else:
-                    stone = msgspec.convert(entry, Stone)
-                    self._stones[stone.id] = stone
+            try:
+                for entry in msgpack.Unpacker(file):
+                    self._take(entry)
+            except (ValueError, msgpack.exceptions.UnpackException) as damage:
+                # What a crash left half written at the end was never answered for.
+                _LOG.warning(
+                    "%s is damaged: what follows its %d sound entries is dropped: %s",
+                    self._path,
+                    len(self._stones),
+                    damage,
+                )
+
+    def _take(self, entry: object) -> None:
+        if isinstance(entry, str):
+            self._stones.pop(entry, None)
+        else:
+            stone = msgspec.convert(entry, Stone)
+            self._stones[stone.id] = stone
 
     def _rewrite(self) -> None:
         """Without those that are over; the new file takes the old one's place as a whole."""

@@ -24,6 +24,8 @@ from kvtier.directory.announcements import (
 )
 from kvtier.directory.routing import shard_of_conversation, shards_of
 
+# Changes that wait for a directory that is away; of more, the whole is said instead.
+_MOST_CHANGES = 1 << 18
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -71,10 +73,12 @@ class Sender:
     def block(self, hint: bytes, holding: Holding) -> None:
         """The node has this of a block from now on."""
         self._changes.blocks[hint] = holding
+        self._bound()
 
     def record(self, record: Record) -> None:
         """A conversation is like this from now on; without ends, and a version that is no lower: ended."""
         self._changes.records[record.tenant, record.conversation] = record
+        self._bound()
 
     def tombstone(self, stone: Tombstone) -> None:
         """The node has carried this out."""
@@ -92,6 +96,8 @@ class Sender:
         rest.blocks.update(blocks)
         rest.records.update({(r.tenant, r.conversation): r for r in records})
         rest.tombstones.update({stone.id: stone for stone in tombstones})
+        # Of these others tell, from threads of their own: one may have come since `tombstones` was made.
+        rest.tombstones.update(self._changes.tombstones)
         self._rest, self._is_first, self._flight = rest, True, None
         self._changes = _Contents()
         self.wants_snapshot = False
@@ -115,6 +121,13 @@ class Sender:
             self._flight = self._rest = None
         elif self._flight is not None and answer.number >= self._flight.number:
             self._flight = None
+
+    def _bound(self) -> None:
+        if len(self._changes.blocks) + len(self._changes.records) > _MOST_CHANGES:
+            stones, self._changes = self._changes.tombstones, _Contents()
+            self._changes.tombstones = stones
+            self._flight = self._rest = None
+            self.wants_snapshot = True
 
     def _make(self) -> Announcement:
         source = self._changes if self._rest is None else self._rest

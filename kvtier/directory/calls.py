@@ -6,6 +6,7 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from kvtier.cluster_messages import Load
 from kvtier.directory.announcements import Announcement, Answer
 from kvtier.directory.lookups import Hits
 from kvtier.directory.merge import Conversation
@@ -13,10 +14,14 @@ from kvtier.errors import MalformedMessage
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
-    """A message of a stream. address: host:port at which the node's peers reach it. Answered by Answer."""
+    """A message of a stream. address: host:port at which the node's peers reach it. Answered by Answer.
+
+    load: of the node, as it is now.
+    """
 
     announcement: Announcement
     address: str
+    load: Load | None = None
 
 
 class Find(msgspec.Struct, frozen=True, tag="find"):
@@ -51,16 +56,18 @@ Call: TypeAlias = Tell | Find | GetConversation | GetAfter | GetNodes
 
 
 class Found(msgspec.Struct, frozen=True):
-    """Answer to Find, in its order. addresses: of the nodes in it."""
+    """Answer to Find, in its order. addresses, loads: of the nodes in it."""
 
     hits: list[Hits]
     addresses: dict[str, str]
+    loads: dict[str, Load] = msgspec.field(default_factory=dict)
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Answer to GetConversation and GetAfter."""
+    """Answer to GetConversation and GetAfter. loads: of the nodes in the one that was asked for."""
 
     conversations: list[Conversation]
+    loads: dict[str, Load] = msgspec.field(default_factory=dict)
 
 
 class Node(msgspec.Struct, frozen=True):

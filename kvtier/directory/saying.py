@@ -12,6 +12,7 @@ from kvtier.cluster_messages import (
     Holdings,
     KnownConversation,
     Named,
+    Reach,
     Stone,
 )
 from kvtier.directory.announcements import HINT_BYTES, End, Layout, Part, Record, Tombstone
@@ -118,6 +119,15 @@ def fronts_of(
     """How far which node reaches in one of the chains, by what the asker's model needs."""
     layout = asked_layout(asked.geometry, asked.shard)
     return fronts(refs, [(question, as_asked(hits, layout)) for question, hits in answers])
+
+
+def reaches_of(chain: int, fronts: Iterable[Front], but: str) -> list[Reach]:
+    """The same in the node's words. chain: its index. but: the node that asks, which knows better."""
+    return [
+        Reach(chain, front.node, front.epoch, front.tokens, front.host_bytes, front.disk_bytes)
+        for front in fronts
+        if front.node != but
+    ]
 
 
 def asked_layout(geometry: Geometry, shard: str) -> Layout:

@@ -72,7 +72,7 @@ class Shard:
             number=stream.number,
             snapshot=verdict == "snapshot",
             forget=self._tombstones.for_node(message.node, _MOST_FORGET),
-            over=self._tombstones.take_over(message.node, _MOST_OVER),
+            over=self._tombstones.over_for(message.node, message.epoch, message.number, _MOST_OVER),
         )
 
     def lost(self, node: str, epoch: int) -> None:

@@ -29,9 +29,10 @@ class Tombstones:
         self._keep_s = keep_s
         self._graves: dict[str, _Grave] = {}
         self._by_name: dict[tuple[str, str], set[str]] = {}
-        # By node: what it has to carry out, and what it need not keep any longer; dicts keep the order.
+        # By node: what it has to carry out, and what it need not keep any longer, with the message whose
+        # answer said so, (epoch, number); dicts keep the order.
         self._open: dict[str, dict[str, None]] = {}
-        self._over: dict[str, dict[str, None]] = {}
+        self._over: dict[str, dict[str, tuple[int, int] | None]] = {}
 
     def __len__(self) -> int:
         return len(self._graves)
@@ -42,6 +43,9 @@ class Tombstones:
 
     def carried_out(self, node: str, stone: Tombstone, known: Iterable[str]) -> None:
         """The node has forgotten. known: nodes that may have the conversation, beside those it names."""
+        if stone.id in self._over.get(node, _NONE):
+            # It is over, and the node has not heard of that: what was parked since does not name it.
+            return
         grave = self._graves.get(stone.id)
         if grave is None:
             grave = self._graves[stone.id] = _Grave(stone, {*stone.nodes, *known}, set())
@@ -55,16 +59,19 @@ class Tombstones:
         """What the node has to carry out, the oldest first."""
         return tuple(self._graves[i].stone for i in islice(self._open.get(node, ()), at_most))
 
-    def take_over(self, node: str, at_most: int) -> tuple[str, ...]:
-        """Ids that the node need not keep any longer; each is told once.
+    def over_for(self, node: str, epoch: int, number: int, at_most: int) -> tuple[str, ...]:
+        """Ids that the node need not keep any longer, for the answer to this message of its stream.
 
-        Should that be lost, the node names it again and it is carried out again, which changes nothing.
+        An answer may be lost, so each is told until a later message of the same epoch: a node sends that
+        when it has taken in the answer to the one before.
         """
         over = self._over.get(node, {})
-        taken = tuple(islice(over, at_most))
-        for stone_id in taken:
-            del over[stone_id]
-        return taken
+        for stone_id, (told_epoch, told) in [(i, at) for i, at in islice(over.items(), at_most) if at]:
+            if told_epoch == epoch and told < number:
+                del over[stone_id]
+        telling = tuple(islice(over, at_most))
+        over.update(dict.fromkeys(telling, (epoch, number)))
+        return telling
 
     def retire(self, node: str) -> None:
         """The node will not come back: nobody waits for it."""

@@ -93,9 +93,10 @@ class ChatSession:
     ) -> Reply:
         """Add a message, text or token ids, and decode greedily until a stop token or max_new_tokens.
 
-        Where this process has no KV of the conversation, its stored front is restored and the rest
-        computed, in one chunk.  Raises TokensError when there is nothing to feed or nothing to decode; an
-        error on the way leaves the session as it was, with its KV dropped.
+        Where this process has no KV of the conversation, its stored front is restored, as far as the node
+        finds that worth it, and the rest computed, in one chunk.  How long computing took is told to the
+        node, which decides by that.  Raises TokensError when there is nothing to feed or nothing to decode;
+        an error on the way leaves the session as it was, with its KV dropped.
         """
         began_s = time.perf_counter()
         new = self._encode(message) if isinstance(message, str) else message
@@ -161,11 +162,18 @@ class ChatSession:
         tokens: list[int] = []
         rows: list[torch.Tensor] = []
         ttft_s = 0.0
-        feed = sequence[cache.get_seq_length() :]
+        past = cache.get_seq_length()
+        feed = sequence[past:]
+        fed_s = time.perf_counter()
         while True:
             logits = self._forward(feed, cache)
+            # Taking the token waits for the device: what follows knows how long it computed.
             tokens.append(int(logits.argmax()))
-            ttft_s = ttft_s or time.perf_counter() - began_s
+            if len(tokens) == 1:
+                now_s = time.perf_counter()
+                ttft_s = now_s - began_s
+                if self.kv is not None:
+                    self.kv.worker.prefilled(len(feed), now_s - fed_s, past=past)
             if capture:
                 rows.append(logits.cpu())
             if len(tokens) == count or tokens[-1] in self._stop:

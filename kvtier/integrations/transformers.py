@@ -18,6 +18,11 @@ tokens were fed.  A promise about bits is therefore one about runs that feed the
   other chunks.  The reference is a run which keeps, for each block, the tensors of whoever stored it first,
   begins each turn with as many tokens from there as the restore gave, and computes the rest in one chunk.
 
+Both speak of what is restored, and how much that is the node decides: with `policy.restore = "cost"`, the
+default, it may find computing sooner than loading, and all that was not restored is computed in one chunk, as
+after a miss.  Who needs the bits of the uninterrupted run on every turn has it load all that is stored, with
+`policy.restore = "load"`.
+
 A restored cache never covers the whole sequence: the model needs at least one token to answer with logits, so
 `restore` asks for all tokens but the last.  Fronts end where a block or a recorded tail ends, since only
 there the keys match, and where the window of every sliding layer is stored.  A restored cache is therefore
@@ -26,7 +31,8 @@ never cut inside a block, but for the rows of a sliding layer from before its wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,14 +121,18 @@ class TransformersKV:
 
         token_ids: the whole sequence to go on from, new message included.  Compute token_ids[tokens:] next.
         fidelity: that it was parked at.
-        A miss is an empty cache and the reason in the receipt.  Raises TokensError for an empty list.
+        A miss is an empty cache and the reason in the receipt; 'recompute' where the node expects computing
+        to be sooner than loading.  Raises TokensError for an empty list.
         """
         if len(token_ids) == 0:
             raise TokensError("there are no tokens to restore", fix="give the whole sequence")
         wanted = token_ids[:-1]
         if len(wanted) == 0:
             return self._miss(RestoreReceipt(conversation, tenant, 0, 0, reason="no_match"))
-        plan = self.worker.plan(conversation, wanted, tenant=tenant, fidelity=fidelity)
+        # Computing goes on behind a loaded front. It never fills one in: a cache grows at its end alone.
+        plan = self.worker.plan(
+            conversation, wanted, tenant=tenant, fidelity=fidelity, deadline_s=deadline_s, takes="fronts"
+        )
         if plan.load_tokens == 0:
             return self._miss(
                 RestoreReceipt(conversation, tenant, 0, 0, reason=plan.reason, detail=plan.detail)
@@ -154,18 +164,44 @@ def attach(
     fingerprint: Fingerprint | None = None,
     shard: Shard | None = None,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    config: Mapping[str, Any] | str | Path | None = None,
+    device: str | None = None,
+    devices: int = 1,
 ) -> TransformersKV:
     """Show a transformers model's cache to the node.
 
     fingerprint: of its weights; by default that of the local folder that it was loaded from.  shard: the
     slice that this process holds, by default all of it.  block_tokens: what is keyed and moved as one; other
-    workers of this model share blocks only of the same size.  Raises FingerprintError for a model that came
-    from elsewhere, GeometryError for one whose cache is not full or sliding attention, ModelSpecError.
+    workers of this model share blocks only of the same size.
+
+    config: from which the node reads what computing a token costs, to weigh loading against computing; by
+    default the model's own; {} shows none, and then all that is stored is loaded.  device: what computes, as
+    its driver calls it ('NVIDIA H100 80GB HBM3', or 'cpu'), for a first guess of how fast; None lets the node
+    learn it from the prefills that are told, by ChatSession or with `kv.worker.prefilled`.  devices: that
+    compute together.
+
+    Raises FingerprintError for a model that came from elsewhere, GeometryError for one whose cache is not
+    full or sliding attention, ModelSpecError.
     """
     shape = cache_shape(model, block_tokens)
     identity = fingerprint or model_fingerprint(model, shape)
     whole = shape.spec.whole_shard()
-    return TransformersKV(client.attach(identity, shape.layout, shard=shard or whole), shape)
+    worker = client.attach(
+        identity,
+        shape.layout,
+        shard=shard or whole,
+        config=model_config(model) if config is None else config,
+        device=device or "",
+        devices=devices,
+    )
+    return TransformersKV(worker, shape)
+
+
+def model_config(model: Any) -> dict[str, Any]:
+    """What a config.json of the model's text part holds."""
+    text = model.config.get_text_config(decoder=True).to_json_string(use_diff=False)
+    config: dict[str, Any] = json.loads(text)
+    return config
 
 
 def model_fingerprint(model: Any, shape: CacheShape) -> Fingerprint:

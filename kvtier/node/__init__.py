@@ -12,6 +12,7 @@ disk_side.py      what is asked of the disk service, and what its answers change
 parks.py          pool -> host -> disk
 plans.py          looking up, choosing, holding
 restores.py       disk -> host -> pool
+restore_ends.py   what came of a restore, and what is learned from it
 cluster_side.py   what is asked of directory and other nodes, and what they ask
 elsewhere.py      what other nodes have of a plan's tokens
 pulls.py          peer -> host, through peer_reads.py
@@ -20,7 +21,8 @@ announcing.py     what the directory is told
 graves.py         what was forgotten, here or elsewhere
 peers.py          workers and services that come, go and die
 admin.py          status, ls, show, models, hint, forget
-locating.py       locate
+loads.py          how loaded this node and the others are
+locating.py       locate: the nodes, the soonest first token first
 core.py           routes each stimulus to the part that handles it
 journal.py        the log of all stimuli, and its replay
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from heapq import nsmallest
 from itertools import takewhile
 
 from kvtier.cluster_messages import Buried, KnownConversation
@@ -67,14 +68,17 @@ class Admin:
 
     def list_conversations(self, peer: str, message: ListConversations) -> None:
         """Answer ListConversations: a page in order of (tenant, name)."""
-        names = sorted(
-            name
-            for name in self._state.conversations
-            if (not message.tenant or name[0] == message.tenant)
-            and (message.after is None or name > tuple(message.after))
-        )
         limit = min(max(message.limit, 1), _LIST_MOST)
         after = None if message.after is None else (message.after[0], message.after[1])
+        # One more than is told says whether there are more.
+        names = nsmallest(
+            limit + 1,
+            (
+                name
+                for name in self._state.conversations
+                if (not message.tenant or name[0] == message.tenant) and (after is None or name > after)
+            ),
+        )
 
         def answer(known: Sequence[KnownConversation]) -> None:
             elsewhere = {(k.tenant, k.conversation): k for k in known}
@@ -188,10 +192,8 @@ class Admin:
         """
         erased: list[Stored] = []
         shared: list[Stored] = []
-        for block in self._state.tree:
-            if name in block.names:
-                block.names.discard(name)
-                (shared if block.names else erased).extend(block.parts.values())
+        for block in self._state.tree.unname(name):
+            (shared if block.names else erased).extend(block.parts.values())
         return erased, shared
 
     def _erase(self, peer: str, message: Forget, receipt: ForgetReceipt, erased: list[Stored]) -> None:

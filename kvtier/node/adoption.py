@@ -144,8 +144,7 @@ class Adoption:
         record.heads = [head for head in record.heads if chains[head.key]]
         record.durable = {head.key for head in record.heads}
         for head in record.heads:
-            for block in chains[head.key]:
-                block.belongs_to(record.id, head.private)
+            state.tree.name(chains[head.key], record.id, head.private)
         state.name_changed(record.id)
         if not record.heads:
             state.ended[record.id] = record.version

@@ -1,12 +1,13 @@
-"""What this node tells the directory: what it holds of blocks that changed, and where conversations end."""
+"""What this node tells the directory: its load, blocks that changed, where conversations end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
 
-from kvtier.cluster_messages import DIRECTORY, Held, Holdings, Named
+from kvtier.cluster_messages import DIRECTORY, Held, Holdings, Load, Named
 from kvtier.node.blocks import ConversationId
+from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState
 
 _HINT_BYTES = 16
@@ -17,15 +18,17 @@ _MOST_AT_ONCE = 2000
 class Announcing:
     """Sends what changed with every tick; several changes of one thing are one."""
 
-    def __init__(self, state: NodeState) -> None:
+    def __init__(self, state: NodeState, loads: Loads) -> None:
         self._state = state
+        self._loads = loads
         # Grows with each record that is told: a later one must count, also of a name that began anew.
         self._version = 0
 
     def tick(self) -> None:
         """Tell what changed since."""
         state = self._state
-        if not (state.changed_blocks or state.changed_names):
+        load = self._loads.news()
+        if not (state.changed_blocks or state.changed_names or load):
             return
         keys = list(islice(state.changed_blocks, _MOST_AT_ONCE))
         names = list(islice(state.changed_names, _MOST_AT_ONCE))
@@ -34,16 +37,20 @@ class Announcing:
         for name in names:
             del state.changed_names[name]
         self._version += 1
-        state.send(DIRECTORY, self._holdings(keys, names))
+        state.send(DIRECTORY, self._holdings(keys, names, load))
 
     def everything(self) -> Holdings:
         """All that the node holds, for a shard that knows nothing of it."""
         names = list(self._state.conversations)
         return self._holdings((block.key for block in self._state.tree), names)
 
-    def _holdings(self, keys: Iterable[bytes], names: Iterable[ConversationId]) -> Holdings:
+    def _holdings(
+        self, keys: Iterable[bytes], names: Iterable[ConversationId], load: Load | None = None
+    ) -> Holdings:
         return Holdings(
-            blocks=tuple(self._held(key) for key in keys), named=tuple(self._named(name) for name in names)
+            blocks=tuple(self._held(key) for key in keys),
+            named=tuple(self._named(name) for name in names),
+            load=load,
         )
 
     def _held(self, key: bytes) -> Held:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from kvtier.objects import ObjectId, ObjectMeta, Root
 
 ConversationId: TypeAlias = tuple[str, str]  # tenant, conversation
 Part: TypeAlias = tuple[int, str]  # layer group, shard name
 Private: TypeAlias = tuple[int, bytes]  # from which token on nothing is shared, salt
+
+_Key = TypeVar("_Key", bytes, int)
+_NOBODY: Final[frozenset[ConversationId]] = frozenset()
 
 
 @dataclass(slots=True)
@@ -50,7 +54,7 @@ class Block:
     start: int
     tokens: int
     parts: dict[Part, Stored] = field(default_factory=dict)
-    names: set[ConversationId] = field(default_factory=set)
+    names: AbstractSet[ConversationId] = _NOBODY
     private: Private | None = None
 
     @property
@@ -58,16 +62,22 @@ class Block:
         """Position after the block's last token."""
         return self.start + self.tokens
 
-    def belongs_to(self, name: ConversationId, private: Private | None) -> None:
-        """The conversation's chain, keyed like this, runs through the block."""
-        self.names.add(name)
-        if private is not None and self.end > private[0]:
-            self.private = private
-
     @property
     def is_tail(self) -> bool:
         """Whether it is shorter than a full block."""
         return self.tokens < self.root.block_tokens
+
+
+@dataclass(slots=True)
+class _Named:
+    """A conversation's blocks. alone: the names of those that are its own; one set for all of them.
+
+    tips: where its chains end: every block with its name is a tip or stands before one.  A dict keeps the
+    order, so that a replay repeats it.
+    """
+
+    alone: frozenset[ConversationId]
+    tips: dict[bytes, None] = field(default_factory=dict)
 
 
 class BlockTree:
@@ -75,11 +85,17 @@ class BlockTree:
 
     A block stays while it has a stored part or a child; so a chain has no gap in the tree even when a
     part of a middle block was lost.
+
+    For each conversation it keeps the blocks where its chains end, so all that have its name are found
+    without a look at the blocks of others.  Children are only counted: all conversations begin at one root.
     """
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, Block] = {}
-        self._children: dict[bytes, set[bytes]] = {}
+        self._children: dict[bytes, int] = {}
+        # Of the short blocks on each parent: how many of each length there are.
+        self._tails: dict[bytes, dict[int, int]] = {}
+        self._named: dict[ConversationId, _Named] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -103,7 +119,7 @@ class BlockTree:
         if block is None:
             block = Block(key, meta.parent_key, meta.root, meta.start, meta.tokens)
             self._blocks[key] = block
-            self._children.setdefault(meta.parent_key, set()).add(key)
+            self._add_child(block)
         part = (meta.object_id.group, meta.object_id.shard)
         stored = block.parts.get(part)
         if stored is None:
@@ -120,17 +136,87 @@ class BlockTree:
         while block is not None and not block.parts and block.key not in self._children:
             del self._blocks[block.key]
             gone.append(block)
-            siblings = self._children[block.parent]
-            siblings.discard(block.key)
-            if not siblings:
-                del self._children[block.parent]
+            self._drop_child(block)
+            for name in block.names:
+                self._move_tip(name, block)
             block = self._blocks.get(block.parent)
         return gone
 
-    def tails(self, parent: bytes) -> list[Block]:
-        """The short last blocks that stand on `parent`, longest first."""
-        children = (self._blocks[key] for key in self._children.get(parent, ()))
-        return sorted((b for b in children if b.is_tail), key=lambda b: (-b.tokens, b.key))
+    def name(self, chain: Sequence[Block], name: ConversationId, private: Private | None) -> None:
+        """A conversation's chain, keyed like this, runs through blocks that follow one another."""
+        if not chain:
+            return
+        named = self._named.get(name)
+        if named is None:
+            named = self._named[name] = _Named(frozenset((name,)))
+        tips, last = named.tips, chain[-1]
+        if name not in last.names:
+            tips.pop(last.parent, None)
+            tips[last.key] = None
+        for block in chain:
+            if block is not last:
+                tips.pop(block.key, None)
+            if name not in block.names:
+                _add_name(block, name, named.alone)
+            if private is not None and block.end > private[0]:
+                block.private = private
+
+    def named(self, name: ConversationId) -> list[Block]:
+        """The blocks that have the conversation's name, each chain from its front."""
+        found: list[Block] = []
+        seen: set[bytes] = set()
+        named = self._named.get(name)
+        for tip in named.tips if named is not None else ():
+            path: list[Block] = []
+            block = self._blocks.get(tip)
+            while block is not None and block.key not in seen:
+                seen.add(block.key)
+                path.append(block)
+                block = self._blocks.get(block.parent)
+            # A park that failed may have named no more than the end of a chain.
+            found += (block for block in reversed(path) if name in block.names)
+        return found
+
+    def unname(self, name: ConversationId) -> list[Block]:
+        """Take the conversation's name away; answers the blocks that had it."""
+        found = self.named(name)
+        for block in found:
+            if isinstance(block.names, set):
+                block.names.discard(name)
+            else:
+                block.names = _NOBODY
+        self._named.pop(name, None)
+        return found
+
+    def _move_tip(self, name: ConversationId, gone: Block) -> None:
+        """What stands before a tip that left the tree is found from the next block with the name."""
+        tips = self._named[name].tips
+        if gone.key in tips:
+            del tips[gone.key]
+            before = self._blocks.get(gone.parent)
+            while before is not None and name not in before.names:
+                before = self._blocks.get(before.parent)
+            if before is not None:
+                tips[before.key] = None
+        if not tips:
+            del self._named[name]
+
+    def _add_child(self, block: Block) -> None:
+        _count(self._children, block.parent, 1)
+        if block.is_tail:
+            _count(self._tails.setdefault(block.parent, {}), block.tokens, 1)
+
+    def _drop_child(self, block: Block) -> None:
+        _count(self._children, block.parent, -1)
+        if block.is_tail:
+            lengths = self._tails[block.parent]
+            _count(lengths, block.tokens, -1)
+            if not lengths:
+                del self._tails[block.parent]
+
+    def tail_lengths(self, parent: bytes) -> list[int]:
+        """The distinct lengths in tokens of the short last blocks that stand on `parent`, longest first."""
+        return sorted(self._tails.get(parent, ()), reverse=True)
 
     def chain(self, key: bytes) -> list[Block]:
         """The blocks from the first to `key`; empty when one of them is not in the tree."""
@@ -142,3 +228,20 @@ class BlockTree:
                 return found[::-1]
             block = self._blocks.get(block.parent)
         return []
+
+
+def _count(counts: dict[_Key, int], key: _Key, by: int) -> None:
+    now = counts.get(key, 0) + by
+    if now:
+        counts[key] = now
+    else:
+        del counts[key]
+
+
+def _add_name(block: Block, name: ConversationId, alone: frozenset[ConversationId]) -> None:
+    if isinstance(block.names, set):
+        block.names.add(name)
+    elif block.names:
+        block.names = {*block.names, name}
+    else:
+        block.names = alone

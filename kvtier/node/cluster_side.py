@@ -13,6 +13,7 @@ from kvtier.node.draining import Draining
 from kvtier.node.elsewhere import Elsewhere
 from kvtier.node.everywhere import Everywhere
 from kvtier.node.graves import Burials
+from kvtier.node.loads import Loads
 from kvtier.node.loans import Loans
 from kvtier.node.peer_reads import PeerReads
 from kvtier.node.pulls import Pulls
@@ -41,13 +42,15 @@ CLUSTER_SAYS: dict[type[Message], tuple[str, ...]] = {
 class ClusterSide:
     """Everything of the core that is about other nodes."""
 
-    def __init__(self, state: NodeState, disk: DiskSide, room: Room, elsewhere: Elsewhere) -> None:
+    def __init__(
+        self, state: NodeState, disk: DiskSide, room: Room, elsewhere: Elsewhere, loads: Loads
+    ) -> None:
         self.elsewhere = elsewhere
         self.pulls = Pulls(state, PeerReads(state))
         self.loans = Loans(state, disk, room)
-        self.announcing = Announcing(state)
+        self.announcing = Announcing(state, loads)
         self.burials = Burials(state)
-        self.everywhere = Everywhere(state)
+        self.everywhere = Everywhere(state, loads)
         self.draining = Draining(state, disk)
 
     def handlers(self) -> dict[type[Message], Callable[[str, Any], None]]:

@@ -38,6 +38,7 @@ from kvtier.node.events import (
 )
 from kvtier.node.host_memory import HostMemory
 from kvtier.node.limits import check_names
+from kvtier.node.loads import Loads
 from kvtier.node.locating import Locating
 from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
@@ -45,7 +46,8 @@ from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
 from kvtier.node.queues import Queues
 from kvtier.node.reports import status_report
-from kvtier.node.restores import RestoreJob, Restores
+from kvtier.node.restore_job import RestoreJob
+from kvtier.node.restores import Restores
 from kvtier.node.room import Room
 from kvtier.node.settings import NodeSettings
 from kvtier.node.spills import Spills
@@ -106,9 +108,11 @@ class NodeCore:
         self._spills = Spills(state, self._disk)
         room = Room(state, self._disk, self._spills)
         self._parks = Parks(state, self._copies, self._disk, room)
-        chooser = Chooser(state, Queues(self._copies, self._disk))
-        elsewhere = Elsewhere(state)
-        self.cluster = ClusterSide(state, self._disk, room, elsewhere)
+        queues = Queues(self._copies, self._disk)
+        chooser = Chooser(state, queues)
+        self._loads = Loads(state, queues)
+        elsewhere = Elsewhere(state, self._loads)
+        self.cluster = ClusterSide(state, self._disk, room, elsewhere, self._loads)
         self._plans = Plans(state, self._parks, elsewhere, chooser)
         self._restores = Restores(state, self._copies, self._disk, room, self._plans, self.cluster.pulls)
         self._adoption = Adoption(state, self._disk)
@@ -118,7 +122,12 @@ class NodeCore:
         self._served = usage.Served(state)
         self._admin = Admin(state, self._disk, self._parks, self.cluster.burials, self.cluster.everywhere)
         self._locating = Locating(
-            state, elsewhere, self.cluster.everywhere, self._plans, self._admin.located_here
+            state,
+            elsewhere,
+            self.cluster.everywhere,
+            self._plans,
+            self._loads,
+            self._admin.located_here,
         )
         self._handlers = self._make_handlers()
 
@@ -222,7 +231,9 @@ class NodeCore:
         self.state.send(peer, m.Done(id=message.id))
 
     def _make_plan(self, peer: str, message: m.MakePlan) -> None:
-        self._plans.make(peer, message, self._peers.worker(message.worker, peer))
+        worker = self._peers.worker(message.worker, peer)
+        self._plans.make(peer, message, worker)
+        self._loads.asked(worker, message)
         usage.asked(self.state, message)
 
     def _drop_plan(self, peer: str, message: m.DropPlan) -> None:

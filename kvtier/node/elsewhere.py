@@ -26,6 +26,7 @@ from kvtier.cluster_messages import (
     FindBranches,
     FindHolders,
     Holders,
+    Reach,
     TheseAre,
 )
 from kvtier.keys import BlockRef
@@ -33,12 +34,13 @@ from kvtier.messages import MakePlan
 from kvtier.node import wire
 from kvtier.node.blocks import Block, Private, Stored
 from kvtier.node.coverage import Piece, Source, longest, restored_end
+from kvtier.node.loads import Loads
 from kvtier.node.lookup import Query
 from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta, Root
 
-# Told (index of the chain, node, epoch, tokens) for each.
-TellFronts: TypeAlias = Callable[[Sequence[tuple[int, str, int, int]]], None]
+# Told what each node could restore.
+TellFronts: TypeAlias = Callable[[Sequence[Reach]], None]
 # Chains of one question: the ways in which branches were keyed, and branches that end in a tail.
 _CHAINS_MOST = 8
 
@@ -80,8 +82,8 @@ class Lookup:
     tokens: int
     after: tuple[str, ...]
     chains: list[tuple[Private | None, list[BlockRef]]] = field(default_factory=list)
-    candidates: deque[tuple[int, str, int, int]] = field(default_factory=deque)
-    asked: tuple[int, str, int, int] | None = None
+    candidates: deque[Reach] = field(default_factory=deque)
+    asked: Reach | None = None
     remote: Remote | None = None
     over: bool = False
     tell: TellFronts | None = None
@@ -91,8 +93,9 @@ class Lookup:
 class Elsewhere:
     """The lookups that run."""
 
-    def __init__(self, state: NodeState) -> None:
+    def __init__(self, state: NodeState, loads: Loads) -> None:
         self._state = state
+        self._loads = loads
         self._lookups: dict[str, Lookup] = {}
 
     def begin(self, message: MakePlan, worker: Worker, query: Query, tokens: int) -> Lookup | None:
@@ -119,7 +122,7 @@ class Elsewhere:
         for lookup in [one for one in self._lookups.values() if one.until_s <= self._state.now_s]:
             self._told(lookup, ())
 
-    def _told(self, lookup: Lookup, fronts: Sequence[tuple[int, str, int, int]]) -> None:
+    def _told(self, lookup: Lookup, fronts: Sequence[Reach]) -> None:
         self.end(lookup)
         if lookup.tell is not None:
             lookup.tell(fronts)
@@ -163,14 +166,15 @@ class Elsewhere:
 
     def on_holders(self, peer: str, message: Holders) -> None:
         """How far which node reaches: the furthest is asked first."""
+        self._loads.heard(message.loads)
         lookup = self._lookups.get(message.job)
         if lookup is None:
             return
         if lookup.tell is not None:
             self._told(lookup, message.fronts)
             return
-        useful = [f for f in message.fronts if f[3] > lookup.tokens and 0 <= f[0] < len(lookup.chains)]
-        lookup.candidates = deque(sorted(useful, key=lambda front: -front[3]))
+        useful = [f for f in message.fronts if f.tokens > lookup.tokens and 0 <= f.chain < len(lookup.chains)]
+        lookup.candidates = deque(sorted(useful, key=lambda front: -front.tokens))
         self._ask_next(lookup)
 
     def on_these_are(self, peer: str, message: TheseAre) -> None:
@@ -178,8 +182,8 @@ class Elsewhere:
         lookup = self._lookups.get(message.job)
         if lookup is None or lookup.asked is None:
             return
-        chain, node, epoch, _ = lookup.asked
-        private, refs = lookup.chains[chain]
+        node, epoch = lookup.asked.node, lookup.asked.epoch
+        private, refs = lookup.chains[lookup.asked.chain]
         metas = _trusted(lookup, refs, wire.unpack_metas(message.roots, message.metas))
         if not metas:
             self._ask_next(lookup)
@@ -192,7 +196,7 @@ class Elsewhere:
             self.end(lookup)
             return
         lookup.asked = lookup.candidates.popleft()
-        chain, node, epoch, tokens = lookup.asked
+        chain, node, epoch, tokens = lookup.asked[:4]
         refs = [ref for ref in lookup.chains[chain][1] if ref.start + ref.tokens <= tokens]
         packed = b"".join(ref.key for ref in refs)
         shard = lookup.worker.shard

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvtier.cluster_messages import DIRECTORY, FindConversations, Known, KnownConversation
+from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo
 
@@ -24,8 +25,9 @@ class _Waiting:
 class Everywhere:
     """Asks the directory about conversations, for a bounded time."""
 
-    def __init__(self, state: NodeState) -> None:
+    def __init__(self, state: NodeState, loads: Loads) -> None:
         self._state = state
+        self._loads = loads
         self._waiting: dict[str, _Waiting] = {}
 
     def find(
@@ -51,6 +53,7 @@ class Everywhere:
 
     def on_known(self, peer: str, message: Known) -> None:
         """The directory's answer."""
+        self._loads.heard(message.loads)
         waiting = self._waiting.pop(message.job, None)
         if waiting is not None:
             waiting.tell(message.conversations)

@@ -18,6 +18,8 @@ from kvtier.node.state import NodeState
 EraseHere = Callable[[ConversationId, RemoveDone], None]
 # The service asks all nodes at once, and answers before a client has waited for too long.
 _MOST_S = 20.0
+# A tombstone that is over counts a while longer: reads that began before it may still be under way.
+_OVER_S = 120.0
 
 
 @dataclass(slots=True)
@@ -33,6 +35,10 @@ class Burials:
     def __init__(self, state: NodeState) -> None:
         self._state = state
         self._burials: dict[str, _Burial] = {}
+        # By id, with the time until which they count; in the order of that.
+        self._over: dict[str, tuple[float, Stone]] = {}
+        # Who waits for an erasure that runs, by tombstone.
+        self._erasing: dict[str, list[str]] = {}
         self.erase_here: EraseHere = lambda name, done: done(False, "nothing erases")
 
     def bury(self, name: ConversationId) -> str:
@@ -70,6 +76,12 @@ class Burials:
     def tick(self) -> None:
         """Who waits for too long is told so."""
         now_s = self._state.now_s
+        while self._over:
+            until_s, stone = next(iter(self._over.values()))
+            if until_s > now_s:
+                break
+            del self._over[stone.id]
+            self._drop(stone)
         for job, burial in [(j, b) for j, b in self._burials.items() if b.until_s <= now_s]:
             if burial.waiting is not None:
                 del self._burials[job]
@@ -81,16 +93,21 @@ class Burials:
         """Another node forgot a conversation; answered when it is durable here."""
         state, stone = self._state, message.stone
         name = (stone.tenant, stone.conversation)
+        if stone.id in self._erasing:
+            self._erasing[stone.id].append(peer)
+            return
         if stone.id in state.stones.get(name, ()):
             state.send(peer, Erased(stone=stone))
             return
         self._keep(stone)
+        self._erasing[stone.id] = [peer]
 
         def done(ok: bool, detail: str) -> None:
             if not ok:
                 # It is told once more, and then tried once more.
                 self._drop(stone)
-            state.send(peer, Erased(stone=stone, ok=ok))
+            for asking in self._erasing.pop(stone.id):
+                state.send(asking, Erased(stone=stone, ok=ok))
 
         self.erase_here(name, done)
 
@@ -107,9 +124,11 @@ class Burials:
     def on_over(self, peer: str, message: Over) -> None:
         """These need not be kept: every node that could bring the conversation back has carried them out."""
         ids = set(message.ids)
-        for stones in list(self._state.stones.values()):
-            for stone in [stone for stone in stones.values() if stone.id in ids]:
-                self._drop(stone)
+        until_s = self._state.now_s + _OVER_S
+        for stones in self._state.stones.values():
+            for stone in stones.values():
+                if stone.id in ids:
+                    self._over.setdefault(stone.id, (until_s, stone))
 
     def _keep(self, stone: Stone) -> None:
         self._state.stones.setdefault((stone.tenant, stone.conversation), {})[stone.id] = stone

@@ -71,22 +71,38 @@ def match(
         if block is None or block.is_tail:
             break
         blocks.append(block)
-    parent = blocks[-1].key if blocks else root.key
-    tails = [tail for tail in tree.tails(parent) if begins_with(tail, root, query, private)]
+    last = blocks[-1] if blocks else None
+    tails = tails_within(tree, (last.key, last.end) if last else (root.key, 0), root, query, private)
     return [*([*blocks, tail] for tail in tails), *([blocks] if blocks else [])]
 
 
-def begins_with(block: Block, root: Root, query: Query, private: Private | None) -> bool:
-    """Whether the query has, at the block's place, the block's tokens after the same prefix."""
-    first = (block.start - query.after_tokens) * keys.TOKEN_BYTES
-    if first < 0 or block.end > query.end:
-        return False
+def tails_within(
+    tree: BlockTree, after: tuple[bytes, int], root: Root, query: Query, private: Private | None
+) -> list[Block]:
+    """The recorded tails that the query contains at the end of a chain, the longest first.
+
+    after: key and end of the chain.  Of each length there is at most one: as many keys are made as there are
+    lengths, whatever the number of conversations that end here.
+    """
+    parent, start = after
+    first = (start - query.after_tokens) * keys.TOKEN_BYTES
+    lengths = [n for n in tree.tail_lengths(parent) if first >= 0 and start + n <= query.end]
+    found = (tree.get(_tail_key(after, n, root, query, private)) for n in lengths)
+    return [tail for tail in found if tail is not None]
+
+
+def _tail_key(
+    after: tuple[bytes, int], tokens: int, root: Root, query: Query, private: Private | None
+) -> bytes:
+    """Of a block of the query's next tokens."""
+    parent, start = after
+    first = (start - query.after_tokens) * keys.TOKEN_BYTES
     refs = keys.chain(
         root,
-        query.tokens[first : first + block.tokens * keys.TOKEN_BYTES],
-        tuple(extra for extra in query.extras if extra[0] < block.end),
-        parent=block.parent if block.start else None,
-        first_position=block.start,
+        query.tokens[first : first + tokens * keys.TOKEN_BYTES],
+        tuple(extra for extra in query.extras if extra[0] < start + tokens),
+        parent=parent if start else None,
+        first_position=start,
         private=private,
     )
-    return refs[0].key == block.key
+    return refs[0].key

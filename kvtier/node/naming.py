@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.node.blocks import Block, Private
-from kvtier.node.lookup import Query, begins_with
+from kvtier.node.lookup import Query, tails_within
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, Root
 from kvtier.states import State
@@ -23,8 +23,7 @@ def extended_tails(
         tail
         for block in chain
         if not block.is_tail and block.start >= query.after_tokens
-        for tail in state.tree.tails(block.parent)
-        if begins_with(tail, root, query, private)
+        for tail in tails_within(state.tree, (block.parent, block.start), root, query, private)
     ]
 
 

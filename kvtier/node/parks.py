@@ -244,7 +244,7 @@ class Parks:
             stored = state.stored_in_host(replace(meta, checksum=checksum))
             block = state.tree.get(meta.object_id.block_key)
             if block is not None:
-                block.belongs_to(job.name, job.private)
+                state.tree.name([block], job.name, job.private)
                 if self._writes.streams(job):
                     # The others are held until the park is over.
                     usage.stored(state, job.name, block)
@@ -280,8 +280,7 @@ class Parks:
         conversation = state.conversation(job.name)
         last = job.metas[-1].object_id.block_key
         chain = state.tree.chain(last)
-        for block in chain:
-            block.belongs_to(job.name, job.private)
+        state.tree.name(chain, job.name, job.private)
         head = Head(last, job.query.end, job.root.key, job.root.fingerprint, job.private, state.now_s)
         tails = naming.extended_tails(state, job.root, job.query, job.private, chain)
         job.replaces = {block.key for block in chain[:-1]} | {tail.key for tail in tails}

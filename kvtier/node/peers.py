@@ -15,7 +15,8 @@ from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.plans import Plans
-from kvtier.node.restores import RestoreJob, Restores
+from kvtier.node.restore_job import RestoreJob
+from kvtier.node.restores import Restores
 from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES
 from kvtier.policy.interfaces import PrefillRate

@@ -88,10 +88,10 @@ class Plans:
             except KvtierError as error:
                 self._state.refuse(deferred.peer, deferred.message, error)
 
-    def reaches(self, message: MakePlan, worker: Worker) -> int:
-        """How many of the tokens could be restored from what is here."""
+    def front(self, message: MakePlan, worker: Worker) -> list[Piece]:
+        """What is here of the tokens and could be restored."""
         query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
-        return restored_end(self._best(message, worker, query)[1])
+        return self._best(message, worker, query)[1]
 
     def take(self, plan_id: str, worker: Worker) -> HeldPlan | None:
         """Hand a plan over to its restore, with what it holds; None when it is unknown or has ended."""

@@ -39,7 +39,7 @@ class Pulls:
         name = (held.plan.tenant, held.plan.conversation)
 
         def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
-            if state.stones_of(name) != remote.after:
+            if not set(state.stones_of(name)) <= set(remote.after):
                 # Forgotten while it was on its way: it does not come back.
                 for index, (_, slot) in enumerate(pairs):
                     if index not in failed:
@@ -64,6 +64,6 @@ class Pulls:
         stored = state.stored_in_host(meta)
         block = state.tree.get(meta.object_id.block_key)
         if block is not None:
-            block.belongs_to(name, remote.private)
+            state.tree.name([block], name, remote.private)
         state.counters.pulled_bytes += meta.nbytes
         return stored

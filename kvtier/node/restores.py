@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from kvtier.errors import ObjectExists
 from kvtier.messages import Restore, RestoreDone, RestoreStarted
 from kvtier.node.blocks import Stored
-from kvtier.node.copies import Copies, CopyJob, Pair
-from kvtier.node.coverage import Piece, Source, longest, restored_end
+from kvtier.node.copies import Copies, Pair
+from kvtier.node.coverage import Piece
 from kvtier.node.disk_reads import GONE
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.limits import check_seconds
 from kvtier.node.plans import HeldPlan, Plans
 from kvtier.node.pulls import Pulls
+from kvtier.node.restore_ends import RestoreEnds
+from kvtier.node.restore_job import RestoreJob
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker, count
 from kvtier.objects import ObjectId, ObjectMeta
@@ -24,7 +25,6 @@ from kvtier.receipts import Reason, RestoreReceipt
 from kvtier.tier import Slot
 from kvtier.tier_messages import Copied
 
-_PAGE_BYTES = 4
 # Reasons that a copy engine gives.
 _CORRUPT, _STALE = "corrupt", "stale"
 
@@ -33,34 +33,6 @@ _LEAST_S = 0.01
 
 # An object on its way from disk or from another node: its entry, the copy that is read, and where to.
 Read: TypeAlias = tuple[Stored, ObjectMeta, Slot]
-
-
-@dataclass(slots=True)
-class RestoreJob(CopyJob):
-    """One restore. to_read: on disk; to_pull: at another node; to_copy: in host memory; reading: reads that
-    have not ended.
-
-    tried_again: objects whose first copy was wrong.  sources: of each object that has not arrived.  left: how
-    many those are by source; arrived_s: when the last one of a source did.
-    """
-
-    held: HeldPlan = field(kw_only=True)
-    deadline_s: float = field(kw_only=True)
-    started_s: float = field(kw_only=True)
-    to_read: deque[Piece] = field(default_factory=deque)
-    to_pull: deque[Piece] = field(default_factory=deque)
-    to_copy: deque[Pair] = field(default_factory=deque)
-    reading: int = 0
-    copied: set[ObjectId] = field(default_factory=set)
-    copied_bytes: int = 0
-    read_s: float = 0.0
-    copy_s: float = 0.0
-    tried_again: set[ObjectId] = field(default_factory=set)
-    sources: dict[ObjectId, str] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
-    arrived_s: dict[str, float] = field(default_factory=dict)
-    reason: Reason = ""
-    detail: str = ""
 
 
 class Restores:
@@ -81,6 +53,7 @@ class Restores:
         self._room = room
         self._plans = plans
         self._pulls = pulls
+        self._ends = RestoreEnds(state)
         self._jobs: dict[str, RestoreJob] = {}
 
     def start(self, peer: str, message: Restore, worker: Worker) -> None:
@@ -352,88 +325,14 @@ class Restores:
 
     def _finish(self, job: RestoreJob) -> None:
         state = self._state
-        tokens, sources = self._in_place(job) if not job.running else (0, {})
-        plan = job.held.plan
-        receipt = RestoreReceipt(
-            conversation=plan.conversation,
-            tenant=plan.tenant,
-            tokens=tokens,
-            requested_tokens=plan.load_tokens,
-            sources=sources,
-            bytes=job.copied_bytes,
-            seconds=state.now_s - job.started_s,
-            reason=job.reason,
-            detail=job.detail,
-            busy=self._busy(job),
-            loaded_from=plan.load_from if tokens else 0,
-            read_s=job.read_s,
-            copy_s=job.copy_s,
-        )
+        receipt = self._ends.receipt(job)
         state.send(job.worker.name, RestoreDone(request=job.request, receipt=receipt))
         self._plans.release(job.held)
-        self._note(receipt)
-        self._learn(job)
+        self._ends.note(receipt)
+        self._ends.learn(job)
         job.over = True
         self._jobs.pop(job.id, None)
         self._copies.settle(job)
-
-    def _in_place(self, job: RestoreJob) -> tuple[int, dict[str, int]]:
-        worker, plan = job.worker, job.held.plan
-        computed = plan.load_from
-
-        def where(stored: Stored) -> Source | None:
-            there = stored.meta.start < computed or stored.meta.object_id in job.copied
-            return "host" if there else None
-
-        pieces = longest(job.held.blocks, job.held.geometry, worker.shard, where, plan.load_tokens)
-        tokens = restored_end(pieces)
-        if tokens <= computed:
-            return 0, {}
-        sources: dict[str, int] = {}
-        for part in plan.ranges:
-            if part.source != "compute" and part.start < tokens:
-                sources[part.source] = sources.get(part.source, 0) + min(part.end, tokens) - part.start
-        return tokens, sources
-
-    def _busy(self, job: RestoreJob) -> tuple[int, ...]:
-        """Pages that copies in another process may still write to."""
-        if not job.running or job.worker.mode == "worker":
-            return ()
-        return tuple(
-            int.from_bytes(packed[at : at + _PAGE_BYTES], "little")
-            for packed in job.pages
-            for at in range(0, len(packed), _PAGE_BYTES)
-        )
-
-    def _learn(self, job: RestoreJob) -> None:
-        """What took how long. Of what was cut off, that it takes longer than it had."""
-        now_s, held = self._state.now_s, job.held
-        restore, choice, asked = self._state.policies.restore, held.chosen.choice, held.chosen.asked
-        seconds = now_s - job.started_s
-        if job.tried_again or seconds <= 0 or job.reason not in ("", "deadline"):
-            return
-        if not job.reason:
-            for path in asked:
-                took_s = job.arrived_s.get(path.source, now_s) - job.started_s
-                restore.observed(path.source, path.nbytes, took_s, path.queue_bytes, path.via)
-        elif len(asked) == 1 and job.copied_bytes:
-            path = asked[0]
-            restore.observed(path.source, job.copied_bytes, seconds, path.queue_bytes, path.via)
-        if not job.reason or seconds > choice.eta_high_s:
-            restore.restored(choice, seconds)
-            slow = next((path.source for path in asked if path.source != "host"), "host")
-            eta_s = choice.eta_low_s, choice.eta_mid_s, choice.eta_high_s
-            self._state.counters.eta.see(slow, eta_s, seconds)
-
-    def _note(self, receipt: RestoreReceipt) -> None:
-        counters = self._state.counters
-        for source in receipt.sources:
-            count(counters.restores, source)
-        if receipt.reason:
-            count(counters.misses, receipt.reason)
-        counters.restored_bytes += receipt.bytes
-        counters.restored_tokens += receipt.tokens
-        counters.restore_s.add(receipt.seconds)
 
 
 def _as_planned(stored: Stored) -> ObjectMeta:

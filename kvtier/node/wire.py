@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kvtier.errors import MalformedMessage
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.tier import Slot
 from kvtier.tier_messages import WireItem, WireMeta, WireRoot
@@ -60,7 +61,10 @@ def pack_metas(metas: Iterable[ObjectMeta]) -> tuple[list[WireRoot], list[WireMe
 
 
 def unpack_metas(wire_roots: Sequence[WireRoot], wire_metas: Iterable[WireMeta]) -> list[ObjectMeta]:
-    """The reverse of `pack_metas`."""
+    """The reverse of `pack_metas`. Raises MalformedMessage for a root that is not among them."""
+    wire_metas = list(wire_metas)
+    if not all(0 <= m.root < len(wire_roots) for m in wire_metas):
+        raise MalformedMessage("an object names a root that its message lacks")
     roots = [Root(r.key, r.tenant, r.fingerprint, r.fidelity, r.block_tokens) for r in wire_roots]
     return [
         ObjectMeta(

@@ -57,6 +57,7 @@ class PeerClient:
         self._own, self._node, self._address, self._settings = own, node, address, settings
         self._lock = threading.Lock()
         self._idle: list[Stream] = []
+        self._asking: set[Stream] = set()
         self._fetches: set[_Fetch] = set()
         self._closed = False
         self.epoch = 0
@@ -99,11 +100,18 @@ class PeerClient:
 
     def _ask_over(self, stream: Stream, body: bytes, until_s: float) -> bytes:
         try:
+            with self._lock:
+                if self._closed:
+                    raise StreamLost("closed")
+                self._asking.add(stream)
             stream.send(Ask(body=body), until_s)
             reply = stream.receive(Reply, until_s, MAX_ASK_BYTES)
         except BaseException:
             stream.close()
             raise
+        finally:
+            with self._lock:
+                self._asking.discard(stream)
         self.give_back(stream)
         if reply.reason:
             raise KvtierError(f"node '{self._node}': {reply.reason}")
@@ -117,19 +125,23 @@ class PeerClient:
             run.cancel()
 
     def close(self) -> None:
-        """Cancel, and close all connections."""
+        """Cancel, and close all connections; who waits for an answer gets StreamLost."""
         with self._lock:
             self._closed = True
         self.cancel()
         with self._lock:
-            idle, self._idle = self._idle, []
-        for stream in idle:
+            streams, self._idle = [*self._idle, *self._asking], []
+        for stream in streams:
             stream.close()
 
     def idle_stream(self) -> Stream | None:
         """A connection of an earlier fetch; the peer may have closed it since."""
-        with self._lock:
-            return self._idle.pop() if self._idle else None
+        while True:
+            with self._lock:
+                stream = self._idle.pop() if self._idle else None
+            if stream is None or stream.epoch >= self.least_epoch:
+                return stream
+            stream.close()
 
     def new_stream(self, until_s: float) -> Stream:
         """A connection that is ready to be asked. Raises StreamLost, AuthError, MalformedMessage."""
@@ -145,7 +157,7 @@ class PeerClient:
             ready = stream.receive(PeerReady, until_s)
             if ready.reason:
                 raise AuthError(f"node '{self._node}' refuses this node: {ready.reason}")
-            self.epoch = proof.epoch
+            self.epoch = stream.epoch = proof.epoch
             if proof.epoch < self.least_epoch:
                 raise StreamLost(f"node '{self._node}' of an earlier start answers")
             return stream

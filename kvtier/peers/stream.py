@@ -20,6 +20,8 @@ BUFFER_BYTES = 4 << 20
 # proven who they are, and afterwards.
 MAX_BODY_BYTES = 4096
 MAX_ASK_BYTES = 4 << 20
+# A socket takes no longer wait than its clock can count.
+_MOST_WAIT_S = 86400.0
 
 
 class StreamLost(OSError):
@@ -27,10 +29,14 @@ class StreamLost(OSError):
 
 
 class Stream:
-    """Not thread-safe, but for `close`. Times are deadlines by time.monotonic()."""
+    """Not thread-safe, but for `close`. Times are deadlines by time.monotonic().
+
+    epoch: of the other end, once it has proven who it is; for who keeps streams.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.epoch = 0
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -115,4 +121,4 @@ def _left(until_s: float) -> float:
     left_s = until_s - time.monotonic()
     if left_s <= 0:
         raise TimeoutError("the time is over")
-    return left_s
+    return min(left_s, _MOST_WAIT_S)

@@ -127,6 +127,10 @@ class CostRestore:
         if nbytes > 0 and queue_bytes >= 0:
             self.loads.observed(self.loads.estimate(Path(source, via), nbytes, queue_bytes), seconds)
 
+    def line(self, source: str, queue_bytes: int = 0) -> LoadLine:
+        """See RestorePolicy."""
+        return self.loads.line(self.loads.usual(source), 0, queue_bytes)
+
     def restored(self, choice: LoadChoice, seconds: float) -> None:
         """See RestorePolicy: how far whole restores are from what their loads would make."""
         if choice.kind and choice.expected_s > 0 and 0 < seconds < 1e9:

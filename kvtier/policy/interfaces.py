@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, Protocol, TypeAlias
 
+from kvtier.policy.load_cost import LoadLine
 from kvtier.policy.usage import NoUsage, UsagePolicy
 
 # What an engine can take of a restore: all that is stored or nothing; any front; or also computing the front
@@ -111,6 +112,9 @@ class RestorePolicy(Protocol):
 
         queue_bytes: what was to be moved first when it was asked for.  via: see Segment.
         """
+
+    def line(self, source: str, queue_bytes: int = 0) -> LoadLine:
+        """How long loads from `source` take, by the path of it that was measured most."""
 
     def restored(self, choice: LoadChoice, seconds: float) -> None:
         """All that was chosen to be loaded was in place after so long."""

@@ -20,9 +20,13 @@ def number(value: object, field: str, low: float = -math.inf, high: float = math
     """A finite number in [low, high]. Raises ConfigError naming `field`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(field, f"is {value!r}, not a number")
-    if not math.isfinite(value) or not low <= value <= high:
+    try:
+        found = float(value)
+    except OverflowError as error:
+        raise ConfigError(field, "is longer than any number that is kept") from error
+    if not math.isfinite(found) or not low <= found <= high:
         raise ConfigError(field, f"is {value!r}, not between {low:g} and {high:g}")
-    return float(value)
+    return found
 
 
 def numbers(

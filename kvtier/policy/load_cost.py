@@ -133,6 +133,11 @@ class LoadCosts:
         self._tracker(estimate.path, estimate.load).outcome(estimate.eta, seconds)
         self._fit(estimate.path).observe((1.0, estimate.nbytes, estimate.queue_bytes), seconds)
 
+    def usual(self, source: Source) -> Path:
+        """The path of a source that was measured most; one without a `via` where none was."""
+        paths = [path for path in self._fits if path.source == source]
+        return max(paths, key=lambda path: self._fits[path].measurements, default=Path(source))
+
     def forget(self, path: Path) -> None:
         """The path is gone for good: a node that left. Unknown ones are no error."""
         self._fits.pop(path, None)

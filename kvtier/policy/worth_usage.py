@@ -29,6 +29,8 @@ _TEACH_AT_ONCE: Final = 8
 # A request that was asked for and not parked by then counts as over.
 _SERVED_S: Final = 60.0
 _UNKNOWN_FOR_S: Final = 10.0
+# Below this many reminders they are never swept: the saving would not pay.
+_SWEEP_FROM: Final = 1024
 # In the place of a class of age.
 _KEPT_LONG_ENOUGH: Final = -1
 _UNKNOWN: Final = Context("end", "", "", 0, -1, -1)
@@ -37,7 +39,8 @@ _UNKNOWN: Final = Context("end", "", "", 0, -1, -1)
 @dataclass(slots=True, eq=False)
 class _Wait:
     """One wait. codes: None while a request is served, of which nothing is learned.  taught: classes of age
-    before this one have taught what they can.  hint_s: as it was said."""
+    before this one have taught what they can.  hint_s: as it was said.  end_s: when it is looked at because
+    its run is kept long enough."""
 
     tenant: str
     codes: IntArray | None
@@ -46,6 +49,7 @@ class _Wait:
     taught: int = 0
     hint_s: float | None = None
     over: bool = False
+    end_s: float = inf
 
 
 @dataclass(slots=True, eq=False)
@@ -259,15 +263,25 @@ class CostUsage:
     def _remind(self, wait: _Wait, age_class: int) -> None:
         """When the wait leaves this class of age; the last one has no end."""
         if age_class < CLASSES - 1:
-            self._serial += 1
-            due_s = wait.start_s + float(EDGES_S[age_class + 1])
-            heapq.heappush(self._due, (due_s, self._serial, age_class + 1, wait))
+            self._look_at(wait.start_s + float(EDGES_S[age_class + 1]), age_class + 1, wait)
 
     def _remind_of_end(self, wait: _Wait) -> None:
         """When the run is kept long enough, as its caller said."""
-        if wait.run.keep_until_s < inf:
-            self._serial += 1
-            heapq.heappush(self._due, (wait.run.keep_until_s, self._serial, _KEPT_LONG_ENOUGH, wait))
+        if wait.run.keep_until_s < inf and wait.run.keep_until_s != wait.end_s:
+            wait.end_s = wait.run.keep_until_s
+            self._look_at(wait.end_s, _KEPT_LONG_ENOUGH, wait)
+
+    def _look_at(self, due_s: float, age_class: int, wait: _Wait) -> None:
+        """Of each wait that is not over two reminders count; what else there is may be due in days only."""
+        self._serial += 1
+        heapq.heappush(self._due, (due_s, self._serial, age_class, wait))
+        if len(self._due) > max(_SWEEP_FROM, 4 * len(self._chats)):
+            self._due = [
+                entry
+                for entry in self._due
+                if not entry[3].over and (entry[2] != _KEPT_LONG_ENOUGH or entry[0] == entry[3].end_s)
+            ]
+            heapq.heapify(self._due)
 
     def serves(self, models: Mapping[bytes, Recompute | None], retired: Mapping[bytes, None]) -> None:
         """See UsagePolicy."""

@@ -104,7 +104,10 @@ def _memory(rig: CoreRig) -> Iterator[str]:
 def _tree(rig: CoreRig) -> Iterator[str]:
     state = rig.core.state
     in_host, on_disk, disk_bytes, dirty = set(), set(), 0, 0
+    named: dict[tuple[str, str], set[bytes]] = {}
     for block in state.tree:
+        for whose in block.names:
+            named.setdefault(whose, set()).add(block.key)
         for stored in block.parts.values():
             if stored.pins or stored.holds or stored.writing:
                 yield f"{stored} has pins, is held, or is being written"
@@ -119,6 +122,10 @@ def _tree(rig: CoreRig) -> Iterator[str]:
                 disk_bytes += room_bytes(stored.on_disk.nbytes) + room_bytes(1)
         if block.parts and not block.names:
             yield f"{block} belongs to nobody"
+    for whose, own in named.items():
+        found = [block.key for block in state.tree.named(whose)]
+        if set(found) != own or len(found) != len(own):
+            yield f"{len(found)} blocks are found of {whose}, {len(own)} have its name"
     if len(in_host) != len({meta.object_id.block_key for meta in rig.host.objects()}):
         yield "host memory has objects that are in no tree"
     for name, policy, keys in (

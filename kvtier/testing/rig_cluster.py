@@ -147,11 +147,12 @@ class NodeRig(CoreRig):
 
 
 class RigCluster:
-    """See the module's text. cut: nodes that nobody reaches. rigs: by name."""
+    """See the module's text. cut: nodes that nobody reaches. rigs, loads: by name."""
 
     def __init__(self, *names: str, **how: Any) -> None:
         self.shard = Shard()
         self.cut: set[str] = set()
+        self.loads: dict[str, c.Load] = {}
         self.rigs: dict[str, NodeRig] = {}
         for epoch, name in enumerate(names, 1):
             NodeRig(self, name, epoch=epoch, **how)
@@ -179,6 +180,8 @@ class RigCluster:
         """What a core sends to the directory."""
         if isinstance(message, c.Holdings):
             saying.say(rig.announcer, message)
+            if message.load is not None:
+                self.loads[rig.name] = message.load
         elif isinstance(message, c.Erased):
             if message.ok:
                 rig.graves.append(message.stone)
@@ -196,17 +199,19 @@ class RigCluster:
             ends = saying.branch_ends([] if found is None else [found])
             return c.Branches(job=message.job, ends=ends)
         if isinstance(message, c.FindConversations):
-            return c.Known(job=message.job, conversations=tuple(map(saying.known, self._known(message))))
+            known = tuple(map(saying.known, self._known(message)))
+            return c.Known(job=message.job, conversations=known, loads=self._loads_but(rig))
         if isinstance(message, c.FindHolders):
             fronts = []
             for index, chain in enumerate(message.chains):
                 refs = saying.refs_of(chain)
                 answers = [(q, self.shard.find(message.tenant, q.keys)) for q in questions(refs, 1)]
-                for front in saying.fronts_of(message, refs, answers):
-                    if front.node != rig.name:
-                        fronts.append((index, front.node, front.epoch, front.tokens))
-            return c.Holders(job=message.job, fronts=tuple(fronts))
+                fronts += saying.reaches_of(index, saying.fronts_of(message, refs, answers), rig.name)
+            return c.Holders(job=message.job, fronts=tuple(fronts), loads=self._loads_but(rig))
         return None
+
+    def _loads_but(self, rig: NodeRig) -> dict[str, c.Load]:
+        return {name: load for name, load in self.loads.items() if name != rig.name}
 
     def _known(self, message: c.FindConversations) -> list[Conversation]:
         if not message.conversation:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from kvtier.cluster_messages import FindBranches, FindConversations, Held, Holdings, Named, Stone
+from kvtier.cluster_messages import (
+    FindBranches,
+    FindConversations,
+    Held,
+    Holdings,
+    Load,
+    Named,
+    Speed,
+    Stone,
+)
 from kvtier.config import Config, load
 from kvtier.daemon import peer_directory
 from kvtier.daemon.directory_service import DirectoryService, directory_name, shards_at, split
@@ -89,6 +98,20 @@ def test_what_one_says_the_other_finds(service: DirectoryService, nodes: list[Sa
     assert page.conversations[0].held == (("a", 10),)
     assert b.directory.nodes() == {"a": True}
     assert service.health()["nodes"] == 2
+
+
+def test_what_a_node_says_of_its_load_comes_with_the_answers(
+    service: DirectoryService, nodes: list[Say]
+) -> None:
+    a, b = nodes
+    question = FindConversations(job="", tenant="acme", conversation="chat")
+    said = [Load(Speed(0.001, 1e9), Speed(0.01, 1e8), Speed(0.002, 5e8), wait_s) for wait_s in (0.5, 2.0)]
+    a.directory.say(Holdings(load=said[0]))
+    a.names("chat")
+    until(lambda: b.directory.known(question).loads == {"a": said[0]}, "b knows a's load")
+    # With nothing else to say, it goes with the next probe.
+    a.directory.say(Holdings(load=said[1]))
+    until(lambda: b.directory.known(question).loads == {"a": said[1]}, "b knows a's new load")
 
 
 def test_silence_is_a_loss_and_the_next_word_a_return(
@@ -242,6 +265,22 @@ def test_tombstones_outlive_the_node_and_a_torn_end(tmp_path: Path) -> None:
     last = PeerGraves(tmp_path)
     assert set(last.stones()) == set(stones)
     last.close()
+
+
+@pytest.mark.parametrize("damage", [b"\x00" * 64, b"\xc1" * 8, b"\x91\x01", b"\x95\xff"])
+def test_a_damaged_end_costs_what_follows_it_and_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    graves = PeerGraves(tmp_path)
+    stone = Stone("a.1", "acme", "chat", 1.0)
+    assert graves.add(stone)
+    graves.close()
+    with (tmp_path / "tombstones").open("ab") as file:
+        file.write(damage)
+    again = PeerGraves(tmp_path)
+    assert again.stones() == (stone,)
+    again.close()
+    assert ("is damaged" in caplog.text) == (damage != b"\x95\xff")
 
 
 def test_a_drive_that_is_full_is_said_and_hides_nothing(

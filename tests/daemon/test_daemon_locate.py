@@ -19,7 +19,7 @@ from kvtier.client import connect
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.http import BODY_MAX_BYTES
 from kvtier.daemon.locating import Locating
-from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for
+from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.node_bench import SETTINGS, LocalWorker
 
 TOKENS = 190
@@ -74,6 +74,17 @@ def test_it_says_what_the_client_says(daemon: Embedded) -> None:
     assert expected_s > 0
 
 
+def test_tokens_decide_how_much_of_it_counts(daemon: Embedded) -> None:
+    kv = KvMemory(64)
+    with connect(daemon.socket_path) as client, client.attach(kv.model, kv.pool, shard=SHARD) as worker:
+        assert LocalWorker(kv, worker).park(3, pages_for(TOKENS), TOKENS).result().level == "host"
+        mine = [int(token) for token in tokens_of(3, TOKENS)]
+        _, said = post(daemon, {"conversation": "chat-3", "tokens": [*mine, 7]})
+        assert [found["tokens"] for found in said["nodes"]] == [TOKENS]
+        strange = [mine[0] + 1, *mine[1:]]
+        assert post(daemon, {"conversation": "chat-3", "tokens": strange}) == (200, {"nodes": []})
+
+
 def test_what_nobody_has_is_an_empty_list(daemon: Embedded) -> None:
     assert post(daemon, {"conversation": "chat-2"}) == (200, {"nodes": []})
     assert post(daemon, {"conversation": "chat-1", "tenant": "another"}) == (200, {"nodes": []})
@@ -96,6 +107,8 @@ def test_one_connection_serves_many_questions(daemon: Embedded) -> None:
 @pytest.mark.parametrize(
     "body",
     [b"", b"[]", b"{", b"{}", b'{"conversation": 7}', b'{"conversation": ""}', b"\xff\xfe",
+     b'{"conversation": "chat-1", "tokens": [-1]}', b'{"conversation": "chat-1", "tokens": 9}',
+     b'{"conversation": "chat-1", "tokens": [4294967296]}',
      b'{"conversation": "chat-1", "tenat": "x"}', b'{"conversation": "%s"}' % (b"x" * 1025)],
 )  # fmt: skip
 def test_what_is_no_question_is_refused_and_the_next_one_answered(daemon: Embedded, body: bytes) -> None:

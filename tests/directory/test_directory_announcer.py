@@ -4,7 +4,8 @@ import hashlib
 
 import msgspec
 
-from kvtier.directory.announcements import Announcement, Answer, End, Layout, Part, Record
+from kvtier.directory import announcer
+from kvtier.directory.announcements import Announcement, Answer, End, Layout, Part, Record, Tombstone
 from kvtier.directory.announcer import Announcer, Holding, Sender
 from kvtier.directory.shard import Shard
 
@@ -103,3 +104,28 @@ def test_an_announcer_gives_each_shard_its_own():
     assert sorted(r.conversation for m in messages for r in m.records) == sorted(
         record(n).conversation for n in range(40)
     )
+
+
+def test_changes_that_nobody_takes_are_bounded_and_said_as_a_whole(monkeypatch):
+    monkeypatch.setattr(announcer, "_MOST_CHANGES", 100)
+    sender, shard = Sender("a", 1, 0, 1), Shard()
+    sender.snapshot({}, (), ())
+    drain(sender, shard)
+    stone = Tombstone("a.1", "tenant", "gone", 0.0, ("a", "b"))
+    sender.tombstone(stone)
+    for number in range(1000):
+        sender.block(hint(number), holding(number))
+        sender.record(record(number))
+        assert len(sender._changes.blocks) + len(sender._changes.records) <= 101
+    assert sender.wants_snapshot and sender.next() is None
+    sender.snapshot({hint(n): holding(n) for n in range(950, 1000)}, [record(999)], [stone])
+    drain(sender, shard)
+    assert (shard.summary().rows, shard.summary().conversations, shard.summary().tombstones) == (50, 1, 1)
+
+
+def test_a_tombstone_that_comes_while_a_snapshot_is_made_is_said_with_it():
+    sender, shard = Sender("a", 1, 0, 1), Shard()
+    sender.tombstone(Tombstone("a.1", "tenant", "gone", 0.0, ("a", "b")))
+    sender.snapshot({}, (), ())
+    drain(sender, shard)
+    assert shard.summary().tombstones == 1

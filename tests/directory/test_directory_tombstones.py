@@ -85,6 +85,20 @@ def test_forgetting_it_again_after_its_tombstone_was_over_spares_what_was_parked
     assert nodes.found() is not None
 
 
+def test_a_node_that_did_not_hear_that_it_is_over_kills_nothing_that_was_parked_since():
+    nodes = both()
+    nodes.say("b", tombstones=(STONE,))
+    assert nodes.say("a", tombstones=(STONE,)).over == (STONE.id,)
+    # 'a' keeps it no longer, so what is parked there now does not name it; the answer to 'b' is lost.
+    nodes.say("a", records=parked(1))
+    assert nodes.say("b").over == (STONE.id,)
+    again = nodes.say("b", epoch=2, phase="whole", tombstones=(STONE,))
+    assert again.over == (STONE.id,)
+    assert nodes.found() is not None
+    assert nodes.say("a").forget == ()
+    assert nodes.say("b", epoch=2).over == ()
+
+
 def test_a_shard_that_lost_everything_learns_tombstones_from_those_who_keep_them():
     nodes = Nodes()
     nodes.say("a", epoch=2, phase="whole", records=parked())
@@ -108,7 +122,10 @@ def test_only_a_long_bound_or_retirement_ends_the_wait():
     assert not bounded.of("acme", "chat")
     assert not len(bounded)
     assert bounded.for_node("a", 9) == ()
-    assert bounded.take_over("b", 9) == (STONE.id,)
+    assert bounded.over_for("b", 1, 4, 9) == (STONE.id,)
+    assert bounded.over_for("b", 1, 4, 9) == (STONE.id,)
+    assert bounded.over_for("b", 2, 0, 9) == (STONE.id,)
+    assert bounded.over_for("b", 2, 1, 9) == ()
 
 
 def test_a_directory_that_waits_for_nobody_is_seen(monkeypatch):

@@ -57,6 +57,8 @@ class MemoryWorker:
     private: dict[tuple[str, str], keys.Extra] = field(default_factory=dict)
     planned: dict[str, list[keys.BlockRef]] = field(default_factory=dict)
     restored_at_most: int | None = None
+    prefills: list[tuple[int, int, float]] = field(default_factory=list)
+    plans: list[tuple[float | None, str]] = field(default_factory=list)
 
     def _root(self) -> Root:
         return Root(ROOT_KEY, "t", b"f" * 32, "exact", self.geometry.block_tokens)
@@ -97,9 +99,17 @@ class MemoryWorker:
         return DoneHandle(ParkReceipt(conversation, tenant, level, level, True, len(tokens), stored, shared))
 
     def plan(
-        self, conversation: str, tokens: Sequence[int], *, tenant: str = "default", fidelity: str = "exact"
+        self,
+        conversation: str,
+        tokens: Sequence[int],
+        *,
+        tenant: str = "default",
+        fidelity: str = "exact",
+        deadline_s: float | None = None,
+        takes: str = "fronts",
     ) -> Plan:
         assert fidelity == "exact"
+        self.plans.append((deadline_s, takes))
         packed, private = keys.pack_tokens(tokens), self.private.get((tenant, conversation))
         refs: list[keys.BlockRef] = []
         for ref in keys.chain(self._root(), packed, private=private):
@@ -144,6 +154,9 @@ class MemoryWorker:
                     if block is None or ref.start + block.first_valid > max(needed, ref.start):
                         return False
         return True
+
+    def prefilled(self, tokens: int, seconds: float, *, past: int = 0) -> None:
+        self.prefills.append((past, tokens, seconds))
 
     def restore(self, plan: Plan, pages: Binding, *, deadline_s: float = 30.0) -> RestoreReceipt:
         refs = self.planned[plan.plan_id]

@@ -256,6 +256,7 @@ def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     with run.work_folder(tmp_path, keep=False, console=console) as work:
         (work / "state").mkdir()
         (work / "state" / "file").write_text("x")
+        (work / "round-0.log").write_text("x")
     assert list(tmp_path.iterdir()) == []
     with run.work_folder(tmp_path / "new", keep=False, console=console) as work:
         assert (work / "logits" / "served").is_dir()
@@ -266,7 +267,10 @@ def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
 
 
 def test_killing_nothing_is_not_a_kill(tmp_path: Path) -> None:
-    daemon = RayDaemon(daemon_settings(tmp_path / "work", tmp_path / "run"))
+    settings = daemon_settings(tmp_path / "work", tmp_path / "run")
+    # A demo that computes again what it parked shows nothing.
+    assert settings["policy.restore"] == "load"
+    daemon = RayDaemon(settings)
     assert daemon.socket == str(tmp_path / "run" / "node.sock")
     with pytest.raises(KvtierError, match="no daemon to kill"):
         daemon.kill()

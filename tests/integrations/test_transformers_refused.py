@@ -188,12 +188,12 @@ def test_a_model_without_a_folder_needs_a_fingerprint(model: Any, tmp_path: Path
     assert found != model_fingerprint(loaded, cache_shape(loaded.bfloat16(), 16))
 
 
-def test_attach_shows_layout_fingerprint_and_shard(model: Any) -> None:
+def test_attach_shows_layout_fingerprint_shard_and_what_computes(model: Any) -> None:
     seen: dict[str, Any] = {}
 
     class Client:
-        def attach(self, identity: Any, layout: Any, *, shard: Shard) -> str:
-            seen.update(identity=identity, layout=layout, shard=shard)
+        def attach(self, identity: Any, layout: Any, *, shard: Shard, **computing: Any) -> str:
+            seen.update(identity=identity, layout=layout, shard=shard, **computing)
             return "worker"
 
     client: Any = Client()
@@ -205,6 +205,10 @@ def test_attach_shows_layout_fingerprint_and_shard(model: Any) -> None:
     # K and V, 2 layers, 1 head of 8 elements of 4 bytes.
     assert seen["layout"].geometry.groups[0].token_bytes == 2 * 2 * 8 * 4
     assert seen["shard"].name == "L0+2.H0+1"
+    assert seen["config"]["intermediate_size"] == SIZES["intermediate_size"]
+    assert (seen["device"], seen["devices"]) == ("", 1)
+    attach(client, model, fingerprint=identity, config="folder", device="NVIDIA L4", devices=2)
+    assert (seen["config"], seen["device"], seen["devices"]) == ("folder", "NVIDIA L4", 2)
 
 
 def test_a_session_refuses_what_it_cannot_do(model: Any) -> None:

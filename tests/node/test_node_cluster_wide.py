@@ -8,7 +8,8 @@ from kvtier import cluster_messages as c
 from kvtier.host.slots import HostSlots
 from kvtier.keys import pack_tokens
 from kvtier.messages import Forget, ListConversations, Locate, Show
-from kvtier.node.events import Received
+from kvtier.node.adoption import Adoption
+from kvtier.node.events import Left, Received
 from kvtier.node.journal import digest, pack, unpack
 from kvtier.node.state import NodeState
 from kvtier.policy.defaults import make_policies
@@ -87,6 +88,36 @@ def _erase_at(rig: NodeRig) -> None:
     assert erased is not None or any(isinstance(reply, c.Erased) for reply in rig.replies)
 
 
+def test_it_does_not_come_back_either_when_its_tombstone_is_over_by_then():
+    a, b = pair()
+    park_at(a, 24)
+    restore = begun(b, 24)
+    pull = b.pulls[0]
+    _erase_at(b)
+    b.tell(Received(c.DIRECTORY, c.Over(ids=("z.1",))))
+    b.tick()
+    b.finish_pull(pull)
+    b.run()
+    assert restore.receipt.reason
+    assert not objects_of(b, "chat")
+    b.tick(200.0)
+    assert not b.core.state.stones
+    end_well(a, b)
+
+
+def test_the_end_of_an_earlier_tombstone_costs_no_pull():
+    a, b = pair()
+    b.tell(Received(c.DIRECTORY, c.Graves(stones=(c.Stone("z.0", "acme", "chat", b.now_s),))))
+    park_at(a)
+    restore = begun(b)
+    b.tell(Received(c.DIRECTORY, c.Over(ids=("z.0",))))
+    for pull in list(b.pulls):
+        b.finish_pull(pull)
+    b.core.cluster.burials.tick()
+    b.run()
+    assert restore.receipt.tokens == 10
+
+
 def test_the_control_a_pull_that_looks_at_no_tombstone_brings_it_back(monkeypatch):
     a, b = pair()
     park_at(a, 24)
@@ -97,6 +128,28 @@ def test_the_control_a_pull_that_looks_at_no_tombstone_brings_it_back(monkeypatc
     b.finish_pull(pull)
     b.run()
     assert objects_of(b, "chat"), "the check above would not have noticed"
+
+
+def test_an_erasure_that_runs_is_answered_when_it_is_durable_whoever_asks_for_it():
+    a, _ = pair()
+    park_at(a, level="disk")
+    erase = c.Erase(stone=c.Stone("z.1", "acme", "chat", a.now_s))
+    # The node that forgot it asks, and the directory does.
+    assert a.question(erase) is None
+    assert a.question(erase) is None
+    a.run_disk()
+    assert [reply.ok for reply in a.replies if isinstance(reply, c.Erased)] == [True, True]
+    assert a.question(erase).ok
+
+
+def test_an_erasure_that_fails_is_told_to_all_who_asked():
+    a, _ = pair()
+    park_at(a, level="disk")
+    erase = c.Erase(stone=c.Stone("z.1", "acme", "chat", a.now_s))
+    assert a.question(erase) is None
+    assert a.question(erase) is None
+    a.tell(Left(a.core.state.disk.peer))
+    assert [reply.ok for reply in a.replies if isinstance(reply, c.Erased)] == [False, False]
 
 
 def test_a_shard_that_lost_everything_is_told_again():
@@ -207,3 +260,136 @@ def test_a_node_that_returns_serves_when_it_was_told_what_was_forgotten():
     assert a.plan(worker, "chat", range(10)) is None
     a.tick(1.1)
     assert a.answers[max(a.answers)][0].plan.load_tokens == 10
+
+
+# --- where the next turn is soonest -------------------------------------------------------------------------
+
+SLOW = c.Load(host=c.Speed(0.01, 1e3), disk=c.Speed(0.5, 1e2), peer=c.Speed(0.01, 1e3))
+
+
+def places(rig: NodeRig, tokens=()) -> list[tuple[str, int, float]]:
+    return rig.ask(
+        Locate(conversation="chat", tenant="acme", tokens=pack_tokens(tokens) if tokens else b"")
+    ).nodes
+
+
+def on_both():
+    a, b = pair()
+    park_at(a, 16)
+    b.resume(b.attach(), "chat", range(16))
+    park_at(b, 16)
+    return a, b
+
+
+def test_the_node_whose_workers_have_a_queue_comes_later():
+    a, b = on_both()
+    for ask in ((), range(20)):
+        assert [node for node, *_ in places(a, ask)] == ["a", "b"], "of equals the one that was asked"
+        assert [node for node, *_ in places(b, ask)] == ["b", "a"]
+    # Every worker of a waits: the one that waits least counts.
+    a.attach()
+    for wait_s, worker in zip((5.0, 7.0), a.workers, strict=True):
+        a.plan(worker, "chat", range(4), prefill_wait_s=wait_s)
+    a.tick(1.0)
+    for rig in (a, b):
+        for ask in ((), range(20)):
+            (first, _, soon_s), (last, held, late_s) = places(rig, ask)
+            assert (first, last, held) == ("b", "a", 16)
+            assert 0 < soon_s < 1 < 3.5 < late_s < 5
+    # Nobody said so again, and the time passed.
+    a.tick(6.0)
+    assert [node for node, *_ in places(b)] == ["b", "a"]
+    assert places(b)[1][2] < 1
+
+
+def test_a_shorter_front_is_sooner_where_the_longer_one_loads_slowly():
+    a, b = pair()
+    park_at(a, 20)
+    park_at(b, 16)
+    assert places(b, range(24))[0][:2] == ("a", 20)
+    # What b lacks is pulled at this pace, too, and is less.
+    a.cluster.loads["a"] = SLOW
+    (first, held, _), (last, most, slow_s) = places(b, range(24))
+    assert (first, held, last, most) == ("b", 16, "a", 20)
+    assert slow_s > 10 * places(a, range(24))[0][2]
+    # A node that goes out of service is a source, and no place to go.
+    a.cluster.loads["a"] = c.Load(SLOW.host, SLOW.disk, SLOW.peer, accepts=False)
+    assert [node for node, *_ in places(b, range(24))] == ["b"]
+
+
+def test_what_nothing_is_known_of_comes_last():
+    a, b = on_both()
+    a.cluster.loads.clear()
+    b.core.cluster.everywhere._loads.of.clear()
+    ((first, _, known_s), (last, held, unknown_s)) = places(b)
+    assert (first, last, held, unknown_s) == ("b", "a", 16, 0.0)
+    assert known_s > 0
+
+
+def test_a_load_is_said_when_it_changed_and_not_with_each_tick(monkeypatch):
+    a, _ = pair()
+    said: list[c.Load] = []
+    at_directory = a.cluster.at_directory
+
+    def noted(rig, message):
+        if rig is a and isinstance(message, c.Holdings) and message.load is not None:
+            said.append(message.load)
+        at_directory(rig, message)
+
+    monkeypatch.setattr(a.cluster, "at_directory", noted)
+    for _ in range(5):
+        a.tick(1.1)
+    assert said == []
+    a.plan(a.attach(), "new", range(4), prefill_wait_s=1.0)
+    for _ in range(5):
+        a.tick(0.1)
+    assert len(said) <= 1
+    a.tick(1.1)
+    a.tick(1.1)
+    assert said[-1].wait_s == 0
+    a.tell(Received(c.SERVICE, c.Drain()))
+    a.tick(1.1)
+    assert not said[-1].accepts
+
+
+# --- what was pulled ----------------------------------------------------------------------------------------
+
+
+def pulled_and_spilled(*, parks: bool):
+    """b pulled what a parked, wrote it to its drive, parked the next turn there or not, and starts anew."""
+    a, b = pair()
+    park_at(a, 16, level="disk")
+    b.resume(b.attach(), "chat", range(16))
+    if parks:
+        park_at(b, 20, level="disk")
+    b.tell(Received(c.SERVICE, c.Drain()))
+    b.run()
+    end_well(b)
+    assert b.store.objects, "nothing was written"
+    b = NodeRig(a.cluster, "b", epoch=7, disk=a.cluster.lose("b"))
+    a.cluster.announce()
+    return a, b
+
+
+def test_what_was_only_pulled_is_a_cache_and_ends_with_a_restart():
+    a, b = pulled_and_spilled(parks=False)
+    assert not b.store.objects
+    restore = b.resume(b.attach(), "chat", range(16))
+    assert restore.receipt.sources == {"peer": 16}
+    assert forget(a).durable
+    for rig in (a, b):
+        assert not objects_of(rig, "chat") and not rig.store.objects
+    end_well(a, b)
+
+
+def test_the_control_unnamed_blocks_that_stay_would_be_seen(monkeypatch):
+    monkeypatch.setattr(Adoption, "_remove_unnamed", lambda self: iter(()))
+    _, b = pulled_and_spilled(parks=False)
+    assert b.store.objects, "the check above would not have noticed"
+
+
+def test_what_was_pulled_and_parked_on_is_kept():
+    a, b = pulled_and_spilled(parks=True)
+    assert b.store.objects
+    assert b.resume(b.attach(), "chat", range(20)).receipt.sources == {"disk": 20}
+    end_well(a, b)

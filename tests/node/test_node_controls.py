@@ -16,7 +16,7 @@ from kvtier.node.park_writes import ParkWrites
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
-from kvtier.node.restores import Restores
+from kvtier.node.restore_ends import RestoreEnds
 from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET, CoreRig
 from kvtier.testing.rig_checks import drain, problems, watch_promises
@@ -223,7 +223,7 @@ def release_after_the_first_batch(patch):
 
 
 def name_no_busy_pages(patch):
-    patch.setattr(Restores, "_busy", lambda self, job: ())
+    patch.setattr(RestoreEnds, "_busy", lambda self, job: ())
 
 
 def let_removals_overtake_writes(patch):

@@ -270,3 +270,19 @@ def test_a_stranger_may_not_speak_for_the_cluster():
     a, _ = pair()
     for message in (c.Branches(job="e1.1"), c.Erase(stone=c.Stone("x", "acme", "chat", 0.0))):
         assert type(a.ask(message)).__name__ == "Failed"
+
+
+def test_an_answer_that_names_a_root_which_it_lacks_is_refused_and_nothing_else_happens():
+    a, b = pair()
+    park_at(a)
+    honest = b._ask_holder
+
+    def mangled(message: c.AskHolder) -> c.TheseAre:
+        answer = honest(message)
+        return msgspec.structs.replace(answer, roots=())
+
+    b._ask_holder = mangled  # type: ignore[method-assign]
+    assert b.plan(b.attach(), "chat", range(10)) is None
+    b.tick(0.26)
+    assert b.answers[max(b.answers)][0].plan.load_tokens == 0
+    end_well(b)

@@ -58,6 +58,15 @@ def test_a_guess_that_is_far_off_is_left_within_ten_loads(path, bytes_per_s):
     assert costs.estimate(path, 50 << 20).eta.mid_s == pytest.approx(expected, rel=0.35)
 
 
+def test_the_usual_path_of_a_source_is_the_one_that_was_measured_most():
+    costs = LoadCosts()
+    assert costs.usual("disk") == DISK
+    learn(costs, Path("disk", "zstd"), lambda nbytes, queue: 0.01 + nbytes / 1e9, count=20)
+    learn(costs, Path("disk", "lz4"), lambda nbytes, queue: 0.01 + nbytes / 1e8, count=5)
+    assert costs.usual("disk") == Path("disk", "zstd")
+    assert costs.usual("host") == HOST
+
+
 def test_paths_learn_apart():
     costs = LoadCosts()
     before = costs.estimate(DISK, 500 * MB)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvtier.cli.app import app
 from kvtier.config import load
 from kvtier.daemon.metrics import NodeMetrics, TierMetrics, make_registry
+from kvtier.errors import ConfigError
 from kvtier.sim.cluster.scenario import load_scenario
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -54,6 +56,30 @@ def kvtier_commands(text):
 
 def test_the_example_configuration_loads():
     assert load(DEPLOY / "kvtier.toml").metrics.port == 9464
+
+
+def secrets_at(folder, text):
+    """A configuration with secrets that exist in the place of those that it names."""
+    for number, path in enumerate(
+        sorted(set(re.findall(r"/(?:etc|home)/[\w-]+/(?:[\w-]*token|tenant[\w-]*)\b", text)))
+    ):
+        file = folder / f"secret-{number}"
+        file.write_text("0123456789abcdef" * 2)
+        file.chmod(0o440)
+        text = text.replace(path, str(file))
+    return text
+
+
+def test_the_example_s_section_for_several_nodes_loads(tmp_path):
+    text = (DEPLOY / "kvtier.toml").read_text()
+    section = text[text.index("# [cluster]") : text.index("# Several nodes in one private Ray")]
+    file = tmp_path / "kvtier.toml"
+    file.write_text(secrets_at(tmp_path, re.sub(r"^# ", "", section, flags=re.MULTILINE)))
+    cluster = load(file).cluster
+    assert cluster.listen and cluster.directory_listen == cluster.directory[0]
+    file.write_text(file.read_text().replace("directory_listen", "directory_lisen"))
+    with pytest.raises(ConfigError, match="directory_lisen"):
+        load(file)
 
 
 def test_the_load_to_size_nodes_for_is_a_scenario():
@@ -144,19 +170,91 @@ def pods(document):
 
 def test_the_daemonset_s_configuration_loads_and_its_probes_hit_the_port(tmp_path):
     settings, daemonset = yaml.safe_load_all((DEPLOY / "kubernetes/daemonset.yaml").read_text())
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef")
-    token.chmod(0o440)
-    file = tmp_path / "kvtier.toml"
-    file.write_text(settings["data"]["kvtier.toml"].replace("/etc/kvtier-token/token", str(token)))
-    config = load(file)
     (container,) = daemonset["spec"]["template"]["spec"]["containers"]
+    config = configured(tmp_path, settings, container)
     assert container["ports"][0]["containerPort"] == config.metrics.port
     limit_bytes = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
     assert (
         config.host.capacity_bytes + config.host.headroom_bytes + config.ray.object_store_bytes < limit_bytes
     )
-    check_command([argument for argument in container["args"] if argument != "$(NODE_NAME)"])
+    check_command(container["args"].copy())
+
+
+def configured(tmp_path, settings, container):
+    """The configuration of a pod, with what its arguments set."""
+    file = tmp_path / "kvtier.toml"
+    file.write_text(secrets_at(tmp_path, settings["data"]["kvtier.toml"]))
+    return load(file, settings_of(container["args"]))
+
+
+def settings_of(words, values=("10.0.0.7", "kvtier-directory-0")):
+    """What `--set` gives, with what the pod's own address and name come to."""
+    known = {"$(POD_IP)": values[0], "$(POD_NAME)": values[1]}
+    given = [after for word, after in pairwise(words) if word == "--set"]
+    return dict(replaced(setting, known).split("=", 1) for setting in given)
+
+
+def replaced(text, known):
+    """The text with each name's value."""
+    for name, value in known.items():
+        text = text.replace(name, value)
+    return text
+
+
+def test_nodes_and_directory_of_kubernetes_find_each_other_through_their_policies(tmp_path):
+    of_nodes, daemonset = yaml.safe_load_all((DEPLOY / "kubernetes/daemonset.yaml").read_text())
+    of_directory, service, directory, *policies = yaml.safe_load_all(
+        (DEPLOY / "kubernetes/directory.yaml").read_text()
+    )
+    open_to = {p["spec"]["podSelector"]["matchLabels"]["app"]: p["spec"]["ingress"] for p in policies}
+    clusters = []
+    for settings, workload in ((of_nodes, daemonset), (of_directory, directory)):
+        pod = workload["spec"]["template"]
+        (container,) = pod["spec"]["containers"]
+        cluster = configured(tmp_path, settings, container).cluster
+        port = int((cluster.listen or cluster.directory_listen).rpartition(":")[2])
+        assert port in {at["containerPort"] for at in container["ports"]}
+        between, _ = open_to[pod["metadata"]["labels"]["app"]]
+        assert [at["port"] for at in between["ports"]] == [port]
+        assert {"podSelector": {"matchLabels": {"app": "kvtier"}}} in between["from"]
+        clusters.append(cluster)
+    mine, theirs = clusters
+    assert mine.listen == "10.0.0.7:7200" and not mine.directory_listen
+    assert theirs.directory_listen in mine.directory == theirs.directory
+    assert mine.shards == theirs.shards and not theirs.listen
+    host, _, port = theirs.directory_listen.rpartition(":")
+    assert host == f"kvtier-directory-0.{directory['spec']['serviceName']}"
+    assert (service["metadata"]["name"], service["spec"]["ports"][0]["port"]) == (
+        host.split(".")[1],
+        int(port),
+    )
+    assert len(mine.directory) == directory["spec"]["replicas"]
+
+
+def test_the_machines_of_ray_s_launcher_are_one_cluster(tmp_path):
+    launcher = yaml.safe_load((DEPLOY / "ray/cluster.yaml").read_text())
+    clusters = []
+    for group in ("head", "worker"):
+        command = launcher[f"{group}_start_ray_commands"][1].replace("$(hostname -i)", "10.0.0.7")
+        words = shlex.split(secrets_at(tmp_path, command))
+        clusters.append(load(DEPLOY / "kvtier.toml", settings_of(words)).cluster)
+        check_command(words[words.index("up") :])
+    head, worker = clusters
+    assert head.directory == worker.directory == (head.directory_listen,)
+    assert head.directory_listen.partition(":")[0] == launcher["provider"]["head_ip"]
+    assert worker.listen == "10.0.0.7:7200" and not worker.directory_listen
+    mounted = launcher["file_mounts"]
+    assert {"/home/kvtier/cluster-token", "/home/kvtier/tenant-secret"} <= mounted.keys()
+
+
+def test_guests_in_kuberay_listen_for_each_other():
+    cluster = yaml.safe_load((DEPLOY / "kubernetes/kuberay.yaml").read_text())
+    (container,) = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    command = container["lifecycle"]["postStart"]["exec"]["command"][-1]
+    (words,) = kvtier_commands(command)
+    assert settings_of(words) == {"cluster.listen": "$(hostname -i):7200"}
+    assert [port["containerPort"] for port in container["ports"]] == [7200]
+    check_command(words)
 
 
 def test_every_file_is_named_in_the_readme_with_how_far_it_was_checked():

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "host": frozenset(),
     "disk": frozenset(),
     "policy": frozenset(),
-    "node": frozenset({"policy"}),
+    "node": frozenset({"policy", "directory"}),
     "directory": frozenset(),
     "peers": frozenset(),
     "daemon": TIERS | {"policy", "node", "directory", "peers"},

@@ -38,6 +38,8 @@ def daemon_settings(work: Path, runtime: Path) -> dict[str, str | int]:
         "disk.directory": str(work / "disk"),
         "disk.capacity_bytes": DISK_BYTES,
         "disk.segment_bytes": 64 << 20,
+        # The demo proves what is restored; for a model as small as its own, computing may be as soon.
+        "policy.restore": "load",
     }
 
 

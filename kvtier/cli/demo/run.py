@@ -112,7 +112,10 @@ def work_folder(directory: str | Path | None, *, keep: bool, console: Console) -
             console.print(f"Kept {work}", highlight=False)
         else:
             for made in [work] if mine else list(work.iterdir()):
-                shutil.rmtree(made, ignore_errors=True)
+                if made.is_dir():
+                    shutil.rmtree(made, ignore_errors=True)
+                else:
+                    made.unlink(missing_ok=True)
 
 
 @contextmanager

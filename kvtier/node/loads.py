@@ -1,0 +1,72 @@
+"""How loaded a node is: what this one says of itself, and what the others said last. Pure.
+
+A plan says how long its worker's prefills would wait, and what is to be moved between tiers is known
+here; both are told to the directory, which hands them out with its answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvtier.cluster_messages import Load, Speed
+from kvtier.messages import MakePlan
+from kvtier.node.queues import Queues
+from kvtier.node.state import NodeState, Worker
+
+# More often than that nobody reads it.
+_SAY_EVERY_S = 1.0
+# Below a thousandth a change is no news.
+_ROUNDED = ".3g"
+
+
+class Loads:
+    """See the module's text. of: by other node, what it said last."""
+
+    def __init__(self, state: NodeState, queues: Queues) -> None:
+        self._state = state
+        self._queues = queues
+        self._free_s: dict[str, float] = {}
+        self._said: Load | None = None
+        self._said_s = 0.0
+        self.of: dict[str, Load] = {}
+
+    def asked(self, worker: Worker, message: MakePlan) -> None:
+        """A worker said with its plan how long a prefill would wait there."""
+        self._free_s[worker.name] = self._state.now_s + message.prefill_wait_s
+
+    def heard(self, loads: Mapping[str, Load]) -> None:
+        """The directory said of nodes what they last said."""
+        self.of.update(loads)
+
+    def own(self) -> Load:
+        """This node's, now."""
+        queued = self._queues.bytes()
+        host, disk, peer = (self._speed(source, queued[source]) for source in ("host", "disk", "peer"))
+        return Load(host, disk, peer, self._wait_s(), not self._state.draining)
+
+    def news(self) -> Load | None:
+        """What the directory is to be told now, if anything: changes, and not each at once."""
+        state = self._state
+        early = self._said is not None and state.now_s < self._said_s + _SAY_EVERY_S
+        if early or not state.settings.ask_elsewhere_s:
+            return None
+        load = self.own()
+        if load == self._said:
+            return None
+        self._said, self._said_s = load, state.now_s
+        return load
+
+    def _speed(self, source: str, queued_bytes: int) -> Speed:
+        line = self._state.policies.restore.line(source, queued_bytes)
+        return Speed(_rounded(line.start_s), _rounded(line.bytes_per_s))
+
+    def _wait_s(self) -> float:
+        """Until the first of the workers could begin to compute."""
+        workers, now_s = self._state.workers, self._state.now_s
+        self._free_s = {name: free_s for name, free_s in self._free_s.items() if name in workers}
+        waits = [max(self._free_s.get(w.name, now_s) - now_s, 0.0) for w in workers.values() if w.connected]
+        return _rounded(min(waits, default=0.0))
+
+
+def _rounded(number: float) -> float:
+    return float(format(number, _ROUNDED))

@@ -1,0 +1,90 @@
+"""Connections that a client keeps: to whom, for how long, and what ends them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from kvtier.checksum import checksum
+from kvtier.objects import ObjectId
+from kvtier.peers.client import ClientSettings, PeerClient, Wanted
+from kvtier.peers.handshake import Identity
+from kvtier.peers.server import Opened, PeerServer, ServerSettings
+from kvtier.peers.stream import StreamLost
+
+TOKEN = b"0123456789abcdef"
+OBJECT = ObjectId(bytes(32), 0, "L0+1.H0+1")
+DATA = np.arange(100_000, dtype=np.uint8)
+
+
+class Shelf:
+    """A source with one object."""
+
+    @contextmanager
+    def open(self, object_id: ObjectId, peer: str) -> Iterator[Opened | str]:
+        yield Opened(DATA, checksum(DATA))
+
+
+@pytest.fixture
+def client() -> Iterator[PeerClient]:
+    server = PeerServer(Identity("a", 7, TOKEN), Shelf(), ServerSettings())
+    made = client_of(server.port)
+    yield made
+    made.close()
+    server.close()
+
+
+def client_of(port: int) -> PeerClient:
+    return PeerClient(Identity("b", 1, TOKEN), "a", ("127.0.0.1", port), ClientSettings())
+
+
+def fetched(client: PeerClient, timeout_s: float = 5.0) -> list[str]:
+    return list(client.fetch([Wanted(OBJECT, np.zeros_like(DATA), None)], timeout_s))
+
+
+def test_connections_to_an_earlier_start_are_not_used_again(client: PeerClient) -> None:
+    assert fetched(client) == [""]
+    # The node has started again elsewhere, and the former one still answers behind a cut.
+    client.least_epoch = 8
+    assert fetched(client) == ["peer_lost"]
+
+
+def test_a_deadline_beyond_a_sockets_clock_is_none_to_wait_for(client: PeerClient) -> None:
+    assert fetched(client, 1e12) == [""]
+
+
+def test_closing_a_client_ends_questions_that_wait() -> None:
+    asked, gate = threading.Event(), threading.Event()
+
+    def answer(body: bytes, peer: str) -> bytes:
+        asked.set()
+        assert gate.wait(20)
+        return body
+
+    server = PeerServer(Identity("a", 7, TOKEN), None, ServerSettings(), answer)
+    client = client_of(server.port)
+    lost: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.ask(b"?", 60.0)
+        except StreamLost as error:
+            lost.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert asked.wait(10)
+        client.close()
+        asking.join(5)
+        assert lost and not asking.is_alive()
+        with pytest.raises(StreamLost):
+            client.ask(b"?", 5.0)
+    finally:
+        gate.set()
+        server.close()
+        asking.join()
