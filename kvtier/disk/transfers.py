@@ -15,7 +15,7 @@ from kvtier.checksum import PIECE_BYTES
 Part = Callable[[], None]
 End = Callable[[BaseException | None], BaseException | None]
 # Some parts of this length keep a drive as busy as it gets; with smaller ones it is slower.
-_PART_BYTES = 8 << 20
+_PART_BYTES = 32 << 20
 _LEAST_PART_BYTES = 2 << 20
 
 

@@ -125,3 +125,17 @@ def test_removing_before_the_other_is_there_is_caught() -> None:
     with pytest.raises((AssertionError, CorruptObject)):
         for seed in range(20):
             crash_everywhere(Impatient, write_more_rows, seed)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_half_a_replacement_does_not_cost_what_it_was_to_replace(seed: int) -> None:
+    """A whole, later write of an object may stand in: the key says what both hold. A torn one may not."""
+    machine = CrashMachine()
+    machine.start()
+    try:
+        machine.put(1, 0, crash.LENGTHS[2])
+        machine.leave_half_done(0)
+        machine.lose_the_index_in_a_crash(seed)
+        assert machine.allowed[0] != {None}
+    finally:
+        machine.teardown()

@@ -125,7 +125,7 @@ def part_at(slot: Slot, part: int) -> int:
 def test_parts_are_whole_pieces_and_cover_a_block_once(total: int, threads: int) -> None:
     step = part_bytes(total, threads)
     assert step % PIECE_BYTES == 0
-    assert STEP <= step <= 8 * MiB
+    assert STEP <= step <= 32 * MiB
     nbytes = min(total, 200 * MiB)
     ends = cuts(nbytes, step)
     assert ends[0][0] == 0

@@ -140,7 +140,8 @@ def test_connections_are_used_again_also_when_the_peer_closed_them(
 ) -> None:
     assert client.fetch(wants(shelf, 1, 2, 3, 4), 20.0) == [""] * 4
     idle = list(client._idle)
-    assert client.fetch(wants(shelf, 5, 6), 20.0) == ["", ""]
+    # How many were opened is chance: one of them may have been quick enough for all four.
+    assert client.fetch(wants(shelf, 5), 20.0) == [""]
     assert set(client._idle) == set(idle)
     for stream in list(server._open):
         stream.close()
