@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvtier.client import Client, connect
+from kvtier.client import Client
 from kvtier.daemon import disk_service
 from kvtier.daemon.embedded import Embedded
 from kvtier.disk.tier import DiskTier
 from kvtier.testing.gates import Gate
 from kvtier.testing.kv_memory import BLOCK_BYTES, pages_for, tokens_of, truth
-from kvtier.testing.node_bench import ARENA_BYTES, FAST, Bench, LocalWorker, forget_all, host, status, until
+from kvtier.testing.node_bench import ARENA_BYTES, Bench, LocalWorker, forget_all, host, status, until
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)
-
-
-@pytest.fixture
-def client_of() -> Iterator[Callable[[Embedded], Client]]:
-    made: list[Client] = []
-
-    def make(daemon: Embedded) -> Client:
-        made.append(connect(daemon.socket_path, backoff=FAST))
-        return made[-1]
-
-    yield make
-    for client in made:
-        client.close()
 
 
 def test_a_full_arena_pushes_back_with_a_time_and_drops_nothing(

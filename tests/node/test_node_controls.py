@@ -8,8 +8,6 @@ from kvtier.host.slots import HostSlots
 from kvtier.keys import make_root, tenant_secret
 from kvtier.messages import Forget, Released
 from kvtier.node.blocks import Stored
-from kvtier.node.copies import Copies
-from kvtier.node.disk_dues import DiskDues
 from kvtier.node.disk_requests import DiskRequests, Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_writes import ParkWrites
@@ -19,6 +17,11 @@ from kvtier.node.plans import Plans
 from kvtier.node.restore_ends import RestoreEnds
 from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET, CoreRig
+from kvtier.testing.node_faults import (
+    believe_a_disk_that_comes_late,
+    count_a_job_as_quiet_when_it_is_over,
+    remove_before_writing_more_rows,
+)
 from kvtier.testing.rig_checks import drain, problems, watch_promises
 from kvtier.testing.rig_uses import HYBRID, UNIT
 
@@ -257,32 +260,6 @@ def write_only_what_is_new(patch):
         return reached(self, job)
 
     patch.setattr(ParkWrites, "reached", careless)
-
-
-def count_a_job_as_quiet_when_it_is_over(patch):
-    def settle(self, job):
-        if job.over:
-            job.running.clear()
-            self._state.host.holder_ended(job.id)
-            self._jobs.pop(job.id, None)
-            job.worker.jobs.discard(job.id)
-        return job.over
-
-    patch.setattr(Copies, "settle", settle)
-
-
-def believe_a_disk_that_comes_late(patch):
-    patch.setattr(DiskDues, "was_forgotten", lambda self, name: False)
-
-
-def remove_before_writing_more_rows(patch):
-    write = DiskSide.write
-
-    def careless(self, objects, *rest, **wishes):
-        self.remove([s for s in objects if s.on_disk is not None])
-        write(self, objects, *rest, **wishes)
-
-    patch.setattr(DiskSide, "write", careless)
 
 
 CONTROLS = {

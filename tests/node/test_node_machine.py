@@ -6,13 +6,15 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.host.slots import HostSlots
 from kvtier.keys import make_root, tenant_secret
-from kvtier.node.copies import Copies
-from kvtier.node.disk_dues import DiskDues
 from kvtier.node.disk_requests import DiskRequests
-from kvtier.node.disk_side import DiskSide
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET
+from kvtier.testing.node_faults import (
+    believe_a_disk_that_comes_late,
+    count_a_job_as_quiet_when_it_is_over,
+    remove_before_writing_more_rows,
+)
 from kvtier.testing.node_machine import NodeMachine
 
 QUICK = settings(max_examples=400, stateful_step_count=40, suppress_health_check=list(HealthCheck))
@@ -43,34 +45,8 @@ def forget_the_tenant(patch):
     patch.setattr(NodeState, "root", root)
 
 
-def count_a_job_as_quiet_when_it_is_over(patch):
-    def settle(self, job):
-        if job.over:
-            job.running.clear()
-            self._state.host.holder_ended(job.id)
-            self._jobs.pop(job.id, None)
-            job.worker.jobs.discard(job.id)
-        return job.over
-
-    patch.setattr(Copies, "settle", settle)
-
-
 def let_removals_overtake_writes(patch):
     patch.setattr(DiskRequests, "_is_held_back", lambda self, request: False)
-
-
-def believe_a_disk_that_comes_late(patch):
-    patch.setattr(DiskDues, "was_forgotten", lambda self, name: False)
-
-
-def remove_before_writing_more_rows(patch):
-    write = DiskSide.write
-
-    def careless(self, objects, *rest, **wishes):
-        self.remove([s for s in objects if s.on_disk is not None])
-        write(self, objects, *rest, **wishes)
-
-    patch.setattr(DiskSide, "write", careless)
 
 
 def evict_what_a_plan_holds(patch):
