@@ -157,6 +157,8 @@ def _until_whole(config: Config, load_: Load, back_s: float) -> dict[str, Any]:
         if not all(alive(known[name]) for name in ("gcs_server", "raylet")):
             up(config, detach=True)
             again += 1
+            # Turns that were well until Ray's processes ended say nothing of afterwards.
+            well_from_s = 0.0
         elif well_from_s and time.monotonic() - max(well_from_s, back_s) > _SETTLED_S and _roles(config):
             break
         _pause()
@@ -228,9 +230,8 @@ def _config(folder: Path, storage: str) -> Config:
         "node.state_dir": f"{folder}/s",
         "node.runtime_dir": f"{folder}/r",
         "host.capacity_bytes": 32 * _MIB,
-        "disk.capacity_bytes": 256 * _MIB,
+        "disk.capacity_bytes": 1024 * _MIB,
         "disk.segment_bytes": 32 * _MIB,
-        "blocks.block_tokens": 32,
         "ray.object_store_bytes": 80 * _MIB,
         "ray.port_first": _PORT_FIRST,
     }

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RestoreReceipt,
         StatusReport,
     )
+    from kvtier.shards import Shards
     from kvtier.worker import Worker
 
 _HOMES = {
@@ -46,6 +47,7 @@ _HOMES = {
     "Plan": "receipts",
     "RestoreReceipt": "receipts",
     "Shard": "objects",
+    "Shards": "shards",
     "StatusReport": "receipts",
     "Worker": "worker",
     "connect": "client",
@@ -64,6 +66,7 @@ __all__ = [
     "Plan",
     "RestoreReceipt",
     "Shard",
+    "Shards",
     "StatusReport",
     "Worker",
     "connect",

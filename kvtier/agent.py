@@ -25,22 +25,38 @@ from kvtier.errors import GeometryError, KvtierError, MalformedMessage, Protocol
 from kvtier.messages import CopiesEnded, Message, ParkDone, Released, RestoreDone
 from kvtier.page_use import PageUse, ParkUse, RestoreUse
 from kvtier.receipts import Reason
-from kvtier.tier_messages import CancelCopies, Copied, Copy
+from kvtier.tier_messages import CancelCopies, Copied, Copy, PoolProbed, PoolProven, ProbePool
 from kvtier.wire import Channel, ChannelLost, close_all
 
 if TYPE_CHECKING:
-    from kvtier.gpu.engine import CopyEngine, CopyResult
+    from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyItem, CopyResult
+    from kvtier.gpu.layers import LayerBatch
+    from kvtier.gpu.shared_pool import MappablePool
 
 Use: TypeAlias = PageUse[Any]
 SEND_S = 1.0
+UNMAPPED_MS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A pool on a GPU for the GPU service to map.
+
+    refused: it cannot, or what it maps is something else.  Attaches anew, and answers whether that was
+    begun: not while the present attachment is still being made.
+    """
+
+    pool: MappablePool
+    refused: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class AgentPorts:
     """What an agent is connected to.
 
-    events: its own from now on.  open_copy: opens the copy connection; None where this process runs no
-    copies.  lost: the node is gone.  post: sends a request to the node in the background.
+    events: its own from now on.  open_copy: opens the copy connection; None where this process neither runs
+    copies nor has a pool mapped.  lost: the node is gone.  post: sends a request to the node in the
+    background.
     """
 
     worker: str
@@ -49,6 +65,7 @@ class AgentPorts:
     open_copy: Callable[[], Channel] | None
     lost: Callable[[KvtierError], None]
     post: Callable[[Message], None]
+    mapping: Mapping | None = None
 
 
 class Agent:
@@ -64,6 +81,7 @@ class Agent:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._copy: Channel | None = None
         self._copy_era = 0
+        self._unmapped = ""
         self._copy_failures = 0
         self._copy_due_s = float("-inf")
         self._thread = threading.Thread(target=self._run, name="kvtier-agent", daemon=True)
@@ -165,9 +183,14 @@ class Agent:
         if self._ports.events.fileno() in ready:
             self._take_events()
         self._tend_copy()
+        mapping = self._ports.mapping
+        if self._unmapped and mapping is not None and mapping.refused(self._unmapped):
+            self._unmapped = ""
         self._expire(time.monotonic())
 
     def _patience_ms(self) -> int | None:
+        if self._unmapped:
+            return UNMAPPED_MS
         moments = [use.limit_s for use in self.uses if not use.ended_here]
         if self._ports.open_copy is not None and self._copy is None:
             moments.append(self._copy_due_s)
@@ -228,6 +251,7 @@ class Agent:
                 self._copy = self._ports.open_copy()
                 self._copy_era += 1
                 self._copy_failures = 0
+                self._offer_pool(self._copy)
             self._serve_copy(self._copy)
         except (KvtierError, OSError):
             self._lose_copy()
@@ -240,19 +264,46 @@ class Agent:
                 self._begin(message)
             elif isinstance(message, CancelCopies) and self._ports.engine is not None:
                 self._ports.engine.cancel(message.job)
+            elif isinstance(message, PoolProbed) and self._ports.mapping is not None:
+                self._judge(channel, self._ports.mapping, message)
         while self._outbox:
             era, answer = self._outbox.popleft()
             if era == self._copy_era:
                 channel.send(answer, time.monotonic() + SEND_S)
+
+    def _offer_pool(self, channel: Channel) -> None:
+        """Begin the probe after which the GPU service may copy."""
+        if self._ports.mapping is not None:
+            challenge = self._ports.mapping.pool.challenge()
+            probe = ProbePool(pages=list(challenge.pages), nonce=challenge.nonce)
+            channel.send(probe, time.monotonic() + SEND_S)
+
+    def _judge(self, channel: Channel, mapping: Mapping, message: PoolProbed) -> None:
+        from kvtier.gpu.shared_pool import Answer
+
+        ok = message.ok and mapping.pool.judge(Answer(message.seen, message.written))
+        channel.send(PoolProven(ok=ok), time.monotonic() + SEND_S)
+        if not ok:
+            self._unmapped = message.detail or "it sees other memory than the pool's"
 
     def _begin(self, message: Copy) -> None:
         use, engine = self._use(message.request), self._ports.engine
         if use is None or engine is None or not use.admit(message.job, message.direction):
             self._answer(_refused(message, "cancelled"))
             return
+        items = items_of(message)
+        part = use.order.layers.begin(items, message.last) if use.order.layers is not None else None
+        if use.order.layers is not None and part is None:
+            # Somebody computes with a layer that this batch would write again.
+            use.copy_ended()
+            self._answer(_refused(message, "cancelled"))
+            return
         try:
-            submit(engine, message, use, partial(self._copied, use, self._copy_era))
+            batch = batch_of(message, items, use, part)
+            engine.submit(batch, partial(self._copied, use, part, self._copy_era))
         except GeometryError as error:
+            if part is not None:
+                part.ended(False)
             use.copy_ended()
             self._answer(_refused(message, f"error: {error}"))
         if not use.open:
@@ -261,8 +312,10 @@ class Agent:
     def _answer(self, answer: Copied) -> None:
         self._outbox.append((self._copy_era, answer))
 
-    def _copied(self, use: Use, era: int, result: CopyResult) -> None:
+    def _copied(self, use: Use, part: LayerBatch | None, era: int, result: CopyResult) -> None:
         """Called by the engine, from a thread of its own."""
+        if part is not None:
+            part.ended(result.ok)
         answer = Copied(
             job=result.job,
             batch=result.batch,
@@ -286,7 +339,8 @@ class Agent:
         if self._copy is None:
             return
         self._close_copy()
-        for use in self.uses:
+        # Where the GPU service copies, only it, or its end, can say that copies ended.
+        for use in self.uses if self._ports.engine is not None else ():
             if use.open:
                 use.stop_copies(self._copies_ended)
                 self._cancel(use)
@@ -298,12 +352,12 @@ class Agent:
         self._outbox.clear()
 
 
-def submit(engine: CopyEngine, message: Copy, use: Use, on_done: Callable[[CopyResult], None]) -> None:
-    """Hand a batch to the engine. Raises GeometryError."""
+def items_of(message: Copy) -> tuple[CopyItem, ...]:
+    """What a batch consists of, as the engine takes it."""
     # The engine's room is only needed, and only imported, where copies are run.
-    from kvtier.gpu.engine import CopyBatch, CopyItem
+    from kvtier.gpu.engine import CopyItem
 
-    items = tuple(
+    return tuple(
         CopyItem(
             item.group,
             item.start,
@@ -317,17 +371,25 @@ def submit(engine: CopyEngine, message: Copy, use: Use, on_done: Callable[[CopyR
         )
         for item in message.items
     )
-    verify = message.checksums if message.direction == "gather" else message.verify
-    batch = CopyBatch(
+
+
+def batch_of(message: Copy, items: tuple[CopyItem, ...], use: Use, part: LayerBatch | None) -> CopyBatch:
+    """A batch as the engine takes it. part: of the use's layers, where they are told of."""
+    from kvtier.gpu.engine import CopyBatch
+
+    order = use.order
+    return CopyBatch(
         message.job,
         message.batch,
         message.direction,
         use.binding,
         items,
-        verify,
+        message.checksums if message.direction == "gather" else message.verify,
+        after=order.after,
+        after_layers=order.after_layers,
+        on_layer=part.on_layer if part is not None and order.by_layer else None,
         fidelity=message.fidelity,
     )
-    engine.submit(batch, on_done)
 
 
 def _refused(message: Copy, reason: str) -> Copied:

@@ -31,6 +31,7 @@ from kvtier.worker import Worker
 from kvtier.worker_inputs import ModelIdentity, WorkerPlan
 
 if TYPE_CHECKING:
+    from kvtier.gpu.engine import StreamEvent
     from kvtier.worker_inputs import AnyPool
 
 T = TypeVar("T")
@@ -123,6 +124,9 @@ class AsyncWorker:
 
     async def park(self, conversation: str, tokens: Any, pages: Any, **options: Any) -> AsyncPark:
         """See Worker.park."""
+        if not len(options.get("layer_events", ())):
+            # Now, since the threads that carry it out have current streams of their own.
+            options["stream"] = self.worker.mark(options.get("stream"))
         call = partial(self.worker.park, conversation, tokens, pages, **options)
         handle, cancelled = await self._threads.run_to_end(call)
         if cancelled:
@@ -136,9 +140,16 @@ class AsyncWorker:
         call = partial(self.worker.plan, conversation, tokens, **options)
         return await self._threads.run(call, self.worker.drop)
 
-    async def restore(self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration) -> RestoreReceipt:
+    async def join(self, plan_id: str) -> WorkerPlan:
+        """See Worker.join."""
+        return await self._threads.run(partial(self.worker.join, plan_id), self.worker.drop)
+
+    async def restore(
+        self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration, stream: Any = None
+    ) -> RestoreReceipt:
         """See Worker.restore."""
-        call = partial(self.worker.restore_async, plan, pages, deadline_s=deadline_s)
+        after = self.worker.mark(stream)
+        call = partial(self.worker.restore_async, plan, pages, deadline_s=deadline_s, stream=after)
         handle: RestoreHandle
         handle, cancelled = await self._threads.run_to_end(call)
         try:
@@ -150,6 +161,10 @@ class AsyncWorker:
         handle.cancel()
         await _ended(handle.when_done)
         raise asyncio.CancelledError
+
+    def mark(self, stream: Any = None) -> StreamEvent:
+        """See Worker.mark. Does not wait."""
+        return self.worker.mark(stream)
 
     async def prefilled(self, tokens: int, seconds: float, *, past: int = 0) -> None:
         """See Worker.prefilled. Does not wait."""
@@ -228,6 +243,10 @@ class AsyncClient:
     async def models(self) -> list[ModelInfo]:
         """See Client.models."""
         return await self._threads.run(self.client.models)
+
+    async def retire(self, fingerprint: str) -> ModelInfo:
+        """See Client.retire."""
+        return await self._threads.run(lambda: self.client.retire(fingerprint))
 
     async def status(self) -> StatusReport:
         """See Client.status."""

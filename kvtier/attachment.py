@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvtier import protocol
-from kvtier.agent import Agent, AgentPorts
+from kvtier.agent import Agent, AgentPorts, Mapping
 from kvtier.breaker import Backoff
-from kvtier.errors import KvtierError
+from kvtier.errors import KvtierError, VersionMismatch
 from kvtier.link import Link
 from kvtier.messages import Attach, Attached, Message, Mode
 from kvtier.paths import gpu_socket
@@ -19,7 +19,7 @@ from kvtier.receipts import Reason
 from kvtier.wire import Channel, close_all, expect, hello
 
 if TYPE_CHECKING:
-    from kvtier.gpu.engine import CopyEngine, SlotMemory
+    from kvtier.gpu.engine import CopyEngine, Place, SlotMemory
     from kvtier.host.arena import ArenaView
 
 COPY_CONNECT_S = 0.25
@@ -59,12 +59,14 @@ def attach(
     channel: Channel,
     era: int,
     request: tuple[Attach, Sequence[int]],
-    make_engine: MakeEngine | None,
+    copying: tuple[Place, Mapping | None],
 ) -> Attachment:
     """Attach over a fresh control connection.
 
-    request: with the descriptors that go with it.  Raises what the node refuses it with, DaemonNotFound,
-    ProtocolError, TierUnavailable for an arena that is not what it should be, OSError.
+    request: with the descriptors that go with it.  copying: what makes the engine, where copies run here, and
+    how the daemon comes to map the pool, where it is on a GPU and the daemon copies.
+    Raises what the node refuses it with, DaemonNotFound, ProtocolError, TierUnavailable for an arena that is
+    not what it should be, OSError.
     """
     message, pool_fds = request
     deadline_s = time.monotonic() + link.settings.timeout_s
@@ -74,14 +76,19 @@ def attach(
     events: Channel | None = None
     try:
         attached = expect(answer, Attached, channel.path)
+        if message.ranks and not attached.joins_ranks:
+            raise VersionMismatch(
+                "this node's kvtier does not make one act of what several ranks do",
+                fix="install the worker's release at the node, or attach without ranks",
+            )
         if attached.mode == "worker":
             arena = _map(fds, attached)
-            engine = (make_engine or _cpu_engine)(arena)
+            engine = copying[0](arena)
         token = link.token()
         events = Channel.open(
             link.settings.path, hello("events", worker=attached.worker, token=token), deadline_s
         )
-        agent = _agent(link, attached, events, engine, era)
+        agent = _agent(link, attached, events, engine, era, copying[1])
         agent.start()
     except BaseException:
         if events is not None:
@@ -102,13 +109,14 @@ def _map(fds: Sequence[int], attached: Attached) -> ArenaView:
     return ArenaView.shared(fds, attached.arena_bytes, attached.generation_slots)
 
 
-def _cpu_engine(slots: Any) -> CopyEngine:
-    from kvtier.gpu.cpu_engine import CpuCopyEngine
-
-    return CpuCopyEngine(slots)
-
-
-def _agent(link: Link, attached: Attached, events: Channel, engine: CopyEngine | None, era: int) -> Agent:
+def _agent(
+    link: Link,
+    attached: Attached,
+    events: Channel,
+    engine: CopyEngine | None,
+    era: int,
+    mapping: Mapping | None,
+) -> Agent:
     # The GPU service may come up after this; its socket is then at the usual place.
     path = attached.gpu_socket or str(gpu_socket(Path(link.settings.path).parent))
 
@@ -126,7 +134,8 @@ def _agent(link: Link, attached: Attached, events: Channel, engine: CopyEngine |
         worker=attached.worker,
         events=events,
         engine=engine,
-        open_copy=None if engine is None else open_copy,
+        open_copy=None if engine is None and mapping is None else open_copy,
+        mapping=mapping,
         lost=lost,
         post=post,
     )

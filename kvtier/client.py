@@ -28,6 +28,7 @@ from kvtier.messages import (
     Models,
     Ping,
     Pong,
+    Retire,
     Show,
     Status,
     StatusIs,
@@ -35,6 +36,7 @@ from kvtier.messages import (
 from kvtier.objects import Shard
 from kvtier.paths import default_runtime_dir, node_socket
 from kvtier.receipts import ConversationInfo, ForgetReceipt, ModelInfo, StatusReport
+from kvtier.shards import Shards
 from kvtier.worker import CALL_TIMEOUT_S, Worker
 from kvtier.worker_inputs import Computing, ModelIdentity
 
@@ -130,18 +132,22 @@ class Client:
         config: Mapping[str, Any] | str | Path | None = None,
         device: str = "",
         devices: int = 1,
+        ranks: Shards | None = None,
     ) -> Worker:
         """Show the daemon this worker's KV memory, over connections of the worker's own.
 
         model: a Fingerprint.  pool: a Pool; a SharedPool, which the daemon maps and copies; or the layout of
         a contiguous cache.  shard: the slice that this rank holds.  call_timeout_s: for park, plan and
-        restore to be answered.  make_engine: makes the copy engine from the slots' memory; by default the
-        CPU's.  config: the model's config.json, its folder or what it holds: with it, and what `prefilled`
-        tells, the node weighs loading against computing.  device, devices: what computes, as its driver calls
-        it, and how many together.
+        restore to be answered.  make_engine: makes the copy engine from the slots' memory; by default the one
+        for where the pool is, the CPU's or CUDA's.  config: the model's config.json, its folder or what it
+        holds: with it, and what `prefilled` tells, the node weighs loading against computing.  device,
+        devices: what computes, as its driver calls it (by default the pool's GPU), and how many together.
 
-        Raises FingerprintError, GeometryError, ModelSpecError, DaemonNotFound (not with
-        connect(required=False)).
+        ranks: the slices of all ranks at this node that serve the model together with this one: what they
+        park and restore of a conversation is one act.
+
+        Raises FingerprintError, GeometryError, ModelSpecError, TierUnavailable (a pool on a GPU without cupy,
+        with the fix), DaemonNotFound (not with connect(required=False)).
         """
         return Worker(
             self._settings,
@@ -152,6 +158,7 @@ class Client:
             make_engine=make_engine,
             required=self._required,
             computing=Computing.of(config, device, devices),
+            ranks=ranks,
         )
 
     def ping(self) -> None:
@@ -232,6 +239,15 @@ class Client:
     def models(self) -> list[ModelInfo]:
         """Model fingerprints that are known here."""
         return self._link.call(ListModels(), Models).models
+
+    def retire(self, fingerprint: str) -> ModelInfo:
+        """KV of this model is worth nothing from now on, until a worker serves it again.
+
+        fingerprint: as `models` has it, or the beginning of one that no other has.  Raises ProtocolError for
+        one that is not known, is the beginning of several, or is served.
+        """
+        (retired,) = self._link.call(Retire(fingerprint=fingerprint), Models).models
+        return retired
 
     def status(self) -> StatusReport:
         """The node, at this instant."""

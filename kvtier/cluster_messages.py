@@ -1,11 +1,11 @@
 """Messages between a node's core and the cluster around it: the directory, and other nodes.
 
-    core -> 'directory'    FindBranches, FindHolders, FindConversations, Holdings, Bury
-    'directory' -> core    Branches, Holders, Known, Buried, Erase, Over, Graves, Heard
-    core -> 'peers'        AskHolder, PeerRead
-    'peers' -> core        TheseAre, PeerReadDone
-    'peer:N' -> core       WhatIs, Lend, GaveBack, Erase        (N: of the other node's question)
-    core -> 'peer:N'       TheseAre, Lent, Erased
+    core -> 'directory'    FindBranches, FindHolders, FindConversations, FindNodes, Holdings, Bury
+    'directory' -> core    Branches, Holders, Known, NodesThere, Buried, Erase, Over, Graves, Heard
+    core -> 'peers'        AskHolder, AskKeep, PeerRead
+    'peers' -> core        TheseAre, Kept, PeerReadDone
+    'peer:N' -> core       WhatIs, Lend, GaveBack, Keep, Erase  (N: of the other node's question)
+    core -> 'peer:N'       TheseAre, Lent, Kept, Erased
 
 'directory' and 'peers' are the node's own service, which speaks to them; so the core knows no address, and a
 log of its stimuli holds all that it was told.
@@ -88,7 +88,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     """What a node says of itself, for choosing among nodes.
 
     host, disk: of loads into its pool.  peer: of reads from other nodes.  wait_s: until a worker of it could
-    begin to compute.  accepts: whether turns may go there; not where it goes out of service.
+    begin to compute.  accepts: whether turns may go there; not where it goes out of service.  room_bytes: of
+    host memory, without what only it holds.  domain: what may fail at once with it; '': the node alone.
     """
 
     host: Speed
@@ -96,6 +97,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     peer: Speed
     wait_s: float = 0.0
     accepts: bool = True
+    room_bytes: int = 0
+    domain: str = ""
 
 
 class Reach(NamedTuple):
@@ -173,6 +176,27 @@ class Known(Message, frozen=True, tag="known"):
     loads: dict[str, Load] = msgspec.field(default_factory=dict)
 
 
+class FindNodes(Message, frozen=True, tag="find_nodes"):
+    """Which other nodes are there?"""
+
+    job: str
+
+
+class NodeThere(msgspec.Struct, frozen=True, array_like=True):
+    """A node that the directory heard of lately, and what it said of itself."""
+
+    node: str
+    epoch: int
+    load: Load
+
+
+class NodesThere(Message, frozen=True, tag="nodes_there"):
+    """Answer to FindNodes; none where the directory does not answer."""
+
+    job: str
+    nodes: tuple[NodeThere, ...] = ()
+
+
 class Heard(Message, frozen=True, tag="heard"):
     """The directory has taken this node in, and has said what it is to forget before it serves."""
 
@@ -202,10 +226,14 @@ class Buried(Message, frozen=True, tag="buried"):
 
 
 class Graves(Message, frozen=True, tag="graves"):
-    """At a start: tombstones that this node has carried out. wait_s: for Heard, at most, before it serves."""
+    """At a start: tombstones that this node has to have carried out; its core tells of each that it has.
+
+    wait_s: for Heard, at most, before it serves.  past: ids of those that are over.
+    """
 
     stones: tuple[Stone, ...]
     wait_s: float = 0.0
+    past: tuple[str, ...] = ()
 
 
 class Over(Message, frozen=True, tag="over"):
@@ -242,8 +270,61 @@ class TheseAre(Message, frozen=True, tag="these_are"):
     metas: tuple[WireMeta, ...] = ()
 
 
+class Keep(Message, frozen=True, tag="keep"):
+    """Read a conversation's objects from the node that asks, and keep them as if it had been parked here.
+
+    owner, epoch: who asks.  tokens, private, parked_at_s: of the branch, which ends in the last block of
+    metas.  replaces: keys of tails that it goes on from.  after: ids of the tombstones that it comes after;
+    stones: those of them that are not over.  models: (fingerprint, name, width of its numbers).  timeout_s:
+    for all.
+    """
+
+    owner: str
+    epoch: int
+    tenant: str
+    conversation: str
+    tokens: int
+    roots: list[WireRoot]
+    metas: list[WireMeta]
+    timeout_s: float
+    private: tuple[int, bytes] | None = None
+    parked_at_s: float = 0.0
+    replaces: tuple[bytes, ...] = ()
+    after: tuple[str, ...] = ()
+    stones: tuple[Stone, ...] = ()
+    models: tuple[tuple[bytes, str, int], ...] = ()
+    returns_at_s: float | None = None
+    keep_until_s: float | None = None
+    codec: str = ""
+
+
+class AskKeep(Message, frozen=True, tag="ask_keep"):
+    """Have a node keep a conversation of this one. epoch: the least of that node that counts."""
+
+    job: str
+    node: str
+    epoch: int
+    keep: Keep
+
+
+class Kept(Message, frozen=True, tag="kept"):
+    """Answer to Keep and AskKeep. tier: 'host' or 'disk', where all of it is; or '', and reason says why not.
+
+    reason: 'busy' (now), 'too_large', 'draining', 'forgotten', 'incomplete', 'deadline', 'peer_lost'.
+    bytes: that were read for it.
+    """
+
+    job: str = ""
+    tier: str = ""
+    reason: str = ""
+    bytes: int = 0
+
+
 class PeerRead(Message, frozen=True, tag="peer_read"):
-    """Read objects of another node into host slots; what has not come after timeout_s is given up."""
+    """Read objects of another node into host slots; what has not come after timeout_s is given up.
+
+    behind: nobody waits for it with a request; those that somebody waits for go first.
+    """
 
     job: str
     node: str
@@ -251,6 +332,7 @@ class PeerRead(Message, frozen=True, tag="peer_read"):
     object_keys: list[tuple[bytes, int, str]]
     slots: list[WireItem]
     timeout_s: float
+    behind: bool = False
 
 
 class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
@@ -263,7 +345,9 @@ class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
 
 
 class Drain(Message, frozen=True, tag="drain"):
-    """From the node's own service: go out of service."""
+    """From the node's own service: go out of service. within_s: what is left for it; 0: not known."""
+
+    within_s: float = 0.0
 
 
 class Lend(Message, frozen=True, tag="lend"):

@@ -7,6 +7,7 @@ import os
 import re
 
 from kvtier import paths
+from kvtier.config_cluster_schema import ClusterConfig
 from kvtier.config_schema import RAY_TEMP_DIR_MAX_BYTES, SOCKET_PATH_MAX_BYTES, Config
 from kvtier.config_secrets import RAY_TOKEN_MIN_BYTES, SECRET_MIN_BYTES, TOKEN_MIN_BYTES, read_secret
 from kvtier.errors import ConfigError
@@ -173,12 +174,32 @@ def _check_cluster(config: Config) -> None:
             "cluster.token_file", "is needed between nodes", fix="set it, with the same secret on all nodes"
         )
     read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
+    _check_tls(cluster)
     if cluster.listen and not config.access.tenant_secret_file:
         raise ConfigError(
             "access.tenant_secret_file",
             "is needed with cluster.listen: nodes with different secrets have no key in common",
             fix="set it, with the same secret on all nodes",
         )
+
+
+def _check_tls(cluster: ClusterConfig) -> None:
+    """Raise ConfigError unless all files of TLS are named and there, or none is named."""
+    files = {
+        "cluster.tls_cert_file": cluster.tls_cert_file,
+        "cluster.tls_key_file": cluster.tls_key_file,
+        "cluster.tls_ca_file": cluster.tls_ca_file,
+    }
+    if not any(files.values()):
+        return
+    for field, path in files.items():
+        if not path:
+            raise ConfigError(field, "is needed with the other files of TLS", fix="name all three, or none")
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            raise ConfigError(field, f"{path} cannot be read", fix="check the path and its permissions")
+    if os.stat(cluster.tls_key_file).st_mode & 0o007:
+        key = cluster.tls_key_file
+        raise ConfigError("cluster.tls_key_file", f"{key} is open to all users", fix=f"chmod o= {key}")
 
 
 def _check_listen(listen: str) -> None:

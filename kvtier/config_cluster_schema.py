@@ -120,6 +120,35 @@ class ClusterConfig(Section, frozen=True):
         float,
         Meta(ge=1, le=600, description="Silence after which the directory counts a node as lost."),
     ] = 6.0
+    failure_domain: Annotated[
+        str,
+        Meta(
+            max_length=256,
+            description="What may fail at once with this node, such as a rack or a zone: copies of one "
+            "conversation lie in different ones; empty: the machine's host name.",
+        ),
+    ] = ""
+    move_bytes_per_s: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="What a node on its way out of service gives to others in a second, at most, of what "
+            "its memory holds; 0: nothing.",
+        ),
+    ] = 256 * MiB
+    tls_cert_file: Annotated[
+        str,
+        Meta(
+            description="Certificate (PEM, with its chain) that this node shows to others, for the host name "
+            "or address at which they reach it; empty: nodes speak in clear."
+        ),
+    ] = ""
+    tls_key_file: Annotated[
+        str, Meta(description="Key of that certificate (PEM, without a pass phrase).")
+    ] = ""
+    tls_ca_file: Annotated[
+        str, Meta(description="Certificates (PEM) by one of which that of each other node has to be signed.")
+    ] = ""
     keep_tombstones_s: Annotated[
         float,
         Meta(
@@ -128,3 +157,10 @@ class ClusterConfig(Section, frozen=True):
             "forgotten.",
         ),
     ] = 90 * 86400.0
+
+    @property
+    def transport(self) -> str:
+        """By which this node speaks to others; '' where it is alone."""
+        if not self.listen:
+            return ""
+        return "tcp+tls" if self.tls_cert_file else "tcp"

@@ -152,17 +152,13 @@ class TenantConfig(Section, frozen=True):
 class GpuConfig(Section, frozen=True):
     """Copies between a worker's pool and the arena."""
 
-    mode: Annotated[
-        Literal["worker", "shared"],
-        Meta(description="Who copies: the worker's process, or the GPU service on a pool that it maps."),
-    ] = "worker"
     copy_threads: Annotated[
         int,
         Meta(
             ge=1,
             le=64,
-            description='Threads of the CPU copy engine in mode "shared"; in mode "worker" the engine is the '
-            "worker's own, with up to four.",
+            description="Threads of the CPU copy engine for pools that the GPU service maps; for others the "
+            "engine is the worker's own, with up to four.",
         ),
     ] = 2
     batch_bytes: Annotated[

@@ -12,6 +12,8 @@ EXACT = "exact"
 LOSSY = ("fp8", "int8")
 SCALE_BYTES = 4
 FIDELITIES = (EXACT, *LOSSY)
+# What `kind` says in the description of a pool on a GPU, which handles name and no descriptor.
+CUDA_IPC = "cuda-ipc"
 
 GroupKind = Literal["full", "sliding", "state"]
 

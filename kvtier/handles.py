@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from kvtier.arguments import Duration, seconds
 from kvtier.page_use import PageUse, Receipt
 from kvtier.receipts import ParkReceipt, RestoreReceipt
+
+if TYPE_CHECKING:
+    from kvtier.gpu.layers import LayerEvents, LayerReady
 
 # How long a receipt may come after its use was ended: running copies are bounded and end soon.
 QUIET_S = 5.0
@@ -59,7 +62,41 @@ class ParkHandle(_Handle[ParkReceipt]):
 
 
 class RestoreHandle(_Handle[RestoreReceipt]):
-    """A restore under way, for engines that poll."""
+    """A restore under way, for engines that poll, or that begin before all of it is there.
+
+    A layer's event says that its copies have ended, and that nothing will be copied there again.  Whether
+    the bytes are right, and how many tokens were restored, only the receipt says.  So an engine may run its
+    prefill on layer i once the event of layer i allows, and may use what it computed if `result()` is ok; no
+    token leaves before that, and if it is not ok all that was computed from these pages is thrown away.
+    Until then the restored rows may be read, not written.
+    """
+
+    def __init__(self, use: PageUse[RestoreReceipt], cancel: Callable[[], None], layers: LayerEvents) -> None:
+        super().__init__(use, cancel)
+        self._layers = layers
+        use.when_finished(self._finish)
+
+    @property
+    def events(self) -> tuple[LayerReady, ...]:
+        """One for each layer of the pool: done(), wait(stream), synchronize()."""
+        from kvtier.gpu.layers import LayerReady
+
+        return tuple(LayerReady(layer, self._layers) for layer in range(len(self._layers)))
+
+    def layer_ready(self, layer: int) -> bool:
+        """Whether the layer's copies have ended. Does not wait."""
+        return self._layers.ready(layer)
+
+    def wait_on(self, stream: Any, layer: int, timeout_s: Duration | None = None) -> bool:
+        """Make a stream wait until the layer is in place; the caller only waits until its copies are queued.
+
+        stream: as in `Worker.park`; on the CPU the caller waits for the copies themselves.  False when they
+        are not queued within the time, or never will be: the receipt then says why.  timeout_s: by default
+        until the restore is over.  Raises GeometryError, TierUnavailable.
+        """
+        return self._layers.wait(
+            layer, stream, None if timeout_s is None else seconds("timeout_s", timeout_s)
+        )
 
     def result(self, timeout_s: Duration | None = None) -> RestoreReceipt:
         """The receipt: no copy into the pages runs any more, but into those that it names as busy.
@@ -68,3 +105,7 @@ class RestoreHandle(_Handle[RestoreReceipt]):
         restore that is not finished within it are all busy; ask again then.
         """
         return self._result(timeout_s)
+
+    def _finish(self) -> None:
+        receipt = self._use.result(0)
+        self._layers.end(receipt.ok and not receipt.reason)

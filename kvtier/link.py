@@ -151,17 +151,18 @@ class Link:
             self._posted.append((era, message))
         self._mend()
 
-    def fail(self, era: int, error: KvtierError) -> None:
-        """The connection of `era` is of no more use. Does not wait."""
+    def fail(self, era: int, error: KvtierError) -> bool:
+        """The connection of `era` is of no more use. Does not wait. False where it is not the present one."""
         with self._changed:
             if not self._breaker.failed(era, self.settings.clock()):
-                return
+                return False
             self._reason = error
             if self._channel is not None:
                 self._channel.shutdown()
         if self._lost is not None:
             self._lost(error)
         self._mend()
+        return True
 
     def token(self) -> str:
         """What proves who this is; '' without a token file. Raises ConfigError."""

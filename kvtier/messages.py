@@ -9,6 +9,7 @@ import msgspec
 from kvtier.explanation import Explanation
 from kvtier.geometry import Geometry
 from kvtier.receipts import (
+    AskedLevel,
     ConversationInfo,
     ForgetReceipt,
     ModelInfo,
@@ -81,7 +82,9 @@ class Attach(Message, frozen=True, tag="attach"):
 
     replaces: what this worker was called before it lost the node; none of the copies of then runs any more.
     config: the model's config.json, from which the node reads what computing a token costs; {} for none.
-    device, devices: what computes, as its driver calls it, and how many of them together.
+    device, devices: what computes, as its driver calls it, and how many of them together.  ranks: names of
+    the shards of all ranks that park and restore together with this one, itself too; [] for none.  engine,
+    place, gpu_bytes: what copies where in the worker's process, and the GPU memory that it takes for that.
     """
 
     fingerprint: bytes
@@ -96,16 +99,24 @@ class Attach(Message, frozen=True, tag="attach"):
     config: dict[str, Any] = {}
     device: str = ""
     devices: int = 1
+    ranks: list[str] = []
+    engine: str = ""
+    place: str = ""
+    gpu_bytes: int = 0
 
 
 class Attached(Message, frozen=True, tag="attached"):
-    """Descriptors beside it: the arenas in order, then the generation table."""
+    """Descriptors beside it: the arenas in order, then the generation table.
+
+    joins_ranks: whether the node makes one act of what the ranks do.
+    """
 
     worker: str
     arena_bytes: list[int]
     generation_slots: int
     gpu_socket: str
     mode: Mode
+    joins_ranks: bool = False
 
 
 class Detach(Message, frozen=True, tag="detach"):
@@ -121,7 +132,8 @@ class Park(Message, frozen=True, tag="park"):
     number for its page binding.  held_from: for each layer group the first position that the pool still
     holds.  private_from: for share='conversation', from which token on nothing is shared.  codec: one of
     CODECS, for what of the conversation is written to disk from now on; '' for what was asked before.
-    stop: why the output ended, such as 'end_turn' or 'tool_use'; '' unknown.
+    stop: why the output ended, such as 'end_turn' or 'tool_use'; '' unknown.  events: of a pool on a GPU that
+    the daemon maps, numbers of the worker's events: one that all copies come after, or one for each layer.
     """
 
     worker: str
@@ -133,7 +145,7 @@ class Park(Message, frozen=True, tag="park"):
     after_tokens: int = 0
     extras: list[tuple[int, bytes]] = []
     held_from: list[int] = []
-    level: Literal["host", "disk"] = "host"
+    level: AskedLevel = "host"
     share: Literal["prefix", "conversation"] = "prefix"
     private_from: int = 0
     fidelity: str = "exact"
@@ -143,6 +155,7 @@ class Park(Message, frozen=True, tag="park"):
     pages: list[bytes] = []
     codec: str = ""
     stop: str = ""
+    events: list[int] = []
 
 
 class ParkStarted(Message, frozen=True, tag="park_started"):
@@ -157,6 +170,7 @@ class MakePlan(Message, frozen=True, tag="make_plan"):
 
     deadline_s: for all that is loaded, from now.  waiting: requests in the worker's prefill queue.
     prefill_wait_s: until it could begin to compute this one.  takes: what the engine can use.
+    most_tokens: no more than these are loaded.  A rank plans for all of its ranks.
     """
 
     worker: str
@@ -172,6 +186,14 @@ class MakePlan(Message, frozen=True, tag="make_plan"):
     waiting: int = 0
     prefill_wait_s: float = 0.0
     takes: Literal["all_or_nothing", "fronts", "both"] = "fronts"
+    most_tokens: int | None = None
+
+
+class JoinPlan(Message, frozen=True, tag="join_plan"):
+    """A rank asks for the plan that another one made for all of them. Answered by Planned."""
+
+    worker: str
+    plan_id: str
 
 
 class Prefilled(Message, frozen=True, tag="prefilled"):
@@ -192,13 +214,19 @@ class Planned(Message, frozen=True, tag="planned"):
 
 
 class Restore(Message, frozen=True, tag="restore"):
-    """Carry out a plan into the pages bound to `request`."""
+    """Carry out a plan into the pages bound to `request`.
+
+    by_layer: what lies in host memory is copied as one batch, so that layers come first over all of it.
+    events: as in Park.
+    """
 
     worker: str
     request: int
     plan_id: str
     deadline_s: float
     pages: list[bytes] = []
+    by_layer: bool = False
+    events: list[int] = []
 
 
 class RestoreStarted(Message, frozen=True, tag="restore_started"):
@@ -319,8 +347,17 @@ class ListModels(Message, frozen=True, tag="list_models"):
     """Model fingerprints known here."""
 
 
+class Retire(Message, frozen=True, tag="retire"):
+    """KV of this model is worth nothing from now on, until a worker serves it again. Answered by Models.
+
+    fingerprint: in hexadecimal digits, or the beginning of one that no other model's has.
+    """
+
+    fingerprint: str
+
+
 class Models(Message, frozen=True, tag="models"):
-    """Answer to ListModels."""
+    """Answer to ListModels, and to Retire."""
 
     models: list[ModelInfo]
 

@@ -11,25 +11,43 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from kvtier.receipts import Level, ParkReceipt, Plan, Reason, RestoreReceipt
 from kvtier.tier_messages import Direction
 
 if TYPE_CHECKING:
+    from kvtier.gpu.engine import StreamEvent
+    from kvtier.gpu.layers import LayerEvents
     from kvtier.gpu.pool import Binding
 
 Receipt = TypeVar("Receipt", ParkReceipt, RestoreReceipt)
 Listener = Callable[[], None]
 
 
+class CopyOrder(NamedTuple):
+    """What a use's copies come after, and what comes after them: see kvtier.gpu.engine.CopyBatch.
+
+    layers: of a restore, is told of each layer.  by_layer: as it is queued, not only when its batch ends.
+    """
+
+    after: StreamEvent | None = None
+    after_layers: tuple[StreamEvent, ...] = ()
+    layers: LayerEvents | None = None
+    by_layer: bool = False
+
+
+ANY_ORDER = CopyOrder()
+
+
 class PageUse(ABC, Generic[Receipt]):
     """request: the number that names it to the node.  limit_s: time.monotonic() at which it is ended here.
 
-    copies_here: whether this process runs its copies.  All calls from any thread.
+    copies_here: whether this process runs its copies.  order: of them.  All calls from any thread.
     """
 
     direction: Direction
+    order: CopyOrder = ANY_ORDER
 
     def __init__(self, request: int, binding: Binding, *, limit_s: float, copies_here: bool) -> None:
         self.request = request

@@ -1,7 +1,8 @@
 """What park, plan, restore and forget answer: facts, never exceptions.
 
 Levels, lowest first: 'none' (nothing was kept), 'host' (in this node's memory: survives the worker),
-'disk' (survives kill -9 of everything and power loss).  A reason is one of the words in `Reason`.
+'disk' (survives kill -9 of everything and power loss), 'copies=n' (n nodes in failure domains of their own
+have it, in memory or on disk: survives the loss of n - 1 of them).  A reason is one of the words in `Reason`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from typing import Literal, TypeAlias
 
 from kvtier.errors import LevelNotReached
 
-Level: TypeAlias = Literal["none", "host", "disk"]
-LEVELS: tuple[Level, ...] = ("none", "host", "disk")
+AskedLevel: TypeAlias = Literal["host", "disk", "copies=2", "copies=3", "copies=4"]
+ASKED_LEVELS: tuple[AskedLevel, ...] = ("host", "disk", "copies=2", "copies=3", "copies=4")
+Level: TypeAlias = Literal["none", "host", "disk", "copies=2", "copies=3", "copies=4"]
+LEVELS: tuple[Level, ...] = ("none", *ASKED_LEVELS)
+
+
+def copies_level(nodes: int) -> Level:
+    """The level of what so many nodes have, this one included; 'host' for none but this one."""
+    return LEVELS[min(nodes + LEVELS.index("disk") - 1, len(LEVELS) - 1)] if nodes > 1 else "host"
+
 
 Reason: TypeAlias = Literal[
     "",
@@ -31,7 +40,9 @@ Reason: TypeAlias = Literal[
     "cancelled",
     "daemon_unavailable",  # absent, hung, restarting: the circuit is open
     "forgotten",
+    "shard_missing",  # a rank of it did not come, or went, so the whole is not there
     "peer_lost",  # the node that had it is gone, or has it no longer
+    "no_peer",  # fewer other nodes took a copy than were asked for
     "wear",
     "recompute",  # computing is expected to be sooner than loading, or cheaper with others waiting
 ]
@@ -44,6 +55,9 @@ class ParkReceipt:
     released: the pages may be reused.  tokens: the conversation can be restored up to here at `level`.
     stored/shared: objects copied now / found already stored.  version: of the conversation's record.
     relative_error: of what was stored now at a lossy fidelity: rms of the error over rms of the values.
+    cost_per_hour: of keeping the conversation where it lies now, in the currency of the node's prices; None
+    without prices.
+    copies: other nodes that keep it, each with where all of it is: 'host' or 'disk'.
     """
 
     conversation: str
@@ -60,6 +74,8 @@ class ParkReceipt:
     reason: Reason = ""
     detail: str = ""
     retry_after_s: float | None = None
+    copies: dict[str, str] = field(default_factory=dict)
+    cost_per_hour: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -93,6 +109,8 @@ class Plan:
     first, one in ten later than the second.  eta_mid_s: half of them are sooner.  why: what was weighed.
     load_ttft_s, recompute_ttft_s: expected time to the first token by loading all that is stored, and by
     computing everything; 0 where not known.  lease_s: how long the stored blocks are held for the plan.
+    cost_per_hour: of keeping what is stored of it, see ParkReceipt.  saved_gpu_s: seconds of a worker's GPUs
+    that the load spares; 0 where not known.
     """
 
     plan_id: str
@@ -110,6 +128,8 @@ class Plan:
     why: str = ""
     load_ttft_s: float = 0.0
     recompute_ttft_s: float = 0.0
+    cost_per_hour: float | None = None
+    saved_gpu_s: float = 0.0
 
     @property
     def load_tokens(self) -> int:
@@ -182,6 +202,9 @@ class ConversationInfo:
 
     host_tokens, disk_tokens, bytes, version: at the node that was asked.  nodes: that have a branch of it;
     none where a node is alone.
+    cost_per_hour: of keeping it where it lies, see ParkReceipt.  saves_gpu_s: seconds of a worker's GPUs that
+    its return would spare, times the chance of that by the time for which it is best kept; None where nobody
+    reckons.
     """
 
     conversation: str
@@ -198,6 +221,8 @@ class ConversationInfo:
     keep_until_s: float | None = None
     share: str = "prefix"
     nodes: tuple[str, ...] = ()
+    cost_per_hour: float | None = None
+    saves_gpu_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +255,11 @@ class TierInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """One attached worker."""
+    """One attached worker.
+
+    engine, place: what copies its pool ('cpu' or 'cuda'), and where ('cpu', 'cuda:0 NVIDIA H100').
+    gpu_bytes: GPU memory that the copies take, without the process's CUDA context.
+    """
 
     worker: str
     model: str
@@ -238,11 +267,17 @@ class WorkerInfo:
     mode: str
     pid: int
     running_jobs: int
+    engine: str = ""
+    place: str = ""
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """The node, at one instant. metrics_url: where /metrics is served; '' when it is not."""
+    """The node, at one instant. metrics_url: where /metrics is served; '' when it is not.
+
+    transport: by which it speaks to other nodes: 'tcp', or 'tcp+tls'; '' on a node alone.
+    """
 
     node: str
     epoch: int
@@ -256,3 +291,4 @@ class StatusReport:
     counters: dict[str, float]
     warnings: tuple[str, ...] = ()
     metrics_url: str = ""
+    transport: str = ""

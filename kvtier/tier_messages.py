@@ -6,10 +6,15 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from kvtier.geometry import Geometry
+from kvtier.geometry import CUDA_IPC, Geometry
 from kvtier.messages import Message, Mode
 
 Direction: TypeAlias = Literal["gather", "scatter"]
+
+
+def pool_descriptors(mode: Mode, pool: dict[str, Any]) -> int:
+    """How many descriptors come with a worker's pool."""
+    return int(mode == "shared" and pool.get("kind") != CUDA_IPC)
 
 
 # --- copies: node <-> GPU service <-> worker ---------------------------------------------------------
@@ -33,7 +38,7 @@ class WireItem(msgspec.Struct, frozen=True, array_like=True):
 class Copy(Message, frozen=True, tag="copy"):
     """Move these objects between the pages bound to `request` and their slots.
 
-    fidelity: 'exact', or the lossy codec that the slots' bytes are in.
+    fidelity: 'exact', or the lossy codec that the slots' bytes are in.  events: as in Park and Restore.
     """
 
     job: str
@@ -47,6 +52,7 @@ class Copy(Message, frozen=True, tag="copy"):
     pages: list[bytes] = []
     last: bool = False
     fidelity: str = "exact"
+    events: list[int] = []
 
 
 class Copied(Message, frozen=True, tag="copied"):
@@ -81,6 +87,28 @@ class PoolJoined(Message, frozen=True, tag="pool_joined"):
     layout: str = ""
     pool_pages: int = 0
     pool: dict[str, Any] = {}
+
+
+class ProbePool(Message, frozen=True, tag="probe_pool"):
+    """A worker whose pool on a GPU is to be mapped: a pattern of its own lies in these scratch pages."""
+
+    pages: list[int]
+    nonce: bytes
+
+
+class PoolProbed(Message, frozen=True, tag="pool_probed"):
+    """Answer to ProbePool: digests of what was read there, and of what was written then; or why not."""
+
+    ok: bool
+    seen: bytes = b""
+    written: bytes = b""
+    detail: str = ""
+
+
+class PoolProven(Message, frozen=True, tag="pool_proven"):
+    """The worker's word that each side reads what the other wrote: only then the mapping is used."""
+
+    ok: bool
 
 
 class PoolLeft(Message, frozen=True, tag="pool_left"):
@@ -227,7 +255,8 @@ class DiskUsage(Message, frozen=True, tag="disk_usage"):
 
     written_bytes: to the drive, headers and padding included, of which user_bytes were payload.  flushes:
     of files.  scrub_*: what the background check read, found bad, and how often it came to the end.
-    wear_limit_bytes: bytes that may be written in any day, 0 for no bound; wear_left_bytes: now.
+    wear_limit_bytes: bytes that may be written in any day, 0 for no bound; wear_left_bytes: now.  crowded:
+    others have filled the file system.
     """
 
     capacity_bytes: int
@@ -245,3 +274,4 @@ class DiskUsage(Message, frozen=True, tag="disk_usage"):
     scrub_passes: int = 0
     wear_limit_bytes: int = 0
     wear_left_bytes: int = 0
+    crowded: bool = False

@@ -99,7 +99,7 @@ class FrameBuffer:
         at, here = self._begin, self._end - self._begin
         if here < _PREFIX:
             return None
-        self._wanted = _PREFIX + protocol.body_length(bytes(self._buffer[at : at + _PREFIX]))
+        self._wanted = _PREFIX + protocol.body_length(self._buffer, at)
         if here < self._wanted:
             return None
         return memoryview(self._buffer)[at + _PREFIX : at + self._wanted]

@@ -7,6 +7,7 @@ computes everything, and both say 'daemon_unavailable'.  A caller's mistake is r
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from kvtier.agent import Mapping
 from kvtier.arguments import DEFAULT_TENANT, Duration, name, one_of, optional_seconds, seconds
 from kvtier.attachment import Attachment, MakeEngine, attach
 from kvtier.errors import DaemonNotFound, KvtierError
@@ -26,6 +28,7 @@ from kvtier.messages import (
     Detach,
     Done,
     DropPlan,
+    JoinPlan,
     MakePlan,
     Park,
     ParkStarted,
@@ -35,8 +38,9 @@ from kvtier.messages import (
     RestoreStarted,
 )
 from kvtier.objects import Shard
-from kvtier.page_use import ParkUse, RestoreUse, missed
-from kvtier.receipts import RestoreReceipt, TokenRange
+from kvtier.page_use import CopyOrder, ParkUse, RestoreUse, missed
+from kvtier.receipts import ASKED_LEVELS, AskedLevel, RestoreReceipt, TokenRange
+from kvtier.shards import Shards
 from kvtier.wire import Channel
 from kvtier.worker_calls import WorkerCalls, cancel, copies_here
 from kvtier.worker_inputs import (
@@ -51,17 +55,23 @@ from kvtier.worker_inputs import (
     extras_list,
     pack,
     page_bytes,
+    shown,
 )
 
 if TYPE_CHECKING:
+    from kvtier.gpu.engine import StreamEvent
+    from kvtier.gpu.pool import Binding
     from kvtier.worker_inputs import AnyPool
+
+log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 1.0
 # The node ends what is late by itself; only after this time the worker does.
 RESTORE_GRACE_S = 0.1
+# Where it has to wait for the copies of other ranks to end.
+RANKS_GRACE_S = 1.5
 PARK_GRACE_S = 1.0
 DETACH_S = 1.0
-LEVELS = ("host", "disk")
 SHARES = ("prefix", "conversation")
 TAKES = ("all_or_nothing", "fronts", "both")
 
@@ -80,10 +90,12 @@ class Worker:
         make_engine: MakeEngine | None,
         required: bool,
         computing: Computing = NOTHING_KNOWN,
+        ranks: Shards | None = None,
     ) -> None:
         self._pool = WorkerPool(pool)
-        self._request = attach_request(model, self._pool, shard, computing)
-        self._make_engine = make_engine
+        self._place = self._pool.place(make_engine)
+        self._request = attach_request(model, self._pool, shard, computing, ranks)
+        self._grace_s = RANKS_GRACE_S if self._request.ranks else RESTORE_GRACE_S
         self._requests = itertools.count(1)
         self._attachment: Attachment | None = None
         self._lost: list[Attachment] = []
@@ -118,7 +130,7 @@ class Worker:
         pages: Any,
         *,
         tenant: str = DEFAULT_TENANT,
-        level: Literal["host", "disk"] = "host",
+        level: AskedLevel = "host",
         returns_in_s: Duration | None = None,
         keep_for_s: Duration | None = None,
         share: Literal["prefix", "conversation"] = "prefix",
@@ -129,6 +141,8 @@ class Worker:
         codec: str = "",
         stop: str = "",
         timeout_s: Duration = 30.0,
+        stream: Any = None,
+        layer_events: Sequence[Any] = (),
     ) -> ParkHandle:
         """Store the KV of `tokens`, which lies in `pages`, under the conversation's name.
 
@@ -137,23 +151,32 @@ class Worker:
         from token private_from on.  extras: (position, digest) of LoRA, images, cache salts.  fidelity:
         'exact', or a lossy codec, 'fp8' or 'int8', at about half the bytes: what it stores answers only plans
         of the same fidelity, and the receipt tells the relative error.  after: a known front, whose tokens
-        are not sent and not keyed again.  codec: lossless, for what of the conversation
-        is written to disk from now on: 'raw', 'lz4', 'planes-lz4' or 'planes-zstd'; '' for what was asked
-        before, or else what the tenant or the node has.  stop: why the output ended, 'end_turn' or
-        'tool_use': eviction by worth tells by it how soon the next turn comes.  timeout_s: for the asked
-        level to be reached.
+        are not sent and not keyed again.  level: 'host', 'disk', or 'copies=2' to 'copies=4' for so many
+        nodes in failure domains of their own that have it, in memory or on disk.  codec: lossless, for what
+        of the conversation is written to disk from now on: 'raw', 'lz4', 'planes-lz4' or 'planes-zstd'; ''
+        for what was asked before, or else what the tenant or the node has.  stop: why the output ended,
+        'end_turn' or 'tool_use': eviction by worth tells by it how soon the next turn comes.  timeout_s: for
+        the asked level to be reached.
+
+        stream: what writes the pages' KV: nothing is read before all that is queued there now has run.  A
+        torch or cupy stream, a handle, what `mark` gave, or None for the caller's current stream of the
+        pool's device; neither the caller nor the stream waits.  layer_events: instead of it, one event for
+        each layer of the pool, recorded already, after which the layer's pages may be read: the park begins
+        with layer 0 while the last layers are still computed.  What `mark` gives, or torch's or cupy's own.
 
         The pages must not change before `released` is set on what is returned.  Raises ConfigError,
-        TokensError, GeometryError, MessageTooLarge: before anything is sent, or as the node refuses it.
+        TokensError, GeometryError, MessageTooLarge: before anything is sent, or as the node refuses it;
+        TierUnavailable when the GPU is lost.
         """
         limit_s = seconds("timeout_s", timeout_s)
-        one_of("level", level, LEVELS)
+        one_of("level", level, ASKED_LEVELS)
         one_of("share", share, SHARES)
         if codec:
             one_of("codec", codec, CODECS)
         names = (name("conversation", conversation), name("tenant", tenant))
         packed, count = pack(tokens, after)
-        binding = self._pool.bind(pages, count)
+        binding = self._bound(pages, count)
+        order = self._order_of(stream, layer_events)
         attachment = self._attachment
         use = ParkUse(
             next(self._requests),
@@ -163,6 +186,7 @@ class Worker:
             names=names,
             level=level,
         )
+        use.order = order
         message = Park(
             worker="" if attachment is None else attachment.worker,
             request=use.request,
@@ -183,6 +207,7 @@ class Worker:
             pages=[] if use.copies_here else page_bytes(binding),
             codec=codec,
             stop=stop,
+            events=[] if use.copies_here else self._pool.event_numbers(order),
         )
         self._calls.begin(attachment, use, (message, ParkStarted), self._calls.timeout_s)
         return ParkHandle(use, lambda: cancel(attachment, use))
@@ -202,6 +227,7 @@ class Worker:
         takes: Literal["all_or_nothing", "fronts", "both"] = "fronts",
         waiting: int = 0,
         prefill_wait_s: Duration = 0.0,
+        most_tokens: int | None = None,
     ) -> WorkerPlan:
         """What of `tokens` is stored, and how to bring it back; what it names is held for lease_s.
 
@@ -209,7 +235,9 @@ class Worker:
         before, to look on from there.  For a node that weighs loading against computing: deadline_s, when all
         that is loaded must be there, from now; takes, what the engine can use: all that is stored or nothing,
         any front, or also computing the front while the rest is loaded; waiting, requests in its prefill
-        queue; prefill_wait_s, until it could begin to compute this one.
+        queue; prefill_wait_s, until it could begin to compute this one.  most_tokens: no more than these are
+        loaded: what ranks at several nodes have agreed on.  With `ranks` the plan is one for all of them, and
+        names what every one has; the others `join` it.
         Give a plan that will not be restored to `drop`.  Raises ConfigError, TokensError, MessageTooLarge.
         """
         known = "" if conversation is None else name("conversation", conversation)
@@ -229,41 +257,80 @@ class Worker:
             takes=takes,
             waiting=waiting,
             prefill_wait_s=seconds("prefill_wait_s", prefill_wait_s),
+            most_tokens=most_tokens,
         )
         one_of("takes", takes, TAKES)
         limit_s = self._calls.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         try:
-            if attachment is None:
-                raise DaemonNotFound(self._link.reason or "not attached")
-            answer = self._calls.exchange(self._link.prepare(message), attachment, limit_s, Planned)
+            return self._planned(message, attachment, limit_s)
         except DaemonNotFound as error:
             everything = (TokenRange(0, count, "compute"),)
             return WorkerPlan(
                 "", known, tenant, count, everything, reason="daemon_unavailable", detail=str(error)
             )
+
+    def join(self, plan_id: str) -> WorkerPlan:
+        """The plan that another rank made for all, for this one's part of it: give it to `restore`.
+
+        plan_id: of that plan, as the ranks tell each other.  A plan that has ended, or is for other ranks,
+        loads nothing, with reason 'lease_expired'.  Raises ConfigError.
+        """
+        attachment = self._attachment
+        worker = "" if attachment is None else attachment.worker
+        message = JoinPlan(worker=worker, plan_id=name("plan_id", plan_id))
+        try:
+            return self._planned(message, attachment, self._calls.timeout_s)
+        except DaemonNotFound as error:
+            return WorkerPlan("", "", "", 0, (), reason="daemon_unavailable", detail=str(error))
+
+    def _planned(
+        self, message: MakePlan | JoinPlan, attachment: Attachment | None, limit_s: float
+    ) -> WorkerPlan:
+        if attachment is None:
+            raise DaemonNotFound(self._link.reason or "not attached")
+        answer = self._calls.exchange(self._link.prepare(message), attachment, limit_s, Planned)
         return WorkerPlan.of(answer, attachment.era)
 
-    def restore(self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration) -> RestoreReceipt:
+    def restore(
+        self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration, stream: Any = None
+    ) -> RestoreReceipt:
         """Carry out a plan. deadline_s: from now; what comes later is cut off: compute it.
 
-        Returns once no copy into the pages is queued or running, or names the pages for which that cannot be
-        proven as `busy` (page 0 stands for all of a contiguous cache).  Raises ConfigError, GeometryError.
+        stream: what used the pages last: nothing is written before all that is queued there now has run; see
+        `park`.  Returns once no copy into the pages is queued or running, or names the pages for which that
+        cannot be proven as `busy` (page 0 stands for all of a contiguous cache).  Raises ConfigError,
+        GeometryError; TierUnavailable when the GPU is lost.
         """
-        return self.restore_async(plan, pages, deadline_s=deadline_s).result()
+        return self.restore_async(plan, pages, deadline_s=deadline_s, stream=stream).result()
 
-    def restore_async(self, plan: WorkerPlan, pages: Any, *, deadline_s: Duration) -> RestoreHandle:
-        """Like `restore`, but returns once it is under way. The pages belong to it until it is done."""
+    def restore_async(
+        self,
+        plan: WorkerPlan,
+        pages: Any,
+        *,
+        deadline_s: Duration,
+        stream: Any = None,
+        by_layer: bool = False,
+    ) -> RestoreHandle:
+        """Like `restore`, but returns once it is under way. The pages belong to it until it is done.
+
+        by_layer: bring layer 0 first, then the next, over all tokens at once, for who waits for the handle's
+        layers.  The deadline then cuts off all or nothing of what is in host memory.
+        """
         limit_s = seconds("deadline_s", deadline_s)
-        binding = self._pool.bind(pages, plan.load_tokens)
+        binding = self._bound(pages, plan.load_tokens)
+        layers = self._pool.layer_events(self._place)
+        order = CopyOrder(self._place.after(stream), layers=layers, by_layer=by_layer)
         attachment = self._attachment
         use = RestoreUse(
             next(self._requests),
             binding,
-            limit_s=time.monotonic() + limit_s + RESTORE_GRACE_S,
+            limit_s=time.monotonic() + limit_s + self._grace_s,
             copies_here=copies_here(attachment),
             plan=plan,
         )
-        handle = RestoreHandle(use, lambda: cancel(attachment, use))
+        use.order = order
+        handle = RestoreHandle(use, lambda: cancel(attachment, use), layers)
         if not plan.plan_id:
             use.said_done(missed(plan, plan.reason or "no_match", plan.detail))
             return handle
@@ -275,11 +342,21 @@ class Worker:
             request=use.request,
             plan_id=plan.plan_id,
             deadline_s=limit_s,
+            by_layer=by_layer,
+            events=[] if use.copies_here else self._pool.event_numbers(order),
             pages=[] if use.copies_here else page_bytes(binding),
         )
         patience_s = min(self._calls.timeout_s, limit_s + RESTORE_GRACE_S)
         self._calls.begin(attachment, use, (message, RestoreStarted), patience_s)
         return handle
+
+    def mark(self, stream: Any = None) -> StreamEvent:
+        """An event for all that is queued on a stream so far, for `park(..., layer_events=...)`.
+
+        stream: as in `park`.  Set at once for a pool in host memory.  Raises GeometryError, also while the
+        stream is captured into a graph; TierUnavailable.
+        """
+        return self._place.after(stream)
 
     def drop(self, plan: WorkerPlan) -> None:
         """The plan will not be used: what it holds is let go, in the background."""
@@ -333,6 +410,33 @@ class Worker:
     ) -> None:
         self.close()
 
+    def _mapping(self, era: int) -> Mapping | None:
+        """How the daemon comes to map the pool, where it shall."""
+        mapped = self._pool.mapped
+        if mapped is None:
+            return None
+
+        def refused(why: str) -> bool:
+            self._pool.copy_here()
+            if not self._link.fail(era, DaemonNotFound(f"the daemon cannot map the pool: {why}")):
+                return False
+            log.warning("the daemon cannot map the pool, so this process copies: %s", why)
+            return True
+
+        return Mapping(mapped, refused)
+
+    def _bound(self, pages: Any, tokens: int) -> Binding:
+        binding = self._pool.bind(pages, tokens)
+        self._pool.check_place(binding, self._place)
+        return binding
+
+    def _order_of(self, stream: Any, layer_events: Sequence[Any]) -> CopyOrder:
+        """What a park comes after. Raises GeometryError."""
+        if not len(layer_events):
+            return CopyOrder(self._place.after(stream))
+        self._pool.check_layers(len(layer_events), stream)
+        return CopyOrder(after_layers=tuple(self._place.event(event) for event in layer_events))
+
     def _detach(self, attachment: Attachment) -> None:
         try:
             self._link.call(Detach(worker=attachment.worker), Done, DETACH_S)
@@ -349,8 +453,9 @@ class Worker:
             raise DaemonNotFound("copies of the lost connection still run")
         if self._closed:
             raise DaemonNotFound("the worker is closed")
-        request = (msgspec.structs.replace(self._request, replaces=self._former), self._pool.fds)
-        self._attachment = attach(self._link, channel, era, request, self._make_engine)
+        message = shown(self._request, self._pool, self._place)
+        request = (msgspec.structs.replace(message, replaces=self._former), self._pool.fds)
+        self._attachment = attach(self._link, channel, era, request, (self._place, self._mapping(era)))
         self._former = ""
 
     def _retire(self) -> None:

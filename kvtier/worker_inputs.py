@@ -7,17 +7,24 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import msgspec
+
 from kvtier.errors import FingerprintError, GeometryError, TokensError
 from kvtier.messages import Attach, Mode, Planned
 from kvtier.objects import KEY_BYTES, Shard
 from kvtier.receipts import Plan
+from kvtier.shards import Shards
 
 if TYPE_CHECKING:
+    from kvtier.gpu.engine import Place
+    from kvtier.gpu.layers import LayerEvents
     from kvtier.gpu.layout import PoolLayout
+    from kvtier.gpu.places import MakeEngine
     from kvtier.gpu.pool import Binding, Pool
-    from kvtier.gpu.shared_pool import SharedPool
+    from kvtier.gpu.shared_pool import MappablePool, SharedPool
+    from kvtier.page_use import CopyOrder
 
-    AnyPool: TypeAlias = Pool | PoolLayout | SharedPool
+    AnyPool: TypeAlias = Pool | PoolLayout | SharedPool | MappablePool
 
 TOKEN_BYTES = 4
 
@@ -67,21 +74,26 @@ _PLAN_FIELDS = tuple(field.name for field in fields(Plan))
 class WorkerPool:
     """The pool that a worker attaches with, of any kind.
 
-    pool: a Pool; a SharedPool, which the daemon maps; or the layout of a contiguous cache.  Raises
-    GeometryError for anything else.
+    pool: a Pool; a SharedPool or MappablePool, which the daemon maps; or the layout of a contiguous cache.
+    Raises GeometryError for anything else.
     """
 
     def __init__(self, pool: AnyPool) -> None:
         from kvtier.gpu.layout import PoolLayout
         from kvtier.gpu.pool import Pool
-        from kvtier.gpu.shared_pool import SharedPool
+        from kvtier.gpu.shared_pool import MappablePool, SharedPool
 
         self.mode: Mode = "worker"
         self.description: dict[str, Any] = {}
         self.fds: list[int] = []
+        self.mapped: MappablePool | None = None
         if isinstance(pool, SharedPool):
             self.mode = "shared"
             self.description, self.fds = pool.export()
+            pool = pool.pool
+        elif isinstance(pool, MappablePool):
+            self.mode, self.mapped = "shared", pool
+            self.description = pool.export()
             pool = pool.pool
         self._pool: Pool | None = pool if isinstance(pool, Pool) else None
         layout = pool.layout if isinstance(pool, Pool) else pool
@@ -102,6 +114,49 @@ class WorkerPool:
         if min(pages.ends) < tokens:
             raise GeometryError(f"{min(pages.ends)} positions are bound, too few for {tokens} tokens")
         return pages
+
+    def place(self, make: MakeEngine | None) -> Place:
+        """What copies there. make: the caller's own. Raises GeometryError, TierUnavailable."""
+        from kvtier.gpu.places import choose
+
+        if self.mapped is not None:
+            return self.mapped.place
+        return choose(self._pool, make)
+
+    def copy_here(self) -> None:
+        """The daemon cannot map it: from the next attach on this process copies."""
+        self.mode, self.mapped, self.description = "worker", None, {}
+
+    def event_numbers(self, order: CopyOrder) -> list[int]:
+        """Of a pool on a GPU that the daemon maps, what its copies come after: see messages.Park."""
+        mapped = self.mapped
+        if mapped is None:
+            return []
+        events = order.after_layers or ((order.after,) if order.after is not None else ())
+        return [mapped.relay(event) for event in events]
+
+    def check_place(self, binding: Binding, place: Place) -> None:
+        """Raise GeometryError unless the place's engine reaches what was bound."""
+        found = binding.views[0][0].location
+        if found != place.location:
+            raise GeometryError(
+                f"the KV is on {found}, and the worker's engine copies on {place.location}",
+                fix=f"attach with make_engine=kvtier.gpu.places.place_of({found!r})",
+            )
+
+    def check_layers(self, events: int, stream: Any) -> None:
+        """Raise GeometryError unless so many events order a park layer by layer."""
+        layers = sum(len(group.layers) for group in self.layout.groups)
+        if stream is not None:
+            raise GeometryError("a park comes after a stream or after events of its layers, not both")
+        if events != layers:
+            raise GeometryError(f"{events} events for a pool of {layers} layers")
+
+    def layer_events(self, place: Place) -> LayerEvents:
+        """For a restore into this pool."""
+        from kvtier.gpu.layers import LayerEvents
+
+        return LayerEvents(self.layout, place.stream)
 
 
 class Computing(NamedTuple):
@@ -127,7 +182,11 @@ NOTHING_KNOWN = Computing({}, "", 1)
 
 
 def attach_request(
-    model: ModelIdentity, pool: WorkerPool, shard: Shard, computing: Computing = NOTHING_KNOWN
+    model: ModelIdentity,
+    pool: WorkerPool,
+    shard: Shard,
+    computing: Computing = NOTHING_KNOWN,
+    ranks: Shards | None = None,
 ) -> Attach:
     """The request that shows the worker to its node. Raises FingerprintError, GeometryError."""
     digest = getattr(model, "digest", None)
@@ -138,6 +197,12 @@ def attach_request(
         )
     if not isinstance(shard, Shard):
         raise GeometryError(f"{shard!r} is not a shard", fix="pass kvtier.objects.Shard(...)")
+    names = ranks.names if ranks is not None else []
+    if names and shard.name not in names:
+        raise GeometryError(
+            f"{shard.name} is none of the slices of its ranks",
+            fix="attach with shard=ranks[rank], ranks=ranks",
+        )
     layout = pool.layout
     return Attach(
         id=1,
@@ -152,6 +217,20 @@ def attach_request(
         config=computing.config,
         device=computing.device,
         devices=computing.devices,
+        ranks=names if len(names) > 1 else [],
+    )
+
+
+def shown(request: Attach, pool: WorkerPool, place: Place) -> Attach:
+    """The request with what copies the worker's pool; its GPU is what computes, unless something was said."""
+    return msgspec.structs.replace(
+        request,
+        mode=pool.mode,
+        pool=pool.description,
+        device=request.device or place.device,
+        engine=place.engine,
+        place=f"{place.location} {place.device}".strip(),
+        gpu_bytes=place.device_bytes if pool.mode == "worker" else 0,
     )
 
 

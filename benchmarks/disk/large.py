@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -168,12 +170,16 @@ def _restores(
 def alternate_rounds(
     limits: Sequence[Callable[[], float]], own: Callable[[], float], rounds: int
 ) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each limit and of `own`, once a round; nobody always comes after the same other."""
+    """Seconds of each limit and of `own`, once a round, in another order each time.
+
+    What the one before left behind, deleted files above all, is written before the next begins.
+    """
     calls = [*limits, own]
     took: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds):
-        first = number % len(calls)
-        for place in [*range(first, len(calls)), *range(first)]:
+    draw = random.Random(rounds)
+    for _ in range(rounds):
+        for place in draw.sample(range(len(calls)), len(calls)):
+            os.sync()
             took[place].append(calls[place]())
     return took[:-1], took[-1]
 

@@ -7,6 +7,8 @@ reads while the time runs; what the others bring is compared afterwards.
 
 from __future__ import annotations
 
+import os
+import random
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -138,10 +140,11 @@ def peers(
             client = Mooncake(mooncake, folder / "mooncake", chunks)
             contenders["Mooncake file_per_key"] = stack.enter_context(client)
         took = {name: {work: Took() for work in _WORKS} for name in contenders}
+        draw = random.Random(rounds)
         for number in range(rounds):
-            names = list(contenders)
             # Nobody always comes after the same other.
-            for name in names[number % len(names) :] + names[: number % len(names)]:
+            for name in draw.sample(list(contenders), len(contenders)):
+                os.sync()
                 _one_round(contenders[name], took[name], nbytes, number)
     for name in took:
         yield from _lines(name, took, nbytes)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.disk.store import SHARD, key_of, meta_of, opened
+from benchmarks.disk.store import SHARD, key_of, meta_of
 from benchmarks.lines import Line, micros_line, seconds
 from kvtier.disk.index import Batch, Index
 from kvtier.disk.keys import EPOCH_SHIFT
@@ -34,8 +34,7 @@ def scale(folder: Path, blocks: int) -> Iterator[Line]:
     store = folder / "scale"
     in_segment = SEGMENT_BYTES // ROOM
     segments = -(-blocks // in_segment)
-    with opened(store, segments * SEGMENT_BYTES):
-        pass
+    DiskTier(store, segments * SEGMENT_BYTES, segment_bytes=SEGMENT_BYTES).close()
     index = Index(store / INDEX)
     try:
         _make_segments(store, index, segments)

@@ -13,8 +13,12 @@ from kvtier.checksum import checksum
 from kvtier.disk.tier import DiskTier
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.tier import Slot
+from kvtier.waiting import wait_until
 
 MiB = 1 << 20
+SEGMENT_BYTES = 256 * MiB
+AHEAD_BYTES = 1024 * MiB
+READY_S = 60.0
 ROOT = Root(b"r" * 32, "bench", b"f" * 32, "exact", 256)
 SHARD = "L0+32.H0+8"
 
@@ -32,9 +36,13 @@ def meta_of(number: int, nbytes: int, place: int = 0, checksum: int | None = Non
 
 @contextmanager
 def opened(folder: Path, capacity_bytes: int) -> Iterator[DiskTier]:
-    """A store in a folder of its own."""
-    tier = DiskTier(folder, capacity_bytes, segment_bytes=256 * MiB)
+    """A store in a folder of its own as a daemon has it, once its first segments are made."""
+    tier = DiskTier(folder, capacity_bytes, segment_bytes=SEGMENT_BYTES)
     try:
+        tier.make_room_ahead()
+        ready_bytes = min(capacity_bytes, AHEAD_BYTES + SEGMENT_BYTES)
+        if not wait_until(lambda: tier.stats().segment_bytes >= ready_bytes, READY_S):
+            raise TimeoutError(f"{folder} has no room ready")
         yield tier
     finally:
         tier.close()

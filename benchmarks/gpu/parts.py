@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from benchmarks.gpu import copies, decode, model, processes
+from benchmarks.gpu import copies, decode, library, lossy, model, neighbours, processes
 from benchmarks.gpu.rig import Bench
 from benchmarks.lines import Line
 
@@ -24,6 +24,9 @@ PARTS: dict[str, Callable[[Bench], list[Line]]] = {
     "interference": decode.interference,
     "model": model.model,
     "processes": processes.processes,
+    "lossy": lossy.lossy,
+    "transformers": library.library,
+    "neighbours": neighbours.neighbours,
 }
 
 

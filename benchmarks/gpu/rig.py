@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.errors import TierUnavailable
+from kvtier.geometry import EXACT
 from kvtier.gpu.cuda.cupy_device import CudaDevice
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
@@ -119,10 +120,14 @@ class Bench:
         finally:
             self.device.free(address)
 
-    def _fill(self, address: int, nbytes: int) -> None:
+    def finite(self, memory: DeviceBytes) -> None:
+        """Fill it with random bytes that are finite numbers as fp16: all exponents are small."""
+        self._fill(memory.address, memory.nbytes, mask=0x3F)
+
+    def _fill(self, address: int, nbytes: int, mask: int = 0xFF) -> None:
         size = min(RANDOM_BYTES, nbytes)
         pinned, stream = self.device.pinned(size), self.device.stream()
-        pinned[:] = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
+        pinned[:] = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8) & np.uint8(mask)
         for at in range(0, nbytes, size):
             self.device.copy(address + at, int(pinned.ctypes.data), min(size, nbytes - at), stream)
         mark(self.device, stream).synchronize()
@@ -240,6 +245,7 @@ def start(
     *,
     verify: bool = False,
     on_layer: Callable[[int, StreamEvent], None] | None = None,
+    fidelity: str = EXACT,
 ) -> Job:
     """Submit a conversation in batches, as the daemon does."""
     parts = [what.items[i : i + sizes.batch_items] for i in range(0, len(what.items), sizes.batch_items)]
@@ -256,7 +262,7 @@ def start(
 
     for n, part in enumerate(parts):
         batch = CopyBatch("bench", n, direction, what.binding, tuple(part), verify, on_layer=on_layer)
-        engine.submit(batch, on_done)
+        engine.submit(replace(batch, fidelity=fidelity), on_done)
     return job
 
 

@@ -23,6 +23,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "show": ("conversations", "Show one parked conversation."),
     "explain": ("explain", "Tell why a conversation lies where it lies, and what it is worth there."),
     "models": ("status", "List the models whose KV is here."),
+    "retire": ("status", "Say that no worker will serve a model again: its KV goes first."),
     "forget": ("conversations", "Erase a conversation, every branch of it."),
     "doctor": ("doctor", "Tell what the machine can do for the GPU tier, and what is wrong."),
     "fsck": ("fsck", "Check a directory of the disk tier while no daemon uses it."),

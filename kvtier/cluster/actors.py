@@ -51,7 +51,8 @@ class Drains(Protocol):
         """Take no park from now on, and write what only memory holds, the most worth first, within this time.
 
         Returns at once; again answers how far it is: {'dirty_bytes': what only memory holds now,
-        'flushed_bytes': written since the first call, 'done': it will write no more}.
+        'flushed_bytes': written since the first call, 'moved_bytes': read by other nodes, 'done': it will
+        write and give no more}.
         """
 
 

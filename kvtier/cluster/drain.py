@@ -18,21 +18,27 @@ _STOP_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A host service's answer. dirty_bytes: what only memory holds now.  done: it will write no more."""
+    """A host service's answer. dirty_bytes: what only its memory holds.  moved_bytes: that others read.
+
+    done: it will write and give no more.
+    """
 
     dirty_bytes: int
     flushed_bytes: int
     done: bool
+    moved_bytes: int = 0
 
     @staticmethod
     def of(answer: dict[str, Any]) -> Progress:
         """From what came over the wire. Raises KeyError, TypeError, ValueError for anything else."""
-        return Progress(int(answer["dirty_bytes"]), int(answer["flushed_bytes"]), bool(answer["done"]))
+        dirty, flushed = int(answer["dirty_bytes"]), int(answer["flushed_bytes"])
+        return Progress(dirty, flushed, bool(answer["done"]), int(answer.get("moved_bytes", 0)))
 
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """lost_bytes: what no tier of the node holds any more; None where the node never said.
+    """lost_bytes: what no tier of the node holds any more, and no other node; None where it never said.
+    moved_bytes: what other nodes have read of it.
 
     reason: why the flushing ended: 'flushed', 'grace over', 'host ended', 'node lost' or 'cannot flush'.
     """
@@ -42,6 +48,7 @@ class DrainReport:
     lost_bytes: int | None = None
     reason: str = ""
     took_s: float = 0.0
+    moved_bytes: int = 0
 
 
 class Drain:
@@ -87,7 +94,10 @@ class Drain:
         """
         if progress is not None:
             self.report = replace(
-                self.report, flushed_bytes=progress.flushed_bytes, lost_bytes=progress.dirty_bytes
+                self.report,
+                flushed_bytes=progress.flushed_bytes,
+                lost_bytes=progress.dirty_bytes,
+                moved_bytes=progress.moved_bytes,
             )
         if self.phase == "flushing":
             reason = self._over(node, host, can_flush, progress, now_s)

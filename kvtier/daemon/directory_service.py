@@ -15,12 +15,14 @@ from typing import Any
 
 from kvtier.cluster_messages import Load
 from kvtier.config import Config
+from kvtier.config_cluster_schema import ClusterConfig
 from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
 from kvtier.directory import calls
 from kvtier.directory.shard import Shard, ShardSettings
 from kvtier.errors import ConfigError, MalformedMessage
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import PeerServer, ServerSettings
+from kvtier.peers.tls import TlsFiles, server_side
 
 _LOG = logging.getLogger(__name__)
 # Nodes ask now and then at least; a connection that says nothing for so long is of one that is gone.
@@ -71,7 +73,9 @@ class DirectoryService:
         token = read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
         own = Identity(directory_name(address), time.time_ns() // 1_000_000, token)
         host, port = split(address)
-        self._server = PeerServer(own, None, ServerSettings(host, port, idle_s=_IDLE_S), self._answer)
+        files = tls_files(cluster)
+        settings = ServerSettings(host, port, idle_s=_IDLE_S, tls=server_side(files) if files else None)
+        self._server = PeerServer(own, None, settings, self._answer)
         self._looking = threading.Thread(target=self._look, name="kvtier-directory", daemon=True)
         self._looking.start()
 
@@ -153,7 +157,7 @@ class DirectoryService:
 
     def _nodes(self) -> calls.Nodes:
         return calls.Nodes(
-            [calls.Node(node, h.epoch, h.address, h.here) for node, h in sorted(self._heard.items())]
+            [calls.Node(node, h.epoch, h.address, h.here, h.load) for node, h in sorted(self._heard.items())]
         )
 
     def _shard(self, index: int) -> Shard:
@@ -185,6 +189,13 @@ def shards_at(directory: Sequence[str], address: str, count: int) -> list[int]:
 def directory_name(address: str) -> str:
     """What the service at an address is called when two ends find out who they are."""
     return f"directory@{address}"
+
+
+def tls_files(cluster: ClusterConfig) -> TlsFiles | None:
+    """Of TLS between nodes; None where they speak in clear."""
+    if not cluster.tls_cert_file:
+        return None
+    return TlsFiles(cluster.tls_cert_file, cluster.tls_key_file, cluster.tls_ca_file)
 
 
 def split(address: str) -> tuple[str, int]:

@@ -129,6 +129,7 @@ class DiskService:
             tier.close()
             raise
         self._tier = tier
+        tier.make_room_ahead()
         if settings.scrub_bytes_per_s:
             tier.start_scrub(settings.scrub_bytes_per_s)
 
@@ -292,7 +293,7 @@ class DiskService:
             quarantined=usage.quarantined,
             written_bytes=stats.device_bytes,
             state="degraded" if sick else "ready",
-            detail=sick or ("" if stats.direct_io else "without O_DIRECT"),
+            detail=sick or stats.no_room or ("" if stats.direct_io else "without O_DIRECT"),
             user_bytes=stats.user_bytes,
             flushes=stats.flushes,
             direct_io=stats.direct_io,
@@ -301,6 +302,7 @@ class DiskService:
             scrub_passes=stats.scrub_passes,
             wear_limit_bytes=self._meter.bytes_per_day,
             wear_left_bytes=self._meter.left_bytes(),
+            crowded=bool(stats.no_room),
         )
 
     # --- writing ----------------------------------------------------------------------------------------

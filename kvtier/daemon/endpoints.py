@@ -11,10 +11,18 @@ from kvtier.config_checks import is_loopback
 from kvtier.credentials import read_token
 from kvtier.daemon.http import HealthServer
 from kvtier.daemon.locating import Locating
-from kvtier.daemon.metrics import DiskMetrics, EtaMetrics, Histogram, NodeMetrics, TierMetrics, make_registry
+from kvtier.daemon.metrics import (
+    DiskMetrics,
+    EtaMetrics,
+    Histogram,
+    NodeMetrics,
+    ReturnMetrics,
+    TierMetrics,
+    make_registry,
+)
 from kvtier.node.core import NodeCore
+from kvtier.node.counters import BUCKETS_S
 from kvtier.node.eta import ERROR_BOUNDS
-from kvtier.node.state import BUCKETS_S
 from kvtier.tier_messages import DiskUsage
 
 Answer = TypeVar("Answer")
@@ -108,6 +116,10 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
             ways=dict(counters.eta.ways),
             prefills=counters.eta.prefills,
         ),
+        returns={
+            name: ReturnMetrics(seen.waits, seen.expected, seen.came)
+            for name, seen in core.state.policies.usage.forecasts().items()
+        },
         disk=_disk(core.state.disk.said),
         spilled_bytes=counters.spilled_bytes,
         host_dirty_bytes=core.state.dirty_bytes,
@@ -129,4 +141,5 @@ def _disk(said: DiskUsage) -> DiskMetrics:
         scrub_passes=said.scrub_passes,
         wear_limit_bytes=said.wear_limit_bytes,
         wear_left_bytes=said.wear_left_bytes,
+        crowded=said.crowded,
     )

@@ -20,16 +20,28 @@ from kvtier.breaker import Backoff
 from kvtier.config import Config
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.copy_desk import CopyDesk, copy_item, page_tables
+from kvtier.daemon.gpu_maps import GpuMaps
 from kvtier.daemon.joining import join_node
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
+from kvtier.geometry import CUDA_IPC
 from kvtier.gpu.cpu_engine import CpuCopyEngine
+from kvtier.gpu.cuda.make import device_of
 from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyResult, SlotMemory
 from kvtier.gpu.schedule import Bounds
 from kvtier.gpu.shared_pool import SharedPool
 from kvtier.host.arena import ArenaView
 from kvtier.messages import Hello, Message
-from kvtier.tier_messages import CancelCopies, Copied, Copy, PoolJoined, PoolLeft, TierHello
+from kvtier.tier_messages import (
+    CancelCopies,
+    Copied,
+    Copy,
+    PoolJoined,
+    PoolLeft,
+    PoolProven,
+    ProbePool,
+    TierHello,
+)
 from kvtier.wire import Channel, close_all
 
 log = logging.getLogger(__name__)
@@ -51,15 +63,24 @@ class _Node:
     channel: Channel
     arena: ArenaView
     engine: CopyEngine
+    maps: GpuMaps
 
 
 class GpuService:
     """Serves the node of the same runtime_dir, and workers at `<runtime_dir>/gpu.sock`."""
 
-    def __init__(self, config: Config, make_engine: MakeEngine | None = None) -> None:
-        """make_engine: makes the engine that copies in mode 'shared'; by default the CPU's."""
+    def __init__(
+        self,
+        config: Config,
+        make_engine: MakeEngine | None = None,
+        make_maps: Callable[[SlotMemory], GpuMaps] | None = None,
+    ) -> None:
+        """make_engine: makes the engine that copies pools in host memory in mode 'shared'; by default the
+        CPU's.  make_maps: makes what copies those on GPUs there; by default on this machine's."""
         self._config = config
         self._make_engine = make_engine or self._cpu_engine
+        self._make_maps = make_maps or _gpu_maps
+        self._probes: dict[str, ProbePool] = {}
         self._node: _Node | None = None
         self._modes: dict[str, str] = {}
         self._workers: dict[str, Connection] = {}
@@ -119,7 +140,7 @@ class GpuService:
         path = str(paths.node_socket(self._config.node.runtime_dir))
         greeting = TierHello(pid=os.getpid(), address=str(self._path))
         channel, arena = join_node(path, "gpu", greeting, _CALL_S)
-        self._node = _Node(channel, arena, self._make_engine(arena))
+        self._node = _Node(channel, arena, self._make_engine(arena), self._make_maps(arena))
         self._failure, self._attempts = "", 0
         self._loop.watch(channel.fileno(), self._hear)
         self._hear()
@@ -163,8 +184,10 @@ class GpuService:
             connection.close()
         self._desk = self._new_desk()
         self._modes.clear()
+        self._probes.clear()
         # Ends what is queued and waits for what runs: only then may memory be unmapped.
         node.engine.close()
+        node.maps.close()
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
@@ -209,6 +232,31 @@ class GpuService:
         close_all(fds)
         if isinstance(message, Copied) and self._modes.get(worker) == "worker":
             self._desk.copied(message, time.monotonic(), worker)
+        elif isinstance(message, ProbePool):
+            self._probes[worker] = message
+            self._probe(worker)
+        elif isinstance(message, PoolProven) and self._modes.get(worker) == "mapping":
+            self._proven(worker, message.ok)
+
+    def _probe(self, worker: str) -> None:
+        """A pool is mapped once both its worker and the node have spoken of it."""
+        node, connection = self._node, self._workers.get(worker)
+        if node is None or connection is None or worker not in node.maps or worker not in self._probes:
+            return
+        answer = node.maps.probe(worker, self._probes.pop(worker))
+        if not answer.ok:
+            log.warning("the pool of %s cannot be mapped: %s", worker, answer.detail)
+            self._proven(worker, False)
+        connection.send(answer)
+
+    def _proven(self, worker: str, ok: bool) -> None:
+        if not ok and self._node is not None:
+            self._node.maps.leave(worker)
+        self._modes[worker] = "shared" if ok else "unmapped"
+        if ok:
+            self._desk.joined(worker, time.monotonic())
+        else:
+            self._desk.gone(worker, time.monotonic())
 
     def _worker_closed(self, worker: str, connection: Connection) -> None:
         if self._workers.get(worker) is connection:
@@ -217,6 +265,12 @@ class GpuService:
                 self._desk.gone(worker, time.monotonic())
 
     def _pool_joined(self, message: PoolJoined, fds: list[int]) -> None:
+        if message.mode == "shared" and message.pool.get("kind") == CUDA_IPC and self._node is not None:
+            close_all(fds)
+            self._node.maps.said(message.worker, message.pool)
+            self._modes[message.worker] = "mapping"
+            self._probe(message.worker)
+            return
         if message.mode == "shared":
             try:
                 self._pools[message.worker] = SharedPool.attach(message.pool, fds)
@@ -233,8 +287,8 @@ class GpuService:
 
     def _pool_left(self, worker: str) -> None:
         self._modes.pop(worker, None)
-        pool = self._pools.get(worker)
-        if pool is None:
+        self._probes.pop(worker, None)
+        if worker not in self._pools and (self._node is None or worker not in self._node.maps):
             self._desk.gone(worker, time.monotonic())
             connection = self._workers.pop(worker, None)
             if connection is not None:
@@ -248,7 +302,14 @@ class GpuService:
         if worker in self._leaving and not self._copying.get(worker):
             self._leaving.discard(worker)
             self._copying.pop(worker, None)
-            self._pools.pop(worker).close()
+            pool = self._pools.pop(worker, None)
+            if pool is not None:
+                pool.close()
+            if self._node is not None:
+                self._node.maps.leave(worker)
+            connection = self._workers.pop(worker, None)
+            if connection is not None:
+                connection.close()
 
     # --- copies -----------------------------------------------------------------------------------------
 
@@ -264,21 +325,25 @@ class GpuService:
         node = self._node
         assert node is not None, "copies are only asked for by a node"
         try:
-            binding = self._pools[copy.worker].pool.bind(page_tables(copy))
-            batch = CopyBatch(
-                copy.job,
-                copy.batch,
-                copy.direction,
-                binding,
-                tuple(copy_item(item) for item in copy.items),
-                verify=copy.verify or copy.direction == "gather",
-                fidelity=copy.fidelity,
-            )
+            on_gpu = copy.worker in node.maps
+            batch = node.maps.batch(copy) if on_gpu else self._batch(copy)
+            engine = node.maps.engine(copy.worker) if on_gpu else node.engine
             ended = partial(self._ended, node, copy.worker)
-            node.engine.submit(batch, lambda result: self._loop.call(partial(ended, result)))
+            engine.submit(batch, lambda result: self._loop.call(partial(ended, result)))
             self._copying[copy.worker] = self._copying.get(copy.worker, 0) + 1
         except KvtierError as error:
             self._loop.call(partial(self._finish, _failed(copy, str(error))))
+
+    def _batch(self, copy: Copy) -> CopyBatch:
+        return CopyBatch(
+            copy.job,
+            copy.batch,
+            copy.direction,
+            self._pools[copy.worker].pool.bind(page_tables(copy)),
+            tuple(copy_item(item) for item in copy.items),
+            verify=copy.verify or copy.direction == "gather",
+            fidelity=copy.fidelity,
+        )
 
     def _ended(self, node: _Node, worker: str, result: CopyResult) -> None:
         if node is not self._node:
@@ -309,9 +374,14 @@ class GpuService:
                 self._workers[worker].send(message)
         elif self._node is not None:
             self._node.engine.cancel(message.job)
+            self._node.maps.cancel(worker, message.job)
 
     def _cpu_engine(self, slots: SlotMemory) -> CopyEngine:
         return CpuCopyEngine(slots, threads=self._config.gpu.copy_threads)
+
+
+def _gpu_maps(slots: SlotMemory) -> GpuMaps:
+    return GpuMaps(slots, device_of)
 
 
 def _failed(copy: Copy, why: str) -> Copied:

@@ -59,6 +59,7 @@ class DiskMetrics:
     scrub_passes: int = 0
     wear_limit_bytes: int = 0
     wear_left_bytes: int = 0
+    crowded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,21 @@ class EtaMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class ReturnMetrics:
+    """Waits that were judged at one horizon: returns expected by then, and those that came."""
+
+    waits: float = 0.0
+    expected: float = 0.0
+    came: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeMetrics:
     """A node at one instant; counts are since its start.
 
     parks: by the level reached.  restores: restores that loaded anything, by source; one that loaded from
     both counts in both.  misses: parks and restores that fell short, by receipts.Reason.  errors: by kind.
-    backpressure_s: time that parks waited for room.
+    backpressure_s: time that parks waited for room.  returns: by horizon.
     """
 
     node: str
@@ -96,6 +106,7 @@ class NodeMetrics:
     backpressure_s: float = 0.0
     disk: DiskMetrics = DiskMetrics()
     eta: EtaMetrics = EtaMetrics()
+    returns: Mapping[str, ReturnMetrics] = field(default_factory=dict)
     spilled_bytes: float = 0.0
     host_dirty_bytes: int = 0
     log_lost: int = 0
@@ -131,6 +142,7 @@ class NodeCollector(Collector):
             "kvtier_backpressure_seconds", "Time that parks waited for room.", now.backpressure_s
         )
         yield from _eta(now.eta)
+        yield from _returns(now.returns)
         yield from _disk(now.disk)
         yield CounterMetricFamily(
             "kvtier_spilled_bytes", "KV that host memory wrote to disk.", now.spilled_bytes
@@ -185,6 +197,18 @@ def _eta(eta: EtaMetrics) -> Iterator[Metric]:
     yield CounterMetricFamily("kvtier_prefills", "Prefills that workers reported.", eta.prefills)
 
 
+def _returns(returns: Mapping[str, ReturnMetrics]) -> Iterator[Metric]:
+    """Expectations against what came; nothing where nobody reckons with returns."""
+    for name, text in (
+        ("waits", "Waits of conversations that were judged at this horizon."),
+        ("expected", "Returns that were expected of them by then, as the sum of their chances."),
+        ("came", "Those of them that came back by then."),
+    ):
+        if returns:
+            values = {horizon: getattr(seen, name) for horizon, seen in returns.items()}
+            yield _counter(f"kvtier_returns_{name}", text, "within", values)
+
+
 def _disk(disk: DiskMetrics) -> Iterator[Metric]:
     for name, text, value in (
         ("written_bytes", "Bytes written to the drive, headers and padding included.", disk.written_bytes),
@@ -197,6 +221,7 @@ def _disk(disk: DiskMetrics) -> Iterator[Metric]:
         yield CounterMetricFamily(f"kvtier_disk_{name}", text, value)
     for name, text, level in (
         ("direct_io", "1 when the page cache is bypassed.", float(disk.direct_io)),
+        ("crowded", "1 when others have filled the file system.", float(disk.crowded)),
         (
             "wear_limit_bytes",
             "Bytes that may be written in 24 hours; 0: no bound.",

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import platform
 import random
 import time
 from collections import deque
@@ -42,7 +43,7 @@ from kvtier.node.events import (
 )
 from kvtier.node.journal import JournaledCore, Origin
 from kvtier.node.settings import NodeSettings
-from kvtier.tier_messages import PoolJoined
+from kvtier.tier_messages import PoolJoined, pool_descriptors
 from kvtier.wire import close_all
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class NodeService:
 
     def drain(self, within_s: float) -> dict[str, Any]:
         """Go out of service; see cluster.actors.Drains. Any thread."""
-        self._tell_soon(SERVICE, Drain())
+        self._tell_soon(SERVICE, Drain(within_s=within_s))
         progress = self.ask(lambda core: core.cluster.draining.progress())
         if progress is None:
             raise KvtierError("the node's loop does not answer")
@@ -181,6 +182,9 @@ class NodeService:
             ask_elsewhere_s=config.cluster.ask_s if config.cluster.listen else 0.0,
             tenant_codecs=tuple((name, t.codec) for name, t in sorted(config.tenants.items()) if t.codec),
             retire_after_s=config.policy.retire_after_s,
+            failure_domain=config.cluster.failure_domain or platform.node(),
+            move_bytes_per_s=config.cluster.move_bytes_per_s,
+            transport=config.cluster.transport,
         )
         self._core = NodeCore(
             settings,
@@ -273,7 +277,7 @@ class NodeService:
         return None
 
     def _message(self, link: _Link, message: Message, fds: list[int]) -> None:
-        if isinstance(message, Attach) and len(fds) != (message.mode == "shared"):
+        if isinstance(message, Attach) and len(fds) != pool_descriptors(message.mode, message.pool):
             close_all(fds)
             error = GeometryError(
                 f"{len(fds)} descriptors came with a pool in mode '{message.mode}'",

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 
@@ -21,6 +21,7 @@ from kvtier.cluster_messages import (
     PEER,
     PEERS,
     AskHolder,
+    AskKeep,
     Buried,
     Bury,
     Erase,
@@ -28,9 +29,11 @@ from kvtier.cluster_messages import (
     FindBranches,
     FindConversations,
     FindHolders,
+    FindNodes,
     Graves,
     Heard,
     Holdings,
+    Kept,
     Over,
     PeerRead,
     PeerReadDone,
@@ -40,7 +43,8 @@ from kvtier.cluster_messages import (
 )
 from kvtier.config import Config
 from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
-from kvtier.daemon.directory_service import split
+from kvtier.daemon.directory_service import split, tls_files
+from kvtier.daemon.peer_book import PeerBook
 from kvtier.daemon.peer_directory import PeerDirectory
 from kvtier.daemon.peer_graves import PeerGraves
 from kvtier.daemon.peer_lender import PeerLender
@@ -55,18 +59,20 @@ from kvtier.peers.client import ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
+from kvtier.peers.tls import client_side, server_side
 from kvtier.tier import Slot
 from kvtier.tier_messages import WireItem
 
 _LOG = logging.getLogger(__name__)
 _READS, _ASKS = 8, 8
+# At once: reads for copies, and questions that wait for a copy at another node.
+_BEHIND, _KEEPS = 2, 16
 # How long the directory may take to say what is to be forgotten before this node serves.
 _HEARD_S = 1.0
 # What another node may take to erase a conversation, its flush included.
 _ERASE_S = 12.0
 
 Tell = Callable[[str, Message], None]
-M = TypeVar("M", bound=Message)
 
 
 class PeerDesk:
@@ -91,34 +97,45 @@ class PeerDesk:
         self._look = look
         token = read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
         self._own = Identity(config.node.name, epoch, token)
+        self._tls = tls_files(cluster)
+        self._call_tls = client_side(self._tls) if self._tls else None
         self._graves = PeerGraves(config.node.state_dir)
         self._lender = PeerLender(host, tell, lambda erased: self._was_erased(erased.stone))
         self._directory = PeerDirectory(
             cluster,
             self._own,
+            self._call_tls,
             snapshot=self._say_everything,
             forget=self._forget,
             over=self._are_over,
             heard=lambda: tell(DIRECTORY, Heard()),
+            book=PeerBook(config.node.state_dir, cluster.keep_tombstones_s),
         )
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], PeerClient] = {}
         self._erasing: set[str] = set()
+        # Tombstones that the core has carried out: the directory hears of no others.
+        self._proven: dict[str, Stone] = {}
         self._closing = False
         self._reads = ThreadPoolExecutor(_READS, "kvtier-pull")
+        # Nobody's request waits for these.
+        self._behind = ThreadPoolExecutor(_BEHIND, "kvtier-pull-behind")
+        self._keeps = ThreadPoolExecutor(_KEEPS, "kvtier-keep")
         self._asks = ThreadPoolExecutor(_ASKS, "kvtier-look")
         # Apart: each may wait for a node that hangs for as long as an erasure may take, and no plan for it.
         self._burials = ThreadPoolExecutor(_ASKS, "kvtier-bury")
+        self._works = self._make_works()
         self._server: PeerServer | None = None
 
     def graves(self) -> Graves:
         """What the core has to know before it learns what the disk holds."""
-        return Graves(stones=self._graves.stones(), wait_s=_HEARD_S)
+        return Graves(stones=self._graves.stones(), wait_s=_HEARD_S, past=self._graves.past())
 
     def start(self) -> None:
         """Listen and begin to announce. Raises ConfigError."""
         host, port = split(self._config.cluster.listen)
-        settings = ServerSettings(host, port, streams=self._config.cluster.streams)
+        tls = server_side(self._tls) if self._tls else None
+        settings = ServerSettings(host, port, streams=self._config.cluster.streams, tls=tls)
         self._server = PeerServer(self._own, self._lender, settings, self._lender.answer)
         self._directory.start()
 
@@ -134,6 +151,8 @@ class PeerDesk:
         self._asks.shutdown(cancel_futures=True)
         self._burials.shutdown(cancel_futures=True)
         self._reads.shutdown(cancel_futures=True)
+        self._behind.shutdown(cancel_futures=True)
+        self._keeps.shutdown(cancel_futures=True)
         if self._server is not None:
             self._server.close()
         self._graves.close()
@@ -152,16 +171,31 @@ class PeerDesk:
             self._lender.answered(send.peer, message)
         elif isinstance(message, Holdings):
             self._directory.say(message)
-        elif isinstance(message, PeerRead):
-            self._reads.submit(self._guarded, self._read, message)
-        elif isinstance(message, Erased):
-            self._asks.submit(self._guarded, self._erased, message)
-        elif isinstance(message, Bury):
-            self._burials.submit(self._guarded, self._answer, message)
-        elif isinstance(message, FindBranches | FindHolders | FindConversations | AskHolder):
-            self._asks.submit(self._guarded, self._answer, message)
+        else:
+            pool, work = self._works[type(message)]
+            if isinstance(message, PeerRead) and message.behind:
+                pool = self._behind
+            pool.submit(self._guarded, work, message)
 
-    def _guarded(self, work: Callable[[M], None], message: M) -> None:
+    def _make_works(self) -> dict[type[Message], tuple[ThreadPoolExecutor, Callable[[Any], None]]]:
+        """Who carries out what the core wishes, and how; each tells the core its end."""
+
+        def answers(peer: str, ask: Callable[[Any], Message]) -> Callable[[Any], None]:
+            return lambda message: self._tell(peer, ask(message))
+
+        return {
+            FindBranches: (self._asks, answers(DIRECTORY, self._directory.branches)),
+            FindHolders: (self._asks, answers(DIRECTORY, self._directory.holders)),
+            FindConversations: (self._asks, answers(DIRECTORY, self._directory.known)),
+            FindNodes: (self._asks, answers(DIRECTORY, self._directory.nodes_there)),
+            AskHolder: (self._asks, answers(PEERS, self._ask_holder)),
+            AskKeep: (self._keeps, answers(PEERS, self._ask_keep)),
+            PeerRead: (self._reads, answers(PEERS, self._read)),
+            Bury: (self._burials, answers(DIRECTORY, self._bury)),
+            Erased: (self._asks, self._erased),
+        }
+
+    def _guarded(self, work: Callable[[Message], None], message: Message) -> None:
         """A pool swallows what its work raises: it is a fault of ours, and has to be seen."""
         try:
             work(message)
@@ -169,29 +203,21 @@ class PeerDesk:
             _LOG.exception("%s was not carried out", type(message).__name__)
             raise
 
-    def _answer(self, message: Message) -> None:
-        if isinstance(message, FindBranches):
-            self._tell(DIRECTORY, self._directory.branches(message))
-        elif isinstance(message, FindHolders):
-            self._tell(DIRECTORY, self._directory.holders(message))
-        elif isinstance(message, FindConversations):
-            self._tell(DIRECTORY, self._directory.known(message))
-        elif isinstance(message, AskHolder):
-            self._tell(PEERS, self._ask_holder(message))
-        elif isinstance(message, Bury):
-            self._tell(DIRECTORY, self._bury(message))
-
     # --- other nodes ------------------------------------------------------------------------------------
 
     def _client(self, node: str, epoch: int) -> PeerClient | None:
         """The connections to a node; None when nobody knows where it is. epoch: the least that counts."""
         address = self._directory.address_of(node)
         if not address:
+            # It has asked this node before this node ever asked for it.
+            self._directory.nodes()
+            address = self._directory.address_of(node)
+        if not address:
             return None
         with self._lock:
             client = self._clients.get((node, address))
             if client is None:
-                settings = ClientSettings(streams=self._config.cluster.streams)
+                settings = ClientSettings(streams=self._config.cluster.streams, tls=self._call_tls)
                 client = PeerClient(self._own, node, split(address), settings)
                 self._clients[node, address] = client
             client.least_epoch = max(client.least_epoch, epoch)
@@ -218,7 +244,14 @@ class PeerDesk:
             _LOG.warning("node '%s' does not answer: %s", node, error)
             return None
 
-    def _read(self, message: PeerRead) -> None:
+    def _ask_keep(self, message: AskKeep) -> Kept:
+        """Long: the other node answers when it has read all of it, or has given it up."""
+        client = self._client(message.node, message.epoch)
+        found = self._question(message.node, client, message.keep, message.keep.timeout_s)
+        answer = found if isinstance(found, Kept) else Kept(reason="peer_lost")
+        return msgspec.structs.replace(answer, job=message.job)
+
+    def _read(self, message: PeerRead) -> PeerReadDone:
         began_s = time.monotonic()
         outcomes: Sequence[str] = ["peer_lost"] * len(message.slots)
         client = self._client(message.node, message.epoch)
@@ -231,14 +264,11 @@ class PeerDesk:
                 _LOG.warning("node '%s' gives nothing: %s", message.node, error)
         failed = tuple((index, why) for index, why in enumerate(outcomes) if why)
         came = [item for item, why in zip(message.slots, outcomes, strict=True) if not why]
-        self._tell(
-            PEERS,
-            PeerReadDone(
-                job=message.job,
-                failed=failed,
-                bytes=sum(item.nbytes for item in came),
-                seconds=time.monotonic() - began_s,
-            ),
+        return PeerReadDone(
+            job=message.job,
+            failed=failed,
+            bytes=sum(item.nbytes for item in came),
+            seconds=time.monotonic() - began_s,
         )
 
     def _room(self, item: WireItem) -> Bytes:
@@ -250,13 +280,14 @@ class PeerDesk:
     def _bury(self, message: Bury) -> Buried:
         """Note it for good, then have every node erase it; those that are away learn it at their return."""
         nodes = self._directory.nodes()
+        # Those that are known to be away are told when they are back, and not waited for.
+        here = [node for node, is_here in nodes.items() if is_here]
         stone = msgspec.structs.replace(message.stone, nodes=tuple(sorted({*nodes, self._own.node})))
         if not self._graves.add(stone):
             return Buried(job=message.job, kept=False, absent=tuple(sorted(nodes)))
-        self._directory.say_buried(stone)
         with ThreadPoolExecutor(_ASKS, "kvtier-erase") as pool:
-            answers = list(pool.map(lambda node: self._erase_at(node, stone), nodes))
-        done = tuple(node for node, erased in zip(nodes, answers, strict=True) if erased)
+            answers = list(pool.map(lambda node: self._erase_at(node, stone), here))
+        done = tuple(node for node, erased in zip(here, answers, strict=True) if erased)
         return Buried(job=message.job, done=done, absent=tuple(sorted(set(nodes) - set(done))))
 
     def _erase_at(self, node: str, stone: Stone) -> bool:
@@ -279,16 +310,23 @@ class PeerDesk:
 
     def _was_erased(self, stone: Stone) -> None:
         if self._graves.add(stone):
-            self._directory.say_buried(stone)
+            with self._lock:
+                self._proven[stone.id] = self._graves.of(stone)
+            self._directory.say_buried(self._graves.of(stone))
 
     def _are_over(self, ids: Sequence[str]) -> None:
         self._graves.over(ids)
+        with self._lock:
+            for stone_id in ids:
+                self._proven.pop(stone_id, None)
         self._tell(DIRECTORY, Over(ids=tuple(ids)))
 
     # --- the directory ----------------------------------------------------------------------------------
 
     def _say_everything(self) -> None:
         def look(core: NodeCore) -> None:
-            self._directory.say_everything(core.cluster.announcing.everything(), self._graves.stones())
+            with self._lock:
+                stones = list(self._proven.values())
+            self._directory.say_everything(core.cluster.announcing.everything(), stones)
 
         self._look(look)

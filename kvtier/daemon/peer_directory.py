@@ -8,6 +8,7 @@ its wait once and not each time.
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,14 +20,18 @@ from kvtier.cluster_messages import (
     FindBranches,
     FindConversations,
     FindHolders,
+    FindNodes,
     Holders,
     Holdings,
     Known,
     Load,
+    NodesThere,
+    NodeThere,
     Stone,
 )
 from kvtier.config_cluster_schema import ClusterConfig
 from kvtier.daemon.directory_service import directory_name, shards_at, split
+from kvtier.daemon.peer_book import PeerBook
 from kvtier.directory import calls, saying
 from kvtier.directory.announcements import Answer
 from kvtier.directory.announcer import Announcer, Sender
@@ -44,6 +49,8 @@ _TELL_S = 10.0
 _PAUSE_S = 1.0
 _GATHER_S = 0.02
 _MOST_SILENT_S = 2.0
+# How often it is asked who else there is.
+_WHO_S = 10.0
 
 
 @dataclass(slots=True)
@@ -62,32 +69,38 @@ class PeerDirectory:
     """See the module's text. Methods may be called from any thread, `say*` from the core's alone.
 
     snapshot: has the core's thread call `say_everything`, and returns afterwards.  forget, over: what the
-    directory's answers ask for.  heard: when every shard has answered for the first time.
+    directory's answers ask for.  heard: when every shard has answered for the first time.  book: keeps who
+    there is, for a directory that knows nothing yet.
     """
 
     def __init__(
         self,
         config: ClusterConfig,
         own: Identity,
+        tls: ssl.SSLContext | None,
         *,
         snapshot: Callable[[], None],
         forget: Callable[[Stone], None],
         over: Callable[[Sequence[str]], None],
         heard: Callable[[], None],
+        book: PeerBook | None = None,
     ) -> None:
         self._config = config
         self._own = own
         self._snapshot, self._forget, self._over, self._heard = snapshot, forget, over, heard
         # Shards that have not answered for what this node says of itself.
         self._strange = set(range(config.shards))
+        # Whether the core's thread has been asked for a snapshot and has not given it.
+        self._being_made = False
         self._lock = threading.Lock()
         self._announcer = Announcer(own.node, own.epoch, config.shards)
-        self._addresses: dict[str, str] = {}
+        self._book = book
+        self._addresses: dict[str, str] = book.addresses() if book is not None else {}
         # Of other nodes, as they said last; and this one's, which goes with its next message.
         self._loads: dict[str, Load] = {}
         self._load: Load | None = None
         self._ended = threading.Event()
-        settings = ClientSettings(streams=1, connect_s=1.0)
+        settings = ClientSettings(streams=1, connect_s=1.0, tls=tls)
         self._services = [
             _Service(
                 address,
@@ -101,14 +114,12 @@ class PeerDirectory:
     def start(self) -> None:
         """Begin to announce."""
         for service in self._services:
-            service.thread = threading.Thread(
-                target=self._announce, args=(service,), name="kvtier-announce", daemon=True
-            )
-            service.thread.start()
+            self._begin(service)
 
     def close(self) -> None:
         """End all connections and threads."""
-        self._ended.set()
+        with self._lock:
+            self._ended.set()
         for service in self._services:
             service.wake.set()
             service.client.close()
@@ -132,6 +143,8 @@ class PeerDirectory:
         """Give the streams that want one a snapshot of all that the node has."""
         with self._lock:
             saying.say_everything(self._announcer, every, stones)
+            self._being_made = False
+        self._wake()
 
     def say_buried(self, stone: Stone) -> None:
         """This node has carried out a tombstone."""
@@ -144,8 +157,29 @@ class PeerDirectory:
             service.wake.set()
 
     def _announce(self, service: _Service) -> None:
+        """Until the end. What is unexpected is a fault of ours: it is seen, and another thread goes on."""
+        try:
+            self._announce_all(service)
+        except BaseException:
+            _LOG.exception("announcing to the directory at %s failed, and begins again", service.address)
+            raise
+        finally:
+            if not self._ended.wait(_PAUSE_S):
+                self._begin(service)
+
+    def _begin(self, service: _Service) -> None:
+        with self._lock:
+            if self._ended.is_set():
+                return
+            service.thread = threading.Thread(
+                target=self._announce, args=(service,), name="kvtier-announce", daemon=True
+            )
+            service.thread.start()
+
+    def _announce_all(self, service: _Service) -> None:
         silent_s = min(_MOST_SILENT_S, self._config.lost_after_s / 3)
         probe_s = time.monotonic() + silent_s
+        who_s = 0.0
         while not self._ended.is_set():
             if service.wake.wait(max(0.0, probe_s - time.monotonic())):
                 # What changes together goes together.
@@ -157,6 +191,9 @@ class PeerDirectory:
                 with self._lock:
                     for shard in service.shards:
                         self._announcer.senders[shard].probe()
+                if time.monotonic() >= who_s:
+                    who_s = time.monotonic() + _WHO_S
+                    self._learn(self._ask(service, calls.GetNodes(), calls.Nodes))
             try:
                 while self._tell_all(service):
                     pass
@@ -172,7 +209,7 @@ class PeerDirectory:
         for shard in service.shards:
             sender = self._announcer.senders[shard]
             if sender.wants_snapshot and not sender.fenced:
-                self._snapshot()
+                self._want_snapshot()
             with self._lock:
                 message = sender.next()
             if message is None or self._ended.is_set():
@@ -182,6 +219,14 @@ class PeerDirectory:
             self._answered(shard, sender, answer)
             said = True
         return said
+
+    def _want_snapshot(self) -> None:
+        """Ask for one, unless one that was asked for is still being made: it will do for all shards."""
+        with self._lock:
+            if self._being_made:
+                return
+            self._being_made = True
+        self._snapshot()
 
     def _answered(self, shard: int, sender: Sender, answer: Answer) -> None:
         with self._lock:
@@ -271,16 +316,39 @@ class PeerDirectory:
         return [(at, question, hits) for (at, question), hits in zip(mine, found.hits, strict=True)]
 
     def nodes(self) -> dict[str, bool]:
-        """Every other node that the directory has heard of, and whether it is there."""
-        known = dict.fromkeys(self._addresses, False)
-        for answer in self._pool.map(
-            lambda service: self._ask(service, calls.GetNodes(), calls.Nodes), self._services
-        ):
-            for node in answer.nodes if answer is not None else ():
-                self._addresses[node.node] = node.address
-                known[node.node] = known.get(node.node, False) or node.here
+        """Every other node that the directory has heard of, and whether it may be there."""
+        found = self._known_nodes()
+        known = dict.fromkeys(self._addresses, not found)
+        for node in found:
+            known[node.node] = known.get(node.node, False) or node.here
         known.pop(self._own.node, None)
         return known
+
+    def nodes_there(self, message: FindNodes) -> NodesThere:
+        """The other nodes that are there, each as it said last what it is."""
+        newest: dict[str, NodeThere] = {}
+        for node in self._known_nodes():
+            known = newest.get(node.node)
+            later = known is None or node.epoch > known.epoch
+            if node.here and node.load is not None and node.node != self._own.node and later:
+                newest[node.node] = NodeThere(node.node, node.epoch, node.load)
+        return NodesThere(job=message.job, nodes=tuple(newest[name] for name in sorted(newest)))
+
+    def _known_nodes(self) -> list[calls.Node]:
+        """What every service says of each node."""
+        answers = self._pool.map(
+            lambda service: self._learn(self._ask(service, calls.GetNodes(), calls.Nodes)), self._services
+        )
+        return [node for nodes in answers for node in nodes]
+
+    def _learn(self, answer: calls.Nodes | None) -> list[calls.Node]:
+        """The nodes of an answer, whose addresses are kept."""
+        nodes = answer.nodes if answer is not None else []
+        addresses = {node.node: node.address for node in nodes}
+        self._addresses.update(addresses)
+        if self._book is not None:
+            self._book.learn(addresses)
+        return nodes
 
     def address_of(self, node: str) -> str:
         """host:port of a node; '' when nobody said it."""

@@ -14,6 +14,7 @@ import msgspec
 
 from kvtier.cluster_messages import Stone
 from kvtier.errors import KvtierError
+from kvtier.node.limits import MOST_PAST
 
 _NAME = "tombstones"
 _LOG = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ class PeerGraves:
         self._path = Path(state_dir) / _NAME
         self._lock = threading.Lock()
         self._stones: dict[str, Stone] = {}
+        # Ids of those that are over, the oldest first.
+        self._past: dict[str, None] = {}
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._read()
@@ -42,6 +45,16 @@ class PeerGraves:
         with self._lock:
             return tuple(self._stones.values())
 
+    def past(self) -> tuple[str, ...]:
+        """Ids of those that are over."""
+        with self._lock:
+            return tuple(self._past)
+
+    def of(self, stone: Stone) -> Stone:
+        """The stone of this name as it is kept: with the nodes that were known at its beginning."""
+        with self._lock:
+            return self._stones.get(stone.id, stone)
+
     def add(self, stone: Stone) -> bool:
         """Keep one for good; answers whether it is on the drive."""
         with self._lock:
@@ -53,11 +66,19 @@ class PeerGraves:
             return True
 
     def over(self, ids: Iterable[str]) -> None:
-        """These need not be kept. Should that be lost, they are kept longer, which does no harm."""
+        """Of these only the names are kept. Should that be lost, they are kept longer, which does no harm."""
         with self._lock:
-            known = [stone_id for stone_id in ids if self._stones.pop(stone_id, None) is not None]
+            known = [stone_id for stone_id in ids if stone_id in self._stones]
+            for stone_id in known:
+                self._is_over(stone_id)
             if known:
                 self._append(known)
+
+    def _is_over(self, stone_id: str) -> None:
+        self._stones.pop(stone_id, None)
+        self._past[stone_id] = None
+        while len(self._past) > MOST_PAST:
+            del self._past[next(iter(self._past))]
 
     def close(self) -> None:
         """Close the file."""
@@ -95,17 +116,19 @@ class PeerGraves:
 
     def _take(self, entry: object) -> None:
         if isinstance(entry, str):
-            self._stones.pop(entry, None)
+            self._is_over(entry)
         else:
             stone = msgspec.convert(entry, Stone)
             self._stones[stone.id] = stone
 
     def _rewrite(self) -> None:
-        """Without those that are over; the new file takes the old one's place as a whole."""
+        """Of those that are over, only the names; the new file takes the old one's place as a whole."""
         beside = self._path.with_suffix(".new")
         with beside.open("wb") as file:
             for stone in self._stones.values():
                 file.write(msgpack.packb(msgspec.to_builtins(stone)))
+            for stone_id in self._past:
+                file.write(msgpack.packb(stone_id))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self._path)

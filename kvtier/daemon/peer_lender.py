@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvtier import protocol
-from kvtier.cluster_messages import PEER, Erase, Erased, GaveBack, Lend, Lent, WhatIs
-from kvtier.errors import MalformedMessage, TierUnavailable
+from kvtier.cluster_messages import PEER, Erase, Erased, GaveBack, Keep, Lend, Lent, WhatIs
+from kvtier.errors import MalformedMessage, ProtocolError, TierUnavailable
 from kvtier.host.sysmem import Bytes
 from kvtier.host.tier import HostTier
-from kvtier.messages import Message
+from kvtier.messages import Failed, Message
 from kvtier.objects import ObjectId
 from kvtier.peers.server import Opened
 from kvtier.tier import Slot
 
 # Longest that a question waits for the core: a read from disk, and the disk's flush of an erasure.
 _ANSWER_S = {WhatIs: 2.0, Lend: 5.0, Erase: 15.0}
+# And beyond the time that a Keep names itself.
+_KEEP_MORE_S = 1.0
 
 
 class _Question:
@@ -52,11 +54,15 @@ class PeerLender:
     def answer(self, body: bytes, peer: str) -> bytes:
         """See PeerServer. Raises MalformedMessage."""
         message = protocol.decode(body[protocol.LENGTH.size :])
-        if not isinstance(message, WhatIs | Erase):
+        if not isinstance(message, WhatIs | Erase | Keep):
             raise MalformedMessage(f"nodes do not ask each other for {type(message).__name__}")
+        if isinstance(message, Keep) and message.owner != peer:
+            raise MalformedMessage(f"node '{peer}' asks in the name of '{message.owner}'")
         found = self._ask(message)
         if found is None:
             raise TierUnavailable("the node did not answer in time")
+        if isinstance(found, Failed):
+            raise ProtocolError(found.message, fix=found.fix)
         if isinstance(found, Erased):
             if not found.ok:
                 raise TierUnavailable("it is not erased on disk yet")
@@ -105,7 +111,7 @@ class PeerLender:
         with self._lock:
             self._waiting[name] = question
         self._tell(name, message)
-        question.answered.wait(_ANSWER_S[type(message)])
+        question.answered.wait(_longest_s(message))
         with self._lock:
             question.given_up = question.answer is None
         return question.answer
@@ -114,3 +120,9 @@ class PeerLender:
         with self._lock:
             self._serial += 1
             return f"{PEER}{self._serial}"
+
+
+def _longest_s(message: Message) -> float:
+    if isinstance(message, Keep):
+        return message.timeout_s + _KEEP_MORE_S
+    return _ANSWER_S[type(message)]

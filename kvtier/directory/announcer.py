@@ -186,20 +186,19 @@ class Announcer:
         tombstones: Iterable[Tombstone],
     ) -> None:
         """Give the senders that want one a snapshot of what the node has. blocks: by hint."""
-        shards = len(self.senders)
-        records, tombstones = list(records), list(tombstones)
-        shard_of = shards_of(b"".join(blocks), shards).tolist()
-        for number, sender in enumerate(self.senders):
+        parts = [_Contents() for _ in self.senders]
+        shard_of = shards_of(b"".join(blocks), len(parts)).tolist()
+        for (hint, holding), shard in zip(blocks.items(), shard_of, strict=True):
+            parts[shard].blocks[hint] = holding
+        for record in records:
+            shard = shard_of_conversation(record.tenant, record.conversation, len(parts))
+            parts[shard].records[record.tenant, record.conversation] = record
+        for stone in tombstones:
+            shard = shard_of_conversation(stone.tenant, stone.conversation, len(parts))
+            parts[shard].tombstones[stone.id] = stone
+        for sender, part in zip(self.senders, parts, strict=True):
             if sender.wants_snapshot:
-                sender.snapshot(
-                    {h: b for (h, b), at in zip(blocks.items(), shard_of, strict=True) if at == number},
-                    (r for r in records if shard_of_conversation(r.tenant, r.conversation, shards) == number),
-                    (
-                        t
-                        for t in tombstones
-                        if shard_of_conversation(t.tenant, t.conversation, shards) == number
-                    ),
-                )
+                sender.snapshot(part.blocks, part.records.values(), part.tombstones.values())
 
     def _of(self, tenant: str, conversation: str) -> Sender:
         return self.senders[shard_of_conversation(tenant, conversation, len(self.senders))]

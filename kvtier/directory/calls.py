@@ -71,12 +71,13 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A node. here: it was heard of lately."""
+    """A node. here: it was heard of lately.  load: as it said last."""
 
     node: str
     epoch: int
     address: str
     here: bool
+    load: Load | None = None
 
 
 class Nodes(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from kvtier.cluster_messages import (
     BranchEnd,
@@ -24,6 +25,8 @@ from kvtier.keys import BlockRef
 from kvtier.objects import KEY_BYTES
 
 _NOTHING = Layout(0, ())
+# Most blocks of a node are alike but for their keys: they share one description.
+_KINDS_MOST = 4096
 
 
 def say(announcer: Announcer, changed: Holdings) -> None:
@@ -49,10 +52,15 @@ def holding(held: Held) -> Holding:
     The node need not know what its layer groups are, since its models' workers may be away: who asks does
     (see `lookups.as_asked`).  So all are said to be of kind 'full', which counts their bytes rightly.
     """
-    parts = tuple(Part(group, "full", shard, nbytes) for group, shard, nbytes, _, _ in held.parts)
-    host = sum(1 << bit for bit, part in enumerate(held.parts) if part[3])
-    disk = sum(1 << bit for bit, part in enumerate(held.parts) if part[4])
-    return Holding(held.tenant, Layout(held.tokens, parts) if parts else _NOTHING, held.tokens, host, disk)
+    return _alike(held.tenant, held.tokens, held.parts)
+
+
+@lru_cache(_KINDS_MOST)
+def _alike(tenant: str, tokens: int, held: tuple[tuple[int, str, int, bool, bool], ...]) -> Holding:
+    parts = tuple(Part(group, "full", shard, nbytes) for group, shard, nbytes, _, _ in held)
+    host = sum(1 << bit for bit, part in enumerate(held) if part[3])
+    disk = sum(1 << bit for bit, part in enumerate(held) if part[4])
+    return Holding(tenant, Layout(tokens, parts) if parts else _NOTHING, tokens, host, disk)
 
 
 def record(named: Named) -> Record:

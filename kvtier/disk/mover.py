@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,11 @@ from kvtier.checksum import PIECE_BYTES, Buffer, checksum, combine, piece_sum
 from kvtier.disk.buffers import byte_array
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.entry import Entry
-from kvtier.disk.faults import is_unreadable
+from kvtier.disk.faults import BLOCK_WRITE, is_unreadable
 from kvtier.disk.fileops import Bytes
 from kvtier.disk.header import HEADER_BYTES
 from kvtier.disk.store import Store
-from kvtier.disk.transfers import Transfer, cuts
+from kvtier.disk.transfers import Check, Lane, Transfer, failed
 from kvtier.errors import CorruptObject, TierError
 from kvtier.states import State
 from kvtier.tier import Slot
@@ -39,15 +40,9 @@ class Mover:
         self.user_bytes = self.quarantines = self.reads_wanted = 0
 
     def writing(
-        self,
-        slot: Slot,
-        data: Buffer,
-        codec: str,
-        item_bytes: int,
-        step: int | None = None,
-        on_each: OnEach | None = None,
+        self, slot: Slot, data: Buffer, codec: str, item_bytes: int, on_each: OnEach | None = None
     ) -> Transfer:
-        """Begin to write a slot, in parts of `step` bytes where that can be: a raw block as it lies."""
+        """Begin to write a slot; a raw block as it lies, in parts."""
         if codec not in CODECS:
             raise ValueError(f"there is no codec {codec!r}")
         payload = byte_array(data)
@@ -57,15 +52,21 @@ class Mover:
             self._store.check_open()
             entry = self._store.ledger.writing(slot)
             self._store.ledger.pin(entry)
-        if step is None or codec != RAW or self._store.coder.vault is not None:
-            step = payload.nbytes + 1
-        whole = step > payload.nbytes
-        (_, first), *rest = cuts(payload.nbytes, step)
-        parts = [
-            partial(self._write_first, entry, payload, None if whole else first, codec, item_bytes),
-            *(partial(self._write_rest, entry, payload, at, end) for at, end in rest),
-        ]
-        return Transfer(parts, partial(self._written, entry, payload.nbytes, on_each))
+        return Transfer(
+            payload.nbytes,
+            partial(self._write_part, entry, payload, codec, item_bytes),
+            partial(self._written, entry, payload.nbytes, on_each),
+            whole=codec != RAW or self._store.coder.vault is not None,
+        )
+
+    def _write_part(
+        self, entry: Entry, payload: Bytes, codec: str, item_bytes: int, at: int, end: int
+    ) -> None:
+        if at:
+            self._store.segments.write_part(entry.segment, entry.at + HEADER_BYTES + at, payload[at:end])
+        else:
+            first = None if end == payload.nbytes else end
+            self._write_first(entry, payload, first, codec, item_bytes)
 
     def _write_first(
         self, entry: Entry, payload: Bytes, first: int | None, codec: str, item_bytes: int
@@ -81,9 +82,6 @@ class Mover:
                 entry.stored_bytes, entry.codec = packed.body.nbytes, packed.codec
                 entry.key, entry.sealed = packed.key, packed.key is not None
 
-    def _write_rest(self, entry: Entry, payload: Bytes, at: int, end: int) -> None:
-        self._store.segments.write_part(entry.segment, entry.at + HEADER_BYTES + at, payload[at:end])
-
     def _written(
         self, entry: Entry, nbytes: int, on_each: OnEach | None, problem: BaseException | None
     ) -> BaseException | None:
@@ -97,18 +95,13 @@ class Mover:
                 self._store.ledger.give_up(entry, quiet=True)
             self._store.ledger.unpin(entry)
         if isinstance(problem, OSError):
-            error = self._store.faults.of_device("writing", problem, room)
+            error = self._store.faults.of_device(BLOCK_WRITE, problem, room)
             error.__cause__ = problem
             problem = error
         return told(slot, problem, on_each)
 
-    def reading(
-        self, slot: Slot, into: Buffer, step: int | None = None, on_each: OnEach | None = None
-    ) -> Transfer:
-        """Begin to read a slot, in parts of `step` bytes where that can be: a raw block to where it belongs.
-
-        Each part is hashed while others are read.
-        """
+    def reading(self, slot: Slot, into: Buffer, on_each: OnEach | None = None) -> Transfer:
+        """Begin to read a slot; a raw block to where it belongs, in parts."""
         target = byte_array(into)
         if target.nbytes != slot.nbytes or not target.flags.writeable:
             raise ValueError(f"a writable buffer of {slot.nbytes} bytes is needed")
@@ -117,32 +110,31 @@ class Mover:
             entry = self._store.ledger.readable(slot)
             self._store.ledger.pin(entry)
             self.reads_wanted += 1
+        packed = entry.codec != RAW or entry.sealed
+        read = self._read_packed if packed else self._read_part
         sums: list[int] = []
-        if entry.codec == RAW and not entry.sealed:
-            (_, first), *rest = cuts(target.nbytes, step or target.nbytes + 1)
-            parts = [
-                partial(self._read_first, entry, target[:first], sums),
-                *(partial(self._read_rest, entry, target, at, end, sums) for at, end in rest),
-            ]
-        else:
-            parts = [partial(self._read_packed, entry, target, sums)]
-        return Transfer(parts, partial(self._was_read, entry, sums, on_each))
+        return Transfer(
+            target.nbytes,
+            partial(read, entry, target, sums),
+            partial(self._was_read, entry, sums, on_each),
+            whole=packed,
+        )
 
-    def _read_first(self, entry: Entry, target: Bytes, sums: list[int]) -> None:
+    def _read_part(self, entry: Entry, target: Bytes, sums: list[int], at: int, end: int) -> Check | None:
+        part, page = target[at:end], b""
         with self._reads_of(entry):
-            page = self._store.segments.read_block(entry.segment, entry.at, target)
-        if self._check:
+            if at:
+                self._store.segments.read_part(entry.segment, entry.at + HEADER_BYTES + at, part)
+            else:
+                page = self._store.segments.read_block(entry.segment, entry.at, part)
+        return partial(self._check_part, entry, page, part, at, sums) if self._check else None
+
+    def _check_part(self, entry: Entry, page: bytes, part: Bytes, at: int, sums: list[int]) -> None:
+        if not at:
             self._store.check_header(entry, page)
-            sums.append(piece_sum(target, 0, target.nbytes))
+        sums.append(piece_sum(part, at // PIECE_BYTES, part.nbytes))
 
-    def _read_rest(self, entry: Entry, target: Bytes, at: int, end: int, sums: list[int]) -> None:
-        part = target[at:end]
-        with self._reads_of(entry):
-            self._store.segments.read_part(entry.segment, entry.at + HEADER_BYTES + at, part)
-        if self._check:
-            sums.append(piece_sum(part, at // PIECE_BYTES, part.nbytes))
-
-    def _read_packed(self, entry: Entry, target: Bytes, sums: list[int]) -> None:
+    def _read_packed(self, entry: Entry, target: Bytes, sums: list[int], at: int, end: int) -> None:
         store = self._store
         with store.coder.room_to_unpack(entry.codec, entry.stored_bytes) as room:
             with self._reads_of(entry):
@@ -181,6 +173,30 @@ class Mover:
                 return
             self.quarantines += 1
         _LOG.warning("quarantined: %s", problem)
+
+
+def begun_in(
+    lane: Lane,
+    begin: Callable[[Slot, Buffer], Transfer],
+    items: Sequence[tuple[Slot, Buffer]],
+    on_each: OnEach | None,
+) -> list[Future[None]]:
+    """Have a lane carry out blocks, begun some at a time: the drive waits only for the first to begin."""
+    futures = []
+    for at in range(0, len(items), lane.threads):
+        some = items[at : at + lane.threads]
+        futures += lane.submit([_begun(begin, slot, data, on_each) for slot, data in some])
+    return futures
+
+
+def _begun(
+    begin: Callable[[Slot, Buffer], Transfer], slot: Slot, data: Buffer, on_each: OnEach | None
+) -> Transfer:
+    """The transfer, or one that fails with what spoke against it."""
+    try:
+        return begin(slot, data)
+    except (TierError, ValueError) as problem:
+        return Transfer(0, failed(problem), lambda said: told(slot, said, on_each))
 
 
 def told(slot: Slot, problem: BaseException | None, on_each: OnEach | None) -> BaseException | None:

@@ -26,8 +26,8 @@ class Segments:
     """The open segment files of one directory.
 
     Raises OSError as the system gives it: what an error means for an object is the tier's to say.
-    `write_block`, `read_block` and `flush` may run at once from any thread; `create`, `open` and
-    `remove` one at a time.
+    `write_block`, `read_block` and `flush` may run at once from any thread, beside a `create`, an `open` or
+    a `remove` of another segment.
     """
 
     def __init__(self, directory: str, ops: FileOps, *, scratch: int, direct: bool = True) -> None:
@@ -55,23 +55,29 @@ class Segments:
         """Numbers of the segment files that the directory holds."""
         return segment_numbers(self._ops.names(self._directory))
 
-    def create(self, segment: int, nbytes: int) -> None:
+    def create(self, segment: int, nbytes: int, *, durable: bool = False) -> None:
         """Make a segment file of `nbytes`; when that fails, none is left.
 
-        The first flush of it makes the file itself survive power loss: whoever waits for room does not.
+        Unless it is made durable here, the first flush of it makes the file itself survive power loss:
+        whoever waits for room does not.
         """
         path = self._path(segment)
         fd = self._ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             try:
                 self._ops.posix_fallocate(fd, 0, nbytes)
+                if durable:
+                    self._ops.fsync(fd)
+                    self._ops.fsync_directory(self._directory)
             finally:
                 self._ops.close(fd)
-            self._fds[segment] = self._open_file(path)
+            opened = self._open_file(path)
         except OSError:
             self._ops.unlink(path)
             raise
-        self._new.add(segment)
+        if not durable:
+            self._new.add(segment)
+        self._fds[segment] = opened
 
     def is_new(self, segment: int) -> bool:
         """Whether the file may be gone after power loss, since it was not flushed yet."""

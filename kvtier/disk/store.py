@@ -1,7 +1,8 @@
 """What is under the tier's calls: the directory, its segments, its index and the books, kept in step.
 
 Locks: `lock` guards the books and counters and is held for moments only; `_index_lock` makes index
-transactions and new segments one at a time and may be held across I/O.  The second is taken first.
+transactions one at a time, `_making` new segments, and both may be held across I/O.  They are taken in the
+order `_making`, `_index_lock`, `lock`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kvtier.disk.buffers import PAGE
 from kvtier.disk.coder import Coder
 from kvtier.disk.entry import Changes, Entry
-from kvtier.disk.faults import Faults
+from kvtier.disk.faults import BLOCK_WRITE, FLUSH, GRAVES_WRITE, INDEX_WRITE, SEGMENT_MAKING, Faults
 from kvtier.disk.fileops import FileOps
 from kvtier.disk.graves import Graves, Known
 from kvtier.disk.graves import read as read_graves
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
     from kvtier.disk.vault import Vault
 
 _LOG = logging.getLogger(__name__)
+# More than this is kept free and ready while the limit allows it: a large conversation does not wait for
+# the file system to find room.
+_AHEAD_BYTES = 1 << 30
+# A header and a page.
+_LEAST_SEGMENT_BYTES = 2 * PAGE
 INDEX = "index.sqlite"
 SEGMENTS = "segments"
 
@@ -76,7 +83,8 @@ class Store:
         self._segment_bytes = segment_bytes
         self._ops = ops
         self._index_lock = threading.Lock()
-        # Segments made since the index was last told, and their lengths. Under `_index_lock`.
+        self._making = threading.Lock()
+        # Segments made since the index was last told, and their lengths.
         self._unlisted: dict[int, int] = {}
         self._held = DirectoryLock(directory)
         try:
@@ -205,6 +213,8 @@ class Store:
         self._keys.reconcile(rows)
         # The first number of an opening is its mark's in the key store.
         self.ledger = make_ledger(capacity_bytes, (epoch << EPOCH_SHIFT) + 1, rows, due)
+        # No number is used twice: a file that could not be deleted is in nobody's way.
+        self._numbers = count(max(due, default=-1) + 1)
         self._graves.start(self.ledger.living(), self.ledger.next_generation)
         self._delete_empty_segments()
 
@@ -239,7 +249,9 @@ class Store:
             # A failed flush may have dropped any write of the segment, and the next would not say so.
             with self.lock:
                 self.ledger.fail_writers(touched)
-            raise self.faults.of_device("flushing", problem, 0) from problem
+            raise self.faults.of_device(FLUSH, problem, 0) from problem
+        for what in (BLOCK_WRITE, FLUSH):
+            self.faults.worked(what)
         with self.lock:
             self.flushes += len(touched)
 
@@ -285,7 +297,7 @@ class Store:
                         self.ledger.discard(bad)
                 changes = self.ledger.take_changes()
                 replaced = self.ledger.replaced_by(entries)
-            segments = [each for each in self._unlisted.items() if not self.segments.is_new(each[0])]
+                segments = [each for each in self._unlisted.items() if not self.segments.is_new(each[0])]
             batch = Batch(
                 add=rows,
                 # Their graves come with the next transaction: a grave before this one would take the old
@@ -301,6 +313,8 @@ class Store:
                 self._bury(changes, forget=commit.forget)
                 with self.faults.of_index():
                     self.index.apply(batch)
+                for what in (GRAVES_WRITE, INDEX_WRITE):
+                    self.faults.worked(what)
                 done = True
             finally:
                 with self.lock:
@@ -309,8 +323,9 @@ class Store:
                         self.ledger.publish(entries)
                     else:
                         self.ledger.changes_failed(changes)
-            for number, _ in segments:
-                del self._unlisted[number]
+            with self.lock:
+                for number, _ in segments:
+                    del self._unlisted[number]
             ended = [*(entry.generation for entry in changes.drop), *changes.given_up]
             self._keys.ended(ended, now=commit.forget)
             if changes.drop:
@@ -331,7 +346,7 @@ class Store:
                     living, upto = self.ledger.living(), self.ledger.next_generation
                 self._graves.start(living, upto)
         except OSError as problem:
-            raise self.faults.of_device("noting what was removed", problem, 0) from problem
+            raise self.faults.of_device(GRAVES_WRITE, problem, 0) from problem
 
     # -- room
 
@@ -341,31 +356,53 @@ class Store:
 
     def make_room(self, room: int) -> bool:
         """Try to get a free extent of `room` bytes; answers whether reserving may work now."""
-        with self._index_lock:
-            with self.lock:
+        with self._making:
+            # A transaction under way may be about to give room back.
+            with self._index_lock, self.lock:
                 if not self.is_over() and self.ledger.extents.largest >= room:
                     return True
                 waits = self.ledger.has_drops
+                nbytes = self._next_segment_bytes()
             if not waits:
-                return self._add_segment(room)
+                if nbytes >= room:
+                    self._add_segment(nbytes, durable=False)
+                return nbytes >= room
         self.list_in_index(Commit())
         return True
 
-    def _add_segment(self, room: int) -> bool:
-        extents = self.ledger.extents
-        nbytes = min(self._segment_bytes, self.ledger.capacity_bytes - extents.total_bytes)
-        if nbytes < room:
-            return False
-        number = max(extents.segments, default=-1) + 1
+    def is_low(self) -> bool:
+        """Whether little room is free, and another segment is allowed. Call it with `lock` held."""
+        allowed = self._next_segment_bytes() >= _LEAST_SEGMENT_BYTES
+        return allowed and self.ledger.extents.free_bytes <= _AHEAD_BYTES
+
+    def make_ahead(self) -> bool:
+        """Make a segment before it is needed, durable already; answers whether one was made."""
+        with self._making:
+            # Not beside a transaction, which may be deleting files that exceed the limit.
+            with self._index_lock, self.lock:
+                wanted, nbytes = not self.closed and self.is_low(), self._next_segment_bytes()
+            if wanted and self._held.still_held():
+                self._add_segment(nbytes, durable=True)
+                return True
+        self.faults.worked(SEGMENT_MAKING)
+        return False
+
+    def _next_segment_bytes(self) -> int:
+        """How long another segment may be; less than nothing when the limit was lowered since."""
+        return min(self._segment_bytes, self.ledger.capacity_bytes - self.ledger.extents.total_bytes)
+
+    def _add_segment(self, nbytes: int, *, durable: bool) -> None:
+        """One more segment. Call it with `_making` held, which keeps the length allowed."""
+        number = next(self._numbers)
         try:
-            self.segments.create(number, nbytes)
+            self.segments.create(number, nbytes, durable=durable)
         except OSError as problem:
-            raise self.faults.of_device("making a segment", problem, nbytes) from problem
-        # The index hears of it with the first object in it.  A file that it does not list is free room.
-        self._unlisted[number] = nbytes
+            raise self.faults.of_device(SEGMENT_MAKING, problem, nbytes) from problem
+        self.faults.worked(SEGMENT_MAKING)
         with self.lock:
-            extents.add_segment(number, nbytes)
-        return True
+            # The index hears of it with the first object in it.  A file that it does not list is free room.
+            self._unlisted[number] = nbytes
+            self.ledger.extents.add_segment(number, nbytes)
 
     def _delete_empty_segments(self) -> None:
         """Give empty segments back to the file system while there are more than the limit allows."""
@@ -377,7 +414,7 @@ class Store:
                 if not extents.is_empty(segment):
                     continue
                 extents.remove_segment(segment)
-            self._unlisted.pop(segment, None)
+                self._unlisted.pop(segment, None)
             with self.faults.of_index():
                 self.index.apply(Batch(remove_segments=[segment]))
             try:

@@ -22,13 +22,14 @@ found any more, its room kept out of use until the object is removed or written 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from kvtier.checksum import Buffer
+from kvtier.disk.ahead import AheadThread
 from kvtier.disk.background import step_back
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.entry import Entry, room_for
@@ -36,12 +37,12 @@ from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.grouping import Group
 from kvtier.disk.header import BlockHeader, encode
 from kvtier.disk.index import ConversationRecord
-from kvtier.disk.mover import Mover, OnEach, told
+from kvtier.disk.mover import Mover, OnEach, begun_in
 from kvtier.disk.recovery import check_sizes
 from kvtier.disk.scrub import Scrubber, ScrubStats, ScrubThread
 from kvtier.disk.store import Commit, OpenVault, Store
 from kvtier.disk.sweep import batches
-from kvtier.disk.transfers import Transfer, failed, part_bytes
+from kvtier.disk.transfers import Lane
 from kvtier.errors import StaleSlot, TierError, TierFull
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State
@@ -51,6 +52,8 @@ _LOG = logging.getLogger(__name__)
 _SPARE_SCRATCH = 4
 # Threads for writes that nobody waits for: a park does not queue up behind them.
 _SPILLERS = 2
+# Each hashes ten gigabytes a second or more: as much as a drive reads.
+_CHECKERS = 2
 _ANNOUNCED_AT_ONCE = 1024
 _LONGEST_CODEC = max(CODECS, key=len)
 
@@ -63,7 +66,8 @@ class DiskStats:
     headers and padding included, of which user_bytes were payload.  flushes: of segments.  scrub_*: what
     the background check read, found bad, and how often it came to the end.
     lost_at_open: objects that the index listed and that cannot be there.  quarantined_total: failed
-    checks.  last_error: '' when there was none.
+    checks.  no_room: what others leave no room for on the file system, or ''.  last_error: '' when there
+    was none.
     """
 
     direct_io: bool
@@ -77,6 +81,7 @@ class DiskStats:
     scrub_bytes: int
     scrub_bad: int
     scrub_passes: int
+    no_room: str
     last_error: str
 
 
@@ -130,13 +135,14 @@ class DiskTier(Tier):
         self._ledger = self._store.ledger
         self._longest = min(segment_bytes, self._ledger.capacity_bytes)
         self._mover = Mover(self._store, check=check)
-        self._writers, self._readers = writers, readers
         self._commits = Group(self._make_durable)
         self._scrub: ScrubThread | None = None
+        self._ahead: AheadThread | None = None
         self._scrubbed = ScrubStats()
-        self._write_pool = ThreadPoolExecutor(writers, thread_name_prefix="kvtier-disk-write")
-        self._read_pool = ThreadPoolExecutor(readers, thread_name_prefix="kvtier-disk-read")
-        self._spill_pool = ThreadPoolExecutor(_SPILLERS, "kvtier-disk-spill", initializer=step_back)
+        self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="kvtier-disk-check")
+        self._writes = Lane(writers, "kvtier-disk-write")
+        self._reads = Lane(readers, "kvtier-disk-read", self._checkers)
+        self._spills = Lane(_SPILLERS, "kvtier-disk-spill", prepare=step_back)
 
     # -- filling
 
@@ -160,8 +166,11 @@ class DiskTier(Tier):
                 entry = None
                 if not self._store.is_over():
                     entry = self._ledger.reserve(meta, holder, replacing=replacing)
-                if entry is not None:
-                    return entry.slot
+                low = self._store.is_low()
+            if low and self._ahead is not None:
+                self._ahead.wake()
+            if entry is not None:
+                return entry.slot
             if not self._store.make_room(room):
                 raise TierFull(f"no free extent of {room} bytes on disk", needed_bytes=room)
 
@@ -279,8 +288,11 @@ class DiskTier(Tier):
         with self._lock:
             if self._store.closed:
                 return
-        for pool in (self._write_pool, self._spill_pool, self._read_pool):
-            pool.shutdown()
+        if self._ahead is not None:
+            self._ahead.stop()
+        for lane in (self._writes, self._spills, self._reads):
+            lane.close()
+        self._checkers.shutdown()
         self._store.close({} if self._scrub is None else self._scrub.stop())
 
     # -- several at once
@@ -296,24 +308,26 @@ class DiskTier(Tier):
     ) -> list[Future[None]]:
         """Write several slots, large ones in parts, `writers` parts at a time.
 
-        The futures raise what `write` does, and cannot be cancelled.  on_each is called by a writing thread
-        with (slot, None or the TierError) as each ends.  The buffers must stay as they are until then.
+        The futures raise what `write` does, and cannot be cancelled.  on_each is called by a thread
+        of the tier with (slot, None or the TierError) as each ends.  The buffers must stay as they are until
+        then.
         spill: nobody waits for it, so it goes by threads of its own that leave the processor to others.
         """
-        pool, threads = (self._spill_pool, _SPILLERS) if spill else (self._write_pool, self._writers)
-        step = part_bytes(sum(slot.nbytes for slot, _ in items), threads)
-        begin = partial(self._mover.writing, codec=codec, item_bytes=item_bytes, step=step, on_each=on_each)
-        return [_begun(begin, slot, data, on_each).submit(pool) for slot, data in items]
+        lane = self._spills if spill else self._writes
+        begin = partial(self._mover.writing, codec=codec, item_bytes=item_bytes, on_each=on_each)
+        return begun_in(lane, begin, items, on_each)
 
     def read_many(
         self, items: Sequence[tuple[Slot, Buffer]], on_each: OnEach | None = None
     ) -> list[Future[None]]:
         """Read several slots into writable buffers, `readers` parts at a time; see `write_many`."""
-        step = part_bytes(sum(slot.nbytes for slot, _ in items), self._readers)
-        begin = partial(self._mover.reading, step=step, on_each=on_each)
-        return [_begun(begin, slot, into, on_each).submit(self._read_pool) for slot, into in items]
+        return begun_in(self._reads, partial(self._mover.reading, on_each=on_each), items, on_each)
 
     # -- beyond the contract
+
+    def make_room_ahead(self) -> None:
+        """From now on keep more than a GiB of free room ready, as far as the limit allows, until `close`."""
+        self._ahead = AheadThread(self._store.make_ahead)
 
     def start_scrub(self, bytes_per_s: int) -> None:
         """Read everything again in the background, again and again, until `close`; see `scrub`."""
@@ -363,6 +377,7 @@ class DiskTier(Tier):
                 scrub_bytes=self._scrubbed.read_bytes,
                 scrub_bad=self._scrubbed.found_bad,
                 scrub_passes=self._scrubbed.passes,
+                no_room=self._store.faults.no_room,
                 last_error=self._store.faults.last_error,
             )
 
@@ -380,13 +395,3 @@ class DiskTier(Tier):
         """The order that everything rests on: the payloads survive before the index lists them."""
         self._store.flush([entry for commit in commits for entry in commit.entries])
         return self._store.list_all(commits)
-
-
-def _begun(
-    begin: Callable[[Slot, Buffer], Transfer], slot: Slot, data: Buffer, on_each: OnEach | None
-) -> Transfer:
-    """The transfer, or one that fails with what spoke against it."""
-    try:
-        return begin(slot, data)
-    except (TierError, ValueError) as problem:
-        return Transfer([failed(problem)], lambda said: told(slot, said, on_each))

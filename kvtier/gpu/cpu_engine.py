@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from kvtier.checksum import combine
-from kvtier.errors import KvtierError, TierUnavailable
+from kvtier.errors import GeometryError, KvtierError, TierUnavailable
 from kvtier.geometry import EXACT
 from kvtier.gpu.cpu_copy import BlockCopy
 from kvtier.gpu.engine import (
@@ -90,6 +90,8 @@ class CpuCopyEngine(CopyEngine):
     def submit(self, batch: CopyBatch, on_done: Done) -> None:
         """See CopyEngine."""
         check_batch(batch)
+        if not all(event.done() for event in (batch.after, *batch.after_layers) if event is not None):
+            raise GeometryError("copies on the CPU wait for no stream", fix="use the engine of that device")
         run = self._prepare(batch, on_done)
         with self._wake:
             if self._closed:

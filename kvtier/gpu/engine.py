@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from kvtier.errors import GeometryError
 from kvtier.geometry import EXACT
@@ -45,6 +45,7 @@ class SlotMemory(Protocol):
         """The slot's generation now."""
 
 
+@runtime_checkable
 class StreamEvent(Protocol):
     """A point in the work of a device's stream. Calls from any thread; they may raise TierUnavailable."""
 
@@ -56,6 +57,22 @@ class StreamEvent(Protocol):
 
     def synchronize(self) -> None:
         """Wait for it."""
+
+
+class Reached:
+    """A point that was passed when it was made: the CPU's memory holds what was written before."""
+
+    __slots__ = ()
+
+    def done(self) -> bool:
+        """See StreamEvent."""
+        return True
+
+    def wait(self, stream: int) -> None:
+        """See StreamEvent."""
+
+    def synchronize(self) -> None:
+        """See StreamEvent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +107,7 @@ class CopyBatch:
     batch, in ascending order, from a thread of the engine's, when all copies of the layer are queued: the
     layer's bytes are in place after the event.  Whether they are right is known only when on_done says so:
     what was computed from them before is to be thrown away if an item failed.  It must not raise or wait.
-    Engines without streams take no events, and tell nothing before on_done.
+    Engines without streams take only events that are done, and tell nothing before on_done.
     """
 
     job: str
@@ -150,16 +167,46 @@ class CopyEngine(ABC):
     def busy_jobs(self) -> frozenset[str]:
         """Jobs with a batch that is not answered yet."""
 
-    def mark(self, stream: int) -> StreamEvent:
-        """An event for all that is queued on a stream of the pool's device, to put into a batch.
-
-        stream: its handle, as torch's `stream.cuda_stream`.  Raises GeometryError on engines without streams.
-        """
-        raise GeometryError(f"copies on the CPU know no streams, so not stream {stream:#x}")
-
     @abstractmethod
     def close(self) -> None:
         """Cancel what is queued, wait for what runs, end the threads. A closed engine takes no batches."""
+
+
+class Place(ABC):
+    """A device that pools are on: makes its copy engine, and knows its streams and events.
+
+    location: as pools name it, 'cpu' or 'cuda:0'.  engine: 'cpu' or 'cuda'.  device: the GPU's name, '' for
+    none.  All calls from any thread; there may be no engine yet, or none any more.
+    """
+
+    location: str
+    engine: str
+    device: str = ""
+
+    @abstractmethod
+    def __call__(self, slots: SlotMemory) -> CopyEngine:
+        """An engine that copies between pools here and these slots. Raises KvtierError."""
+
+    @property
+    @abstractmethod
+    def device_bytes(self) -> int:
+        """GPU memory that an engine takes from its beginning, without the process's CUDA context."""
+
+    @abstractmethod
+    def stream(self, stream: Any) -> int:
+        """The handle of a stream as a framework has it; None is the current one. Raises GeometryError."""
+
+    @abstractmethod
+    def mark(self, stream: Any = None) -> StreamEvent:
+        """A new event for all that is queued on a stream so far. Raises GeometryError, TierUnavailable."""
+
+    def after(self, stream: Any) -> StreamEvent:
+        """As mark(), or what mark() gave before. Raises GeometryError, TierUnavailable."""
+        return stream if isinstance(stream, StreamEvent) else self.mark(stream)
+
+    @abstractmethod
+    def event(self, event: Any) -> StreamEvent:
+        """A framework's own event, recorded already, or what mark() gave. Raises GeometryError."""
 
 
 def check_batch(batch: CopyBatch) -> None:

@@ -1,68 +1,165 @@
 """Which layers of a restore are in place, over all its batches: so a prefill can wait layer by layer.
 
-    ready = LayerEvents(layout, rows)               rows that each layer is to get, as the plan says
-    CopyBatch(..., on_layer=ready.note(items))      for every batch of the restore
-    ready.wait(layer, stream, timeout_s)            before the layer's attention
-
-Events say that bytes are in place, not that they are right: that is what the restore's receipt says.  So a
-prefill may run ahead of the receipt, but no token leaves it before the receipt is there, and none if it
-restored less than was planned.  Runs in tests against a fake device; not run on a GPU yet.
+An event says that a layer's copies have ended, not that the bytes are right: that is what the receipt says.
+So a prefill may run ahead of the receipt, but what it computed counts only if the receipt is ok.  That is
+safe because nothing is copied any more once a layer was told to be there: a batch that failed is tried again
+only if nobody was told of a layer yet.  Runs in tests against a fake device; not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from kvtier.gpu.engine import CopyItem, StreamEvent
+from kvtier.gpu.engine import CopyItem, Reached, StreamEvent
 from kvtier.gpu.layout import PoolLayout
+
+Handle = Callable[[object], int]
+
+
+def _same(stream: object) -> int:
+    assert isinstance(stream, int)
+    return stream
 
 
 class LayerEvents:
-    """Any thread may call. rows: for each layer of the pool, how many rows are going to be copied."""
+    """Of one restore. Any thread may call. handle: of a stream as its framework has it."""
 
-    def __init__(self, layout: PoolLayout, rows: Sequence[int]) -> None:
-        self._group_of = {layer: g for g, group in enumerate(layout.groups) for layer in group.layers}
-        self._missing = list(rows)
-        self._events: list[list[StreamEvent]] = [[] for _ in rows]
+    def __init__(self, layout: PoolLayout, handle: Handle = _same) -> None:
+        self._members = [group.layers for group in layout.groups]
+        count = sum(len(layers) for layers in self._members)
+        self._handle = handle
+        self._pending = [0] * count
+        self._events: list[list[StreamEvent]] = [[] for _ in range(count)]
         self._changed = threading.Condition()
-        self._over = False
+        self._sealed = False
+        self._told = False
+        self._failed = False
 
-    def note(self, items: Iterable[CopyItem]) -> Callable[[int, StreamEvent], None]:
-        """What to give as `on_layer` to the batch with these items."""
-        rows: dict[int, int] = {}
-        for item in items:
-            rows[item.group] = rows.get(item.group, 0) + item.tokens - item.first_valid
+    def __len__(self) -> int:
+        return len(self._pending)
 
-        def on_layer(layer: int, event: StreamEvent) -> None:
-            with self._changed:
-                self._missing[layer] -= rows.get(self._group_of[layer], 0)
-                self._events[layer].append(event)
-                self._changed.notify_all()
+    # -- what the engine does
 
-        return on_layer
-
-    def end(self) -> None:
-        """Nothing more is going to be queued: who still waits for a layer is told that it does not come."""
+    def begin(self, items: Iterable[CopyItem], last: bool) -> LayerBatch | None:
+        """A batch is to be copied; None where that must not be. last: no other is to come after it."""
         with self._changed:
-            self._over = True
+            if self._failed or self._told:
+                self._fail()
+                return None
+            layers = {layer for item in items for layer in self._members[item.group]}
+            for layer in layers:
+                self._pending[layer] += 1
+            self._sealed = last
+            return LayerBatch(self, layers)
+
+    def end(self, ok: bool) -> None:
+        """The receipt is there: all layers are in place, or none will be told of any more."""
+        with self._changed:
+            if not ok:
+                self._fail()
+            elif not self._failed:
+                self._pending = [0] * len(self._pending)
+                self._sealed = True
             self._changed.notify_all()
 
-    def wait(self, layer: int, stream: int, timeout_s: float) -> bool:
+    def _queued(self, layer: int, event: StreamEvent) -> None:
+        with self._changed:
+            self._pending[layer] -= 1
+            self._events[layer].append(event)
+            self._changed.notify_all()
+
+    def _batch_failed(self, layers: Iterable[int]) -> None:
+        with self._changed:
+            for layer in layers:
+                self._pending[layer] -= 1
+            # It is tried again, or the receipt comes; until then it is not known that all is queued.
+            self._sealed = False
+            if self._told:
+                self._fail()
+
+    def _fail(self) -> None:
+        self._failed = True
+        self._changed.notify_all()
+
+    # -- what the caller asks
+
+    def ready(self, layer: int) -> bool:
+        """Whether the layer's bytes are in place. Does not wait. Raises TierUnavailable."""
+        with self._changed:
+            if not self._complete(layer) or not all(event.done() for event in self._events[layer]):
+                return False
+            self._told = True
+            return True
+
+    def wait(self, layer: int, stream: object, timeout_s: float | None) -> bool:
         """Make the stream wait for the layer; the caller waits only until its copies are queued.
 
         False when they are not queued within the time, or never will be.  Raises TierUnavailable.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._over or self._missing[layer] <= 0, timeout_s)
-            if self._missing[layer] > 0:
-                return False
-            events = list(self._events[layer])
-        for event in events:
-            event.wait(stream)
-        return True
+        handle = self._handle(stream)
+        events = self._await(layer, timeout_s)
+        for event in events or ():
+            event.wait(handle)
+        return events is not None
 
-    def queued(self) -> tuple[int, ...]:
-        """Layers whose copies are all queued."""
+    def synchronize(self, layer: int, timeout_s: float | None) -> bool:
+        """Wait for the layer. False as in wait()."""
+        events = self._await(layer, timeout_s)
+        for event in events or ():
+            event.synchronize()
+        return events is not None
+
+    def _await(self, layer: int, timeout_s: float | None) -> list[StreamEvent] | None:
         with self._changed:
-            return tuple(layer for layer, missing in enumerate(self._missing) if missing <= 0)
+            self._changed.wait_for(lambda: self._failed or self._complete(layer), timeout_s)
+            if not self._complete(layer):
+                return None
+            self._told = True
+            return list(self._events[layer])
+
+    def _complete(self, layer: int) -> bool:
+        return self._sealed and not self._failed and not self._pending[layer]
+
+
+class LayerBatch:
+    """One batch of a restore: on_layer goes into it, ended() is called after it."""
+
+    def __init__(self, events: LayerEvents, layers: Iterable[int]) -> None:
+        self._all = events
+        self._left = set(layers)
+
+    def on_layer(self, layer: int, event: StreamEvent) -> None:
+        """See CopyBatch."""
+        self._left.discard(layer)
+        self._all._queued(layer, event)
+
+    def ended(self, ok: bool) -> None:
+        """The batch was answered. Engines without streams told nothing before."""
+        left, self._left = self._left, set()
+        if not ok:
+            self._all._batch_failed(left)
+            return
+        for layer in left:
+            self._all._queued(layer, Reached())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReady:
+    """One layer of a restore as an event. timeout_s: None waits until the restore is over."""
+
+    layer: int
+    _all: LayerEvents
+
+    def done(self) -> bool:
+        """Whether the layer's bytes are in place."""
+        return self._all.ready(self.layer)
+
+    def wait(self, stream: object = None, timeout_s: float | None = None) -> bool:
+        """Make a stream wait for it. See RestoreHandle.wait_on."""
+        return self._all.wait(self.layer, stream, timeout_s)
+
+    def synchronize(self, timeout_s: float | None = None) -> bool:
+        """Wait for it. False when it does not come."""
+        return self._all.synchronize(self.layer, timeout_s)

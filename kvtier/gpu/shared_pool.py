@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.errors import GeometryError
+from kvtier.gpu.engine import Place, StreamEvent
 from kvtier.gpu.layout import BufferSpec, LayerGroup, Plane, PoolLayout
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.quantise import DTYPES, Values
@@ -34,6 +36,32 @@ VERSION = 1
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 ALIGNMENT = 4096
 _MADV_POPULATE_WRITE = 23
+
+
+class MappablePool(ABC):
+    """A worker's pool on a GPU that the GPU service maps, seen from the worker. pool: itself; place: its GPU.
+
+    Calls from any thread.
+    """
+
+    pool: Pool
+    place: Place
+
+    @abstractmethod
+    def export(self) -> dict[str, Any]:
+        """Its description, of plain values and bytes. Raises GeometryError, with the fix; TierUnavailable."""
+
+    @abstractmethod
+    def challenge(self) -> Challenge:
+        """Begin a probe: a random pattern goes into scratch pages. Raises TierUnavailable."""
+
+    @abstractmethod
+    def judge(self, answer: Answer) -> bool:
+        """End it: whether each side read what the other wrote. Raises TierUnavailable."""
+
+    @abstractmethod
+    def relay(self, event: StreamEvent) -> int:
+        """Number of an event that the service's streams can wait for, after this one."""
 
 
 class SharedMemory:

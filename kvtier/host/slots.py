@@ -106,7 +106,8 @@ class HostSlots:
             raise ValueError("one slot is to be committed twice")
         for entry, (slot, checksum) in zip(entries, slots, strict=True):
             self._book.release(slot.slot_id, entry.writer)
-            entry.meta = replace(entry.meta, checksum=checksum)
+            if entry.meta.checksum != checksum:
+                entry.meta = replace(entry.meta, checksum=checksum)
             entry.committed = True
             self._move(entry, State.PRESENT)
         self._objects += len(entries)

@@ -36,12 +36,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from transformers import DynamicCache
 
 from kvtier.arguments import DEFAULT_TENANT
 from kvtier.errors import FingerprintError, TokensError
 from kvtier.fingerprint import Fingerprint
 from kvtier.geometry import EXACT
+from kvtier.gpu.places import place_of
 from kvtier.handles import ParkHandle
 from kvtier.integrations.chat_session import ChatSession, ParkLevel, Reply, Share
 from kvtier.integrations.dynamic_cache import CacheShape, cache_shape
@@ -116,11 +118,14 @@ class TransformersKV:
         tenant: str = DEFAULT_TENANT,
         fidelity: str = EXACT,
         deadline_s: float = 30.0,
+        waiting: int = 0,
+        prefill_wait_s: float = 0.0,
     ) -> Restored:
         """A cache with as long a front of token_ids as is stored, but never all of them.
 
         token_ids: the whole sequence to go on from, new message included.  Compute token_ids[tokens:] next.
-        fidelity: that it was parked at.
+        fidelity: that it was parked at.  waiting, prefill_wait_s: of the caller's own queue of prefills, see
+        `Worker.plan`.
         A miss is an empty cache and the reason in the receipt; 'recompute' where the node expects computing
         to be sooner than loading.  Raises TokensError for an empty list.
         """
@@ -131,7 +136,14 @@ class TransformersKV:
             return self._miss(RestoreReceipt(conversation, tenant, 0, 0, reason="no_match"))
         # Computing goes on behind a loaded front. It never fills one in: a cache grows at its end alone.
         plan = self.worker.plan(
-            conversation, wanted, tenant=tenant, fidelity=fidelity, deadline_s=deadline_s, takes="fronts"
+            conversation,
+            wanted,
+            tenant=tenant,
+            fidelity=fidelity,
+            deadline_s=deadline_s,
+            takes="fronts",
+            waiting=waiting,
+            prefill_wait_s=prefill_wait_s,
         )
         if plan.load_tokens == 0:
             return self._miss(
@@ -193,8 +205,17 @@ def attach(
         config=model_config(model) if config is None else config,
         device=device or "",
         devices=devices,
+        make_engine=place_of(_location(shape)),
     )
     return TransformersKV(worker, shape)
+
+
+def _location(shape: CacheShape) -> str:
+    """Where the model's cache is, as pools name it; 'cuda' alone is torch's current device."""
+    if shape.device.type == "cpu":
+        return "cpu"
+    index = torch.cuda.current_device() if shape.device.index is None else shape.device.index
+    return f"{shape.device.type}:{index}"
 
 
 def model_config(model: Any) -> dict[str, Any]:

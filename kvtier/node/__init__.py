@@ -6,6 +6,7 @@ blocks.py         the tree of blocks that this node holds anything of
 conversations.py  names for chains of blocks
 coverage.py       how far a conversation can be restored, and from where
 state.py          everything that the node knows, shared by the parts below
+counters.py       what it has done since its start
 room.py           making room in host memory: evict, spill, wait, or say no
 spills.py         what is written to disk ahead of need, or for room
 disk_side.py      what is asked of the disk service, and what its answers change

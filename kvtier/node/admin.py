@@ -8,6 +8,7 @@ from heapq import nsmallest
 from itertools import takewhile
 
 from kvtier.cluster_messages import Buried, KnownConversation
+from kvtier.errors import ProtocolError
 from kvtier.messages import (
     Conversations,
     Done,
@@ -20,6 +21,7 @@ from kvtier.messages import (
     ListModels,
     Locate,
     Models,
+    Retire,
     Show,
     Status,
     StatusIs,
@@ -53,6 +55,7 @@ class Admin:
         self._everywhere = everywhere
         self._burials = burials
         burials.erase_here = self._erase_here
+        burials.settle_here = self._settle_here
         self._disk = disk
         self._parks = parks
         self._awaited = Awaited(_ERASE_MOST_S)
@@ -121,6 +124,18 @@ class Admin:
         """Answer ListModels."""
         self._state.send(peer, Models(id=message.id, models=model_infos(self._state)))
 
+    def retire(self, peer: str, message: Retire) -> None:
+        """Answer Retire. Raises ProtocolError for what names no model, several, or one that is served."""
+        infos = [i for i in model_infos(self._state) if i.fingerprint.startswith(message.fingerprint)]
+        if len(infos) != 1 or not message.fingerprint:
+            found = f"{len(infos)} models have" if infos and message.fingerprint else "no model has"
+            raise ProtocolError(f"{found} a fingerprint that begins so", fix="see kvtier models")
+        if infos[0].workers:
+            served = f"{infos[0].workers} workers serve {infos[0].model} with this fingerprint"
+            raise ProtocolError(served, fix="end them first")
+        self._state.retired[bytes.fromhex(infos[0].fingerprint)] = None
+        self._state.send(peer, Models(id=message.id, models=[replace(infos[0], retired=True)]))
+
     def hint(self, peer: str, message: Hint) -> None:
         """Note when a conversation is expected; one that is not known is no error."""
         state = self._state
@@ -155,10 +170,14 @@ class Admin:
         receipt, erased = self._begin_forgetting(message)
         self._erase(peer, message, receipt, erased)
 
-    def _erase_here(self, name: ConversationId, done: RemoveDone) -> None:
-        """Erase what another node forgot."""
+    def _erase_here(self, name: ConversationId, stone: str, done: RemoveDone) -> None:
+        """Erase what another node forgot. stone: id of its tombstone."""
         _, erased = self._begin_forgetting(Forget(tenant=name[0], conversation=name[1]))
-        self._remove(erased, name, done)
+        self._remove(erased, name, done, stone)
+
+    def _settle_here(self, name: ConversationId, stone: str, done: RemoveDone) -> None:
+        """Have what was erased here before be gone from the disk for good. stone: as above."""
+        self._disk.erase((), name, self._awaited.bounded(self._state.now_s, done), stone)
 
     def _begin_forgetting(self, message: Forget) -> tuple[ForgetReceipt, list[Stored]]:
         """End the conversation; answers what is to go, and what a receipt says of it."""
@@ -203,6 +222,7 @@ class Admin:
 
         def done(ok: bool, detail: str) -> None:
             answer = receipt
+            self._burials.erased_here(burial, ok)
             if not ok:
                 # It is out of host memory, and comes true on disk as soon as that works again.
                 answer = replace(receipt, erased_disk_bytes=0, durable=False, reason=reason, detail=detail)
@@ -214,15 +234,15 @@ class Admin:
 
         self._remove(erased, (message.tenant, message.conversation), done)
 
-    def _remove(self, erased: list[Stored], name: ConversationId, done: RemoveDone) -> None:
+    def _remove(self, erased: list[Stored], name: ConversationId, done: RemoveDone, stone: str = "") -> None:
         state = self._state
         for stored in erased:
-            slot = state.host.find(stored.meta.object_id)
-            if slot is not None:
+            if stored.slot is not None:
                 # Leased or not: it is no longer to be found, and its room is free when its readers are done.
-                state.host.withdraw(slot)
+                state.host.withdraw(stored.slot)
+                state.vacated(stored)
         bounded = self._awaited.bounded(state.now_s, done)
-        self._disk.erase(erased, name, bounded)
+        self._disk.erase(erased, name, bounded, stone)
         for stored in erased:
             state.forget_object(stored.meta.object_id)
 
@@ -241,7 +261,7 @@ def _everywhere(receipt: ForgetReceipt, burial: str, buried: Buried | None) -> F
 
 
 def _host_bytes(state: NodeState, objects: list[Stored]) -> int:
-    return sum(s.meta.nbytes for s in objects if state.in_host(s.meta.object_id))
+    return sum(s.meta.nbytes for s in objects if s.slot is not None)
 
 
 def _disk_bytes(objects: list[Stored]) -> int:
@@ -253,6 +273,6 @@ def _is_there(state: NodeState, block: Block) -> bool:
 
 
 def _segment(state: NodeState, block: Block) -> Segment:
-    in_host = all(state.in_host(s.meta.object_id) for s in block.parts.values())
+    in_host = all(s.slot is not None for s in block.parts.values())
     nbytes = sum(s.meta.nbytes for s in block.parts.values())
     return Segment(block.start, block.end, "host" if in_host else "disk", nbytes)

@@ -95,7 +95,7 @@ class Adoption:
             self._drop_record(damaged)
             yield 1
         for record in self._records:
-            if self._disk.dues.was_forgotten(record.id) or _is_killed(state, record):
+            if self._disk.dues.was_forgotten(record.id, record.after) or _is_killed(state, record):
                 self._end_record(record)
             elif record.version > state.ended.get(record.id, -1):
                 yield self._adopt_record(record)
@@ -120,7 +120,7 @@ class Adoption:
         name = (record.tenant, record.conversation)
         known = state.conversations.get(name)
         if known is None:
-            state.ended[name] = max(record.version, state.ended.get(name, 0))
+            state.note_end(name, record.version)
             return
         known.version = max(known.version, record.version) + 1
         known.recorded = True
@@ -129,7 +129,7 @@ class Adoption:
     def _end_record(self, record: Conversation) -> None:
         """It was forgotten before the disk could say that it has it; its name may be in use again."""
         state = self._state
-        state.ended[record.id] = max(record.version, state.ended.get(record.id, 0))
+        state.note_end(record.id, record.version)
         known = state.conversations.get(record.id)
         if known is not None:
             # Its own record must outlive the removal of the other.
@@ -147,7 +147,7 @@ class Adoption:
             state.tree.name(chains[head.key], record.id, head.private)
         state.name_changed(record.id)
         if not record.heads:
-            state.ended[record.id] = record.version
+            state.note_end(record.id, record.version)
         elif known is None:
             state.conversations[record.id] = record
         else:

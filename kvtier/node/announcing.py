@@ -60,7 +60,7 @@ class Announcing:
             return Held(key, "", 0)
         parts = []
         for (group, shard), stored in sorted(block.parts.items()):
-            in_host, on_disk = state.in_host(stored.meta.object_id), stored.on_disk is not None
+            in_host, on_disk = stored.slot is not None, stored.on_disk is not None
             parts.append((group, shard, -(-stored.meta.nbytes // block.tokens), in_host, on_disk))
         return Held(key, block.root.tenant, block.tokens, tuple(parts))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias, TypeVar
 
 from kvtier.objects import ObjectId, ObjectMeta, Root
+from kvtier.tier import Slot
 
 ConversationId: TypeAlias = tuple[str, str]  # tenant, conversation
 Part: TypeAlias = tuple[int, str]  # layer group, shard name
@@ -17,18 +18,19 @@ _Key = TypeVar("_Key", bytes, int)
 _NOBODY: Final[frozenset[ConversationId]] = frozenset()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Stored:
     """One object that some tier holds.
 
-    meta: of the copy in host memory, or else of the one on disk.  on_disk: of the copy on disk; another
-    park of the same tokens may have other bytes, or more rows of a sliding window.  writing: the disk job
-    that writes it, or ''.  pins: plans, restores and parks that count on it.  holds: plans that
-    count on its copy in host memory; for these nobody copies yet, so they need no lease.  dirty_bytes: room
-    of a host copy that the disk lacks, as the node's sum has it.
+    meta: of the copy in host memory, or else of the one on disk.  slot: where host memory has it, or None.
+    on_disk: of the copy on disk; another park of the same tokens may have other bytes, or more rows of a
+    sliding window.  writing: the disk job that writes it, or ''.  pins: plans, restores and parks that count
+    on it.  holds: plans that count on its copy in host memory; for these nobody copies yet, so they need no
+    lease.  dirty_bytes: room of a host copy that the disk lacks, as the node's sum has it.
     """
 
     meta: ObjectMeta
+    slot: Slot | None = None
     on_disk: ObjectMeta | None = None
     writing: str = ""
     pins: int = 0
@@ -41,11 +43,12 @@ class Stored:
         return self.on_disk is not None and self.on_disk.first_valid <= self.meta.first_valid
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
     """The KV of some tokens. names: the conversations whose chain runs through it.
 
-    private: how its chain was keyed, where it is shared with no other conversation.
+    private: how its chain was keyed, where it is shared with no other conversation.  kept: it was promised
+    that several nodes have it, so memory does not drop it as long as the disk takes it.
     """
 
     key: bytes
@@ -56,6 +59,17 @@ class Block:
     parts: dict[Part, Stored] = field(default_factory=dict)
     names: AbstractSet[ConversationId] = _NOBODY
     private: Private | None = None
+    kept: bool = False
+
+    @property
+    def hosted(self) -> bool:
+        """Whether host memory has any of it."""
+        return any(stored.slot is not None for stored in self.parts.values())
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the disk has any of it."""
+        return any(stored.on_disk is not None for stored in self.parts.values())
 
     @property
     def end(self) -> int:
@@ -96,6 +110,10 @@ class BlockTree:
         # Of the short blocks on each parent: how many of each length there are.
         self._tails: dict[bytes, dict[int, int]] = {}
         self._named: dict[ConversationId, _Named] = {}
+        # Of each model, by fingerprint.
+        self.objects: dict[bytes, int] = {}
+        # All blocks share what their parts are called.
+        self._parts: dict[Part, Part] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -123,7 +141,8 @@ class BlockTree:
         part = (meta.object_id.group, meta.object_id.shard)
         stored = block.parts.get(part)
         if stored is None:
-            stored = block.parts[part] = Stored(meta)
+            stored = block.parts[self._parts.setdefault(part, part)] = Stored(meta)
+            _count(self.objects, meta.root.fingerprint, 1)
         return stored
 
     def drop(self, object_id: ObjectId) -> list[Block]:
@@ -131,7 +150,8 @@ class BlockTree:
         block = self._blocks.get(object_id.block_key)
         if block is None:
             return []
-        block.parts.pop((object_id.group, object_id.shard), None)
+        if block.parts.pop((object_id.group, object_id.shard), None) is not None:
+            _count(self.objects, block.root.fingerprint, -1)
         gone: list[Block] = []
         while block is not None and not block.parts and block.key not in self._children:
             del self._blocks[block.key]

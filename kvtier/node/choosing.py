@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple, cast
+from itertools import groupby
+from typing import NamedTuple, TypeAlias, cast
 
 from kvtier.errors import ProtocolError
 from kvtier.messages import MakePlan
 from kvtier.node.blocks import Block
-from kvtier.node.coverage import Piece, Source, SourceOf, longest, restored_end
+from kvtier.node.coverage import Piece, Source, SourceOf, restored_end
 from kvtier.node.queues import Queues
+from kvtier.node.ranks import Slices, covered
 from kvtier.node.state import NodeState, Worker
 from kvtier.policy.interfaces import LoadChoice, RestoreWish, Segment
 from kvtier.receipts import TokenRange
 
 _SLOWER: tuple[Source, ...] = ("host", "disk", "peer")
+# Of a block: source, tokens, bytes. Neighbours in equal state cost alike.
+_State: TypeAlias = tuple[Source, int, int]
 # Nobody waits for a prefill that long, or in such a queue.
 _MOST_WAIT_S, _MOST_WAITING = 1e6, 1_000_000
 
@@ -33,17 +36,21 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """The longest front that could be restored. source_of: of its objects; node: a peer that has some."""
+    """The longest front that could be restored. source_of: of its objects; node: a peer that has some.
+
+    slices: what it consists of.
+    """
 
     blocks: Sequence[Block]
     pieces: list[Piece]
     source_of: SourceOf
+    slices: Slices
     node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """pieces: to load, in order.  segments: the same by block.  stored: whether anything could be loaded."""
+    """pieces: to load, in order.  segments: the same by runs of blocks.  stored: could anything be loaded?"""
 
     choice: LoadChoice
     pieces: list[Piece]
@@ -58,15 +65,22 @@ class Chosen:
             return "recompute"
         return "both" if self.choice.compute_front else "load"
 
+    def saved_gpu_s(self, worker: Worker, tokens: int) -> float:
+        """GPU seconds that the load spares a request of so many tokens; 0 where not known."""
+        if worker.rate is None or not worker.rate.known:
+            return 0.0
+        seconds, front, end = worker.rate.seconds, self.choice.compute_front, self.choice.tokens
+        return max(seconds(0, tokens) - seconds(0, front) - seconds(end, tokens - end), 0.0)
+
     def ranges(self, tokens: int) -> tuple[TokenRange, ...]:
         """Runs of one source that cover [0, tokens)."""
         start = self.choice.compute_front if self.pieces else 0
         ranges = [TokenRange(0, start, "compute")] if start else []
         # A chain of sliding layers only begins at its window: what is before it needs no bytes at all.
-        for segment, after in zip_longest(self.segments, self.segments[1:]):
-            if after is None or after.source != segment.source:
-                ranges.append(TokenRange(start, segment.end, cast("Source", segment.source)))
-                start = segment.end
+        for source, alike in groupby(self.segments, key=lambda segment: segment.source):
+            *_, last = alike
+            ranges.append(TokenRange(start, last.end, cast("Source", source)))
+            start = last.end
         if start < tokens:
             ranges.append(TokenRange(start, tokens, "compute"))
         return tuple(ranges)
@@ -86,14 +100,15 @@ class Chooser:
         pieces = front.pieces
         vias: dict[Source, str] = {"disk": self._codec(message), "peer": front.node}
         wish = self._wish(message, worker, waited_s)
-        choice = self._state.policies.restore.choose(_segments(pieces, vias), tokens, wish)
+        segments = _segments(pieces, vias)
+        choice = self._state.policies.restore.choose(segments, tokens, wish)
         stored = bool(pieces)
         if choice.tokens < restored_end(pieces):
-            geometry = worker.geometry.at(message.fidelity)
-            pieces = longest(front.blocks, geometry, worker.shard, front.source_of, choice.tokens)
+            pieces = covered(front.blocks, front.slices, front.source_of, choice.tokens)
         if choice.compute_front:
             pieces = [piece for piece in pieces if piece.stored.meta.start >= choice.compute_front]
-        segments = _segments(pieces, vias)
+        if pieces is not front.pieces:
+            segments = _segments(pieces, vias)
         return Chosen(choice, pieces, segments, _asked(segments, wish), stored)
 
     def _wish(self, message: MakePlan, worker: Worker, waited_s: float) -> RestoreWish:
@@ -122,23 +137,49 @@ def check_wishes(message: MakePlan) -> None:
     for field, (value, most) in numbers.items():
         if not 0 <= value <= most:
             raise ProtocolError(f"{field} is {value}", fix=f"give a number from 0 to {most:g}")
+    if message.most_tokens is not None and message.most_tokens < 0:
+        raise ProtocolError(f"most_tokens is {message.most_tokens}", fix="give the number of tokens")
     if message.deadline_s is not None and not math.isfinite(message.deadline_s):
         raise ProtocolError(f"deadline_s is {message.deadline_s}", fix="give a finite number of seconds")
 
 
 def _segments(pieces: Sequence[Piece], vias: Mapping[Source, str]) -> list[Segment]:
-    """One for each block: of the slowest source when its parts lie in several."""
+    """One for each run of neighbouring blocks in equal state."""
     segments: list[Segment] = []
-    for piece in pieces:
-        meta = piece.stored.meta
-        start, nbytes = meta.start, meta.nbytes
-        source: Source = piece.source
-        if segments and segments[-1].start == start:
-            last = segments.pop()
-            nbytes += last.nbytes
-            source = max(source, cast("Source", last.source), key=_SLOWER.index)
-        segments.append(Segment(start, start + meta.tokens, source, nbytes, vias.get(source, "")))
+
+    def add(start: int, end: int, alike: _State) -> None:
+        source, tokens, nbytes = alike
+        run_bytes = (end - start) // tokens * nbytes
+        segments.append(Segment(start, end, source, run_bytes, vias.get(source, ""), tokens))
+
+    alike: _State | None = None
+    first = end = 0
+    for start, state in _by_block(pieces):
+        if state != alike:
+            if alike is not None:
+                add(first, end, alike)
+            alike, first = state, start
+        end = start + state[1]
+    if alike is not None:
+        add(first, end, alike)
     return segments
+
+
+def _by_block(pieces: Iterable[Piece]) -> Iterator[tuple[int, _State]]:
+    """The start and the state of each block; of the slowest source when its parts lie in several."""
+    at: int | None = None
+    state: _State = (_SLOWER[0], 0, 0)
+    for stored, source in pieces:
+        meta = stored.meta
+        if meta.start == at:
+            slowest = max(source, state[0], key=_SLOWER.index)
+            state = slowest, meta.tokens, state[2] + meta.nbytes
+            continue
+        if at is not None:
+            yield at, state
+        at, state = meta.start, (source, meta.tokens, meta.nbytes)
+    if at is not None:
+        yield at, state
 
 
 def _asked(segments: Sequence[Segment], wish: RestoreWish) -> tuple[Asked, ...]:

@@ -20,7 +20,7 @@ class CopyJob:
 
     running: batches whose end is not known, with their slots.  over: its receipt is out; the job is only
     kept until all its batches have ended.  executor: the peer whose process runs the copies.
-    to_come_bytes: of a restore, what no batch copies yet.
+    to_come_bytes: of a restore, what no batch copies yet.  events: of the worker's, see messages.Park.
     """
 
     id: str
@@ -33,6 +33,7 @@ class CopyJob:
     over: bool = False
     cancelled: bool = False
     to_come_bytes: int = 0
+    events: list[int] = field(default_factory=list)
 
     @property
     def running_bytes(self) -> int:
@@ -83,6 +84,7 @@ class Copies:
                 pages=job.pages,
                 last=last,
                 fidelity=pairs[0][0].root.fidelity,
+                events=job.events,
             ),
         )
 

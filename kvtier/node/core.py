@@ -45,6 +45,7 @@ from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
 from kvtier.node.queues import Queues
+from kvtier.node.replicas import Replicas
 from kvtier.node.reports import status_report
 from kvtier.node.restore_job import RestoreJob
 from kvtier.node.restores import Restores
@@ -107,12 +108,13 @@ class NodeCore:
         self._disk = DiskSide(state)
         self._spills = Spills(state, self._disk)
         room = Room(state, self._disk, self._spills)
-        self._parks = Parks(state, self._copies, self._disk, room)
+        replicas = Replicas(state)
+        self._parks = Parks(state, self._copies, self._disk, room, replicas)
         queues = Queues(self._copies, self._disk)
         chooser = Chooser(state, queues)
         self._loads = Loads(state, queues)
         elsewhere = Elsewhere(state, self._loads)
-        self.cluster = ClusterSide(state, self._disk, room, elsewhere, self._loads)
+        self.cluster = ClusterSide(state, self._disk, room, elsewhere, self._loads, replicas)
         self._plans = Plans(state, self._parks, elsewhere, chooser)
         self._restores = Restores(state, self._copies, self._disk, room, self._plans, self.cluster.pulls)
         self._adoption = Adoption(state, self._disk)
@@ -158,6 +160,7 @@ class NodeCore:
             # Somebody waits for a restore: it is asked for, and finds room, first.
             self._restores.advance_all()
             self._parks.advance_all()
+            self.cluster.keeping.advance_all()
             self._plans.advance_all()
             self._disk.tidy_records()
             self._spills.ahead()
@@ -205,6 +208,7 @@ class NodeCore:
             m.Park: lambda peer, msg: self._parks.start(peer, msg, peers.worker(msg.worker, peer)),
             m.MakePlan: self._make_plan,
             m.Restore: lambda peer, msg: self._restores.start(peer, msg, peers.worker(msg.worker, peer)),
+            m.JoinPlan: lambda peer, msg: self._plans.join(peer, msg, peers.worker(msg.worker, peer)),
             m.Prefilled: peers.prefilled,
             m.DropPlan: self._drop_plan,
             m.CopiesEnded: self._copies_ended,
@@ -213,6 +217,7 @@ class NodeCore:
             m.Show: admin.show,
             m.Explain: admin.explain,
             m.ListModels: admin.models,
+            m.Retire: admin.retire,
             m.Hint: admin.hint,
             m.Locate: self._locating.locate,
             m.Forget: admin.forget,

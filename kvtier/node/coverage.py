@@ -21,7 +21,6 @@ class Piece(NamedTuple):
 
     stored: Stored
     source: Source
-    block_index: int
 
 
 def longest(
@@ -31,14 +30,14 @@ def longest(
 
     Empty when there is none.
     """
-    front = _full_front(blocks, geometry, shard, source_of, at_most)
-    for count in range(len(front), 0, -1):
+    front, ends = _full_front(blocks, geometry, shard, source_of, at_most)
+    for count in range(len(ends), 0, -1):
         rest = _pieces_at(blocks[:count], geometry, shard, source_of)
         if rest is not None:
-            full = [piece for pieces in front[:count] for piece in pieces]
+            full = front[: ends[count - 1]]
             if not rest:
                 return full
-            return sorted(full + rest, key=lambda p: (p.block_index, p.stored.meta.object_id.group))
+            return sorted(full + rest, key=lambda p: (p.stored.meta.start, p.stored.meta.object_id.group))
     return []
 
 
@@ -52,21 +51,25 @@ def restored_end(pieces: Sequence[Piece]) -> int:
 
 def _full_front(
     blocks: Sequence[Block], geometry: Geometry, shard: str, source_of: SourceOf, at_most: int
-) -> list[list[Piece]]:
-    groups = [(shape, (g, shard)) for g, shape in enumerate(geometry.groups) if shape.kind == "full"]
-    groups = [(shape, part) for shape, part in groups if not shape.empty]
-    front: list[list[Piece]] = []
-    for index, block in enumerate(blocks):
-        if block.end > at_most:
+) -> tuple[list[Piece], list[int]]:
+    """The pieces of `full` groups, and how many of them there are up to the end of each block."""
+    groups = [
+        (shape, (group, shard))
+        for group, shape in enumerate(geometry.groups)
+        if shape.kind == "full" and not shape.empty
+    ]
+    front: list[Piece] = []
+    ends: list[int] = []
+    for block in blocks:
+        if block.start + block.tokens > at_most:
             break
-        pieces: list[Piece] = []
         for shape, part in groups:
-            piece = _piece(block, index, shape, part, source_of)
+            piece = _piece(block, shape, part, source_of)
             if piece is None:
-                return front
-            pieces.append(piece)
-        front.append(pieces)
-    return front
+                return front, ends
+            front.append(piece)
+        ends.append(len(front))
+    return front, ends
 
 
 def _pieces_at(
@@ -80,7 +83,7 @@ def _pieces_at(
         if shape.kind == "full" or shape.empty:
             continue
         if shape.kind == "state":
-            piece = _piece(blocks[last], last, shape, (group, shard), source_of)
+            piece = _piece(blocks[last], shape, (group, shard), source_of)
             if piece is None:
                 return None
             found.append(piece)
@@ -88,7 +91,7 @@ def _pieces_at(
         first = shape.needed_from(tokens)
         index = last
         while index >= 0 and blocks[index].end > first:
-            piece = _piece(blocks[index], index, shape, (group, shard), source_of)
+            piece = _piece(blocks[index], shape, (group, shard), source_of)
             if piece is None or piece.stored.meta.first_valid > max(0, first - blocks[index].start):
                 return None
             found.append(piece)
@@ -96,10 +99,13 @@ def _pieces_at(
     return found
 
 
-def _piece(block: Block, index: int, shape: GroupGeometry, part: Part, source_of: SourceOf) -> Piece | None:
+def _piece(block: Block, shape: GroupGeometry, part: Part, source_of: SourceOf) -> Piece | None:
     """The object, unless it is not there, or is of another size than this geometry says."""
     stored = block.parts.get(part)
-    if stored is None or stored.meta.nbytes != shape.object_bytes(block.tokens, stored.meta.first_valid):
+    if stored is None:
+        return None
+    meta = stored.meta
+    if meta.nbytes != shape.object_bytes(block.tokens, meta.first_valid):
         return None
     source = source_of(stored)
-    return Piece(stored, source, index) if source is not None else None
+    return Piece(stored, source) if source is not None else None

@@ -20,7 +20,10 @@ class DiskDues:
         self._state = state
         # Dicts keep the order, so that a replay repeats it.
         self.wishes: dict[ConversationId, None] = {}
-        self._forgotten: dict[ConversationId, None] = {}
+        # Conversations whose records somebody removes just now.
+        self.removing: set[ConversationId] = set()
+        # With the tombstones that said so; '' for who asked here.
+        self._forgotten: dict[ConversationId, set[str]] = {}
         self._objects: dict[ObjectId, ObjectMeta] = {}
         self._again_at_s: float | None = None
 
@@ -49,21 +52,42 @@ class DiskDues:
         stored = self._state.tree.stored(object_id)
         return stored is not None and (stored.on_disk is not None or bool(stored.writing))
 
+    # --- records of conversations that are over -----------------------------------------------------------
+
+    def take_ended(self) -> dict[ConversationId, int]:
+        """Conversations that are over since this was asked, by version, but for those of `removing`."""
+        state = self._state
+        news, state.ended_news = sorted(state.ended_news), {}
+        return {name: state.ended[name] for name in news if name not in self.removing and name in state.ended}
+
+    def record_removed(self, name: ConversationId, version: int | None) -> None:
+        """A removal of a record was answered. version: which one is gone; None where it failed."""
+        self.removing.discard(name)
+        if version is not None and self._state.ended.get(name) == version:
+            del self._state.ended[name]
+        elif name in self._state.ended:
+            self._state.ended_news[name] = None
+
     # --- names that were forgotten before the disk said what it holds -----------------------------------
 
-    def forgotten(self, name: ConversationId) -> bool:
-        """Whatever the disk will say of it, it is over; answers whether there was room to note that."""
+    def forgotten(self, name: ConversationId, stone: str = "") -> bool:
+        """What the disk will say of it is over; answers whether there was room to note that.
+
+        stone: id of the tombstone; what came after it stays.
+        """
         if name not in self._forgotten and len(self._forgotten) >= limits.MOST_FORGOTTEN:
             return False
-        self._forgotten[name] = None
+        self._forgotten.setdefault(name, set()).add(stone)
         return True
 
-    def was_forgotten(self, name: ConversationId) -> bool:
-        """Whether what the disk announces of the conversation is to go."""
-        return name in self._forgotten
+    def was_forgotten(self, name: ConversationId, after: Iterable[str]) -> bool:
+        """Whether what the disk announces of the conversation is to go. after: tombstones that it names."""
+        return not self._forgotten.get(name, set()).issubset(after)
 
     def announced(self) -> None:
         """The disk has said everything, and what was forgotten has ended by its version."""
         self._forgotten.clear()
+        self.removing.clear()
+        self._state.ended_news = dict.fromkeys(self._state.ended)
         if self._again_at_s is not None:
             self._again_at_s = self._state.now_s

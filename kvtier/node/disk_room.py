@@ -21,7 +21,7 @@ def evict(state: NodeState, nbytes: int, purpose: Purpose) -> list[ObjectMeta]:
     for key in state.policies.disk.victims(state.now_s):
         block = state.tree.get(key)
         parts = [] if block is None else [s for s in block.parts.values() if s.on_disk is not None]
-        if any(s.pins or s.writing or (purpose == "ahead" and _hosted(state, s)) for s in parts):
+        if any(s.pins or s.writing or (purpose == "ahead" and s.slot is not None) for s in parts):
             continue
         freed += sum(disk_bytes(s.on_disk) for s in parts if s.on_disk is not None)
         going += parts
@@ -45,7 +45,3 @@ def drop_copies(state: NodeState, objects: Iterable[Stored]) -> list[ObjectMeta]
             metas.append(stored.on_disk)
             state.removed_from_disk(block, stored)
     return metas
-
-
-def _hosted(state: NodeState, stored: Stored) -> bool:
-    return state.in_host(stored.meta.object_id)

@@ -11,6 +11,7 @@ from kvtier.geometry import EXACT
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation
+from kvtier.node.counters import count
 from kvtier.node.disk_dues import DiskDues
 from kvtier.node.disk_reads import DISK_LEASE_S, DiskReads, Orphans
 from kvtier.node.disk_requests import (
@@ -24,7 +25,7 @@ from kvtier.node.disk_requests import (
     Written,
 )
 from kvtier.node.disk_room import drop_copies, evict
-from kvtier.node.state import NodeState, count, disk_bytes, room_bytes
+from kvtier.node.state import NodeState, disk_bytes, room_bytes
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
 from kvtier.tier_messages import (
@@ -53,8 +54,9 @@ class DiskSide:
         self._orphans = Orphans(state)
         self.reads = DiskReads(state, self._orphans)
         self.dues = DiskDues(state)
-        self._record_removals: set[ConversationId] = set()
         self._seen = False
+        # Grows whenever a write is over, for those who wait for room.
+        self.writes_ended = 0
 
     def usable(self) -> bool:
         """Whether writes are worth asking for."""
@@ -203,6 +205,7 @@ class DiskSide:
 
     def _end_write(self, write: WriteRequest, ok: bool) -> None:
         state = self._state
+        self.writes_ended += 1
         unknown: list[ObjectMeta] = []
         for stored, meta, slot in zip(write.objects, write.metas, write.slots, strict=True):
             state.host.release(slot, write.message.job)
@@ -226,8 +229,13 @@ class DiskSide:
         elif metas:
             self.dues.removal_failed(metas)
 
-    def erase(self, objects: Iterable[Stored], name: ConversationId, done: RemoveDone) -> None:
-        """Remove objects and what is left of a conversation that has ended; `done` when that is durable."""
+    def erase(
+        self, objects: Iterable[Stored], name: ConversationId, done: RemoveDone, stone: str = ""
+    ) -> None:
+        """Remove objects and what is left of a conversation that has ended; `done` when that is durable.
+
+        stone: id of the tombstone of another node's that says so.
+        """
         state = self._state
         objects = list(objects)
         being_written = [s.meta for s in objects if s.writing]
@@ -239,7 +247,7 @@ class DiskSide:
             if never_written:
                 done(True, "")
                 return
-            noted = self.dues.forgotten(name)
+            noted = self.dues.forgotten(name, stone)
             # The disk may have announced them already, and be looked through no more.
             self.dues.removal_failed(metas)
             done(False, _FORGETS_LATER if noted else _FORGETS_NOT)
@@ -265,7 +273,7 @@ class DiskSide:
         if self.usable() and not self.dues.pause():
             again = self.dues.take_again()
             metas = self.dues.take_objects()
-            ended = {n: v for n, v in sorted(state.ended.items()) if n not in self._record_removals}
+            ended = self.dues.take_ended()
         if metas or ended or state.records_changed:
             self._requests.add(*self._removal(metas, ended, durable=again))
             self._send_requests()
@@ -295,7 +303,7 @@ class DiskSide:
             before.append(self._write_request([], changed, "record", _nobody_waits))
         if not (metas or records):
             return before
-        self._record_removals.update(records)
+        self.dues.removing.update(records)
         message = DiskRemove(
             job=state.next_id("d"),
             object_keys=[wire.key_of(meta.object_id) for meta in metas],
@@ -313,9 +321,7 @@ class DiskSide:
             return
         for record in removal.message.records:
             name = (record.tenant, record.conversation)
-            self._record_removals.discard(name)
-            if message.ok and self._state.ended.get(name) == record.version:
-                del self._state.ended[name]
+            self.dues.record_removed(name, record.version if message.ok else None)
         if not message.ok:
             self.dues.removal_failed(removal.metas)
         if removal.done is not None:
@@ -348,7 +354,6 @@ class DiskSide:
     def announced(self) -> None:
         """The service has said what it holds: it takes work from now on."""
         self._state.disk.ready = True
-        self._record_removals.clear()
         self.dues.announced()
 
     def on_usage(self, peer: str, message: DiskUsage) -> None:

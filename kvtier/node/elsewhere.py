@@ -35,7 +35,7 @@ from kvtier.node import wire
 from kvtier.node.blocks import Block, Private, Stored
 from kvtier.node.coverage import Piece, Source, longest, restored_end
 from kvtier.node.loads import Loads
-from kvtier.node.lookup import Query
+from kvtier.node.lookup import Query, wanted_end
 from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta, Root
 
@@ -101,7 +101,7 @@ class Elsewhere:
     def begin(self, message: MakePlan, worker: Worker, query: Query, tokens: int) -> Lookup | None:
         """Ask the cluster for more than the first `tokens`, if it may have some that are worth the wait."""
         state = self._state
-        rest = query.end - tokens
+        rest = wanted_end(message, query) - tokens
         # Less than a block: what another node could add is a tail at most.
         small = bool(tokens) and rest < worker.geometry.block_tokens
         if not state.settings.ask_elsewhere_s or not message.conversation or rest <= 0 or small:
@@ -149,7 +149,8 @@ class Elsewhere:
         lookup = self._lookups.get(message.job)
         if lookup is None:
             return
-        lookup.chains = self._chains(lookup, message.ends)
+        # Of a name that was forgotten others may hold blocks, not having heard of it yet: only ends count.
+        lookup.chains = [] if lookup.after and not message.ends else self._chains(lookup, message.ends)
         if not lookup.chains:
             self._told(lookup, ())
             return
@@ -252,7 +253,8 @@ class Elsewhere:
         blocks = [self._block(lookup.root, ref, there.get(ref.key, [])) for ref in remote.refs]
         worker, query = lookup.worker, lookup.query
         geometry = worker.geometry.at(lookup.message.fidelity)
-        pieces = longest(blocks, geometry, worker.shard, self.source_in(remote), query.end)
+        at_most = wanted_end(lookup.message, query)
+        pieces = longest(blocks, geometry, worker.shard, self.source_in(remote), at_most)
         return (remote, blocks, pieces) if restored_end(pieces) > lookup.tokens else None
 
     def source_in(self, remote: Remote) -> _SourceOf:

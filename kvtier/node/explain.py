@@ -50,7 +50,7 @@ def _parts(state: NodeState, known: Conversation) -> Iterator[list[Block]]:
 def _tiers(state: NodeState, block: Block) -> tuple[str, ...]:
     """Tiers that have all of the block."""
     parts = list(block.parts.values())
-    host = bool(parts) and all(state.in_host(s.meta.object_id) for s in parts)
+    host = bool(parts) and all(s.slot is not None for s in parts)
     disk = bool(parts) and all(s.on_disk is not None for s in parts)
     return (*(("host",) if host else ()), *(("disk",) if disk else ()))
 
@@ -58,7 +58,7 @@ def _tiers(state: NodeState, block: Block) -> tuple[str, ...]:
 def _run(state: NodeState, blocks: list[Block]) -> tuple[ExplainedRun, str]:
     """The run, and the currency of its money."""
     stored = [s for block in blocks for s in block.parts.values()]
-    host_bytes = sum(s.meta.nbytes for s in stored if state.in_host(s.meta.object_id))
+    host_bytes = sum(s.meta.nbytes for s in stored if s.slot is not None)
     disk_bytes = sum(s.on_disk.nbytes for s in stored if s.on_disk is not None)
     nbytes = sum(s.meta.nbytes for s in stored)
     tiers, tokens, last = _tiers(state, blocks[0]), (blocks[0].start, blocks[-1].end), blocks[-1].key

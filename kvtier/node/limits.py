@@ -20,6 +20,8 @@ MOST_PLANS = 16_384
 MOST_WAITING = 4096
 # Names that were forgotten while the disk was not there.
 MOST_FORGOTTEN = 100_000
+# Tombstones that are over and still known as such.
+MOST_PAST = 100_000
 
 # Fields with names, by message; the second ones may be empty. What is not known yet goes into an answer
 # and on the drive, so all of them are bounded, whoever asks.
@@ -28,6 +30,7 @@ _NAMES: dict[type[m.Message], tuple[tuple[str, ...], tuple[str, ...]]] = {
     m.Detach: ((), ("worker",)),
     m.Park: (("conversation", "tenant"), ("worker", "fidelity", "codec")),
     m.MakePlan: (("tenant",), ("conversation", "worker", "fidelity")),
+    m.JoinPlan: ((), ("worker", "plan_id")),
     m.Prefilled: ((), ("worker",)),
     m.Restore: ((), ("worker",)),
     m.Hint: (("conversation", "tenant"), ()),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from kvtier.cluster_messages import Load, Speed
 from kvtier.messages import MakePlan
 from kvtier.node.queues import Queues
-from kvtier.node.state import NodeState, Worker
+from kvtier.node.state import NodeState, Worker, spare_bytes
 
 # More often than that nobody reads it.
 _SAY_EVERY_S = 1.0
@@ -42,7 +42,16 @@ class Loads:
         """This node's, now."""
         queued = self._queues.bytes()
         host, disk, peer = (self._speed(source, queued[source]) for source in ("host", "disk", "peer"))
-        return Load(host, disk, peer, self._wait_s(), not self._state.draining)
+        state = self._state
+        return Load(
+            host,
+            disk,
+            peer,
+            self._wait_s(),
+            not state.draining,
+            int(_rounded(spare_bytes(state))),
+            state.settings.failure_domain,
+        )
 
     def news(self) -> Load | None:
         """What the directory is to be told now, if anything: changes, and not each at once."""

@@ -6,10 +6,11 @@ from kvtier.cluster_messages import MOST_METAS, GaveBack, Lend, Lent, TheseAre, 
 from kvtier.errors import ObjectExists
 from kvtier.node import wire
 from kvtier.node.blocks import Stored
+from kvtier.node.counters import count
 from kvtier.node.disk_reads import GONE
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.room import Room
-from kvtier.node.state import NodeState, count
+from kvtier.node.state import NodeState
 from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta
 from kvtier.tier import Slot
 

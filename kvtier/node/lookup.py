@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvtier import keys
 from kvtier.errors import TokensError
+from kvtier.messages import MakePlan
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Private
 from kvtier.objects import Root
 
@@ -23,6 +24,11 @@ class Query:
     def end(self) -> int:
         """Position after the last token."""
         return self.after_tokens + len(self.tokens) // keys.TOKEN_BYTES
+
+
+def wanted_end(message: MakePlan, query: Query) -> int:
+    """Up to where a plan may load."""
+    return query.end if message.most_tokens is None else min(query.end, message.most_tokens)
 
 
 def prefix_blocks(tree: BlockTree, root: Root, query: Query, name: ConversationId) -> list[Block]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.node.blocks import Block, Private
+from kvtier.node.disk_side import DiskSide
 from kvtier.node.lookup import Query, tails_within
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, Root
@@ -39,10 +40,26 @@ def droppable(state: NodeState, tail: Block, by: Block) -> bool:
             return False
         if stored.on_disk is not None and not better.durable:
             return False
-        slot = state.host.find(stored.meta.object_id)
-        if slot is not None and state.host.state(slot) is State.LEASED:
+        if stored.slot is not None and state.host.state(stored.slot) is State.LEASED:
             return False
     return True
+
+
+def drop_tails(state: NodeState, disk: DiskSide, chain: Sequence[Block], tails: Iterable[Block]) -> None:
+    """Drop those of the tails, which blocks of the chain contain, that nothing needs any more."""
+    by_parent = {block.parent: block for block in chain if not block.is_tail}
+    for tail in tails:
+        by = by_parent.get(tail.parent)
+        if by is None or not droppable(state, tail, by):
+            continue
+        parts = list(tail.parts.values())
+        for stored in parts:
+            if stored.slot is not None:
+                state.host.remove(stored.meta.object_id)
+                state.vacated(stored)
+        disk.remove(parts)
+        for stored in parts:
+            state.forget_object(stored.meta.object_id)
 
 
 def behind_window(

@@ -16,8 +16,11 @@ from kvtier.node.state import NodeState, Worker, disk_bytes
 from kvtier.objects import ObjectMeta
 
 
-def new_job(state: NodeState, message: Park, worker: Worker) -> ParkJob:
-    """The job of a Park. Raises the caller's mistakes as KvtierError; nothing has changed then."""
+def new_job(state: NodeState, message: Park, worker: Worker, pending: Sequence[Private] = ()) -> ParkJob:
+    """The job of a Park. Raises the caller's mistakes as KvtierError; nothing has changed then.
+
+    pending: how other ranks, whose parks are under way, have keyed what is shared with nobody.
+    """
     geometry = worker.geometry.at(message.fidelity)
     if message.codec and message.codec not in CODECS:
         raise KvtierError(f"codec '{message.codec}' is not known", fix=f"use one of {', '.join(CODECS)}")
@@ -25,7 +28,7 @@ def new_job(state: NodeState, message: Park, worker: Worker) -> ParkJob:
     query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
     root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
     prefix = prefix_blocks(state.tree, root, query, (message.tenant, message.conversation))
-    private = _private(state, message, prefix)
+    private = _private(state, message, prefix, pending)
     refs = block_refs(root, query, private)
     if not refs:
         raise TokensError("there are no tokens to park", fix="give the tokens whose KV the pages hold")
@@ -36,6 +39,7 @@ def new_job(state: NodeState, message: Park, worker: Worker) -> ParkJob:
         worker,
         message.request,
         message.pages,
+        events=message.events,
         message=message,
         root=root,
         query=query,
@@ -48,7 +52,9 @@ def new_job(state: NodeState, message: Park, worker: Worker) -> ParkJob:
     )
 
 
-def _private(state: NodeState, message: Park, prefix: Sequence[Block]) -> Private | None:
+def _private(
+    state: NodeState, message: Park, prefix: Sequence[Block], pending: Sequence[Private]
+) -> Private | None:
     """From where on and with which salt the park is keyed. Raises TokensError.
 
     What goes on after a chain that is private already is keyed like it, or it would not be found again.
@@ -65,7 +71,7 @@ def _private(state: NodeState, message: Park, prefix: Sequence[Block]) -> Privat
             f"{message.after_tokens} tokens may be",
             fix="park all tokens from the start, without a front",
         )
-    salts = [private[1] for private in privates if private is not None]
+    salts = [private[1] for private in (*privates, *pending) if private is not None]
     return (message.private_from, salts[0] if salts else state.rng.randbytes(16))
 
 

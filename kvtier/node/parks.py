@@ -8,16 +8,19 @@ from dataclasses import replace
 
 from kvtier.errors import ObjectExists, SlotLeased, StaleSlot
 from kvtier.messages import Park, ParkDone, ParkStarted, Released
-from kvtier.node import limits, naming, usage
+from kvtier.node import held_cost, limits, naming, usage
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Head
 from kvtier.node.copies import Copies, Pair
+from kvtier.node.counters import count
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.park_acts import ParkActs
 from kvtier.node.park_job import ParkJob
 from kvtier.node.park_request import new_job
 from kvtier.node.park_writes import ParkWrites
+from kvtier.node.replicas import Replicas
 from kvtier.node.room import Room
-from kvtier.node.state import NodeState, Worker, count
+from kvtier.node.state import NodeState, Worker
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.receipts import Level, Reason
 from kvtier.tier import Slot
@@ -32,12 +35,15 @@ _ROUNDS_MOST = 2
 class Parks:
     """Starts parks, and moves them on whenever something ended."""
 
-    def __init__(self, state: NodeState, copies: Copies, disk: DiskSide, room: Room) -> None:
+    def __init__(
+        self, state: NodeState, copies: Copies, disk: DiskSide, room: Room, replicas: Replicas
+    ) -> None:
         self._state = state
         self._copies = copies
         self._disk = disk
         self._room = room
-        self._writes = ParkWrites(state, disk)
+        self._writes = ParkWrites(state, disk, replicas)
+        self._acts = ParkActs(state)
         self._jobs: dict[str, ParkJob] = {}
 
     def waiting(self) -> int:
@@ -57,8 +63,10 @@ class Parks:
 
     def start(self, peer: str, message: Park, worker: Worker) -> None:
         """Answer a Park. Raises the caller's mistakes as KvtierError, before anything changed."""
-        job = new_job(self._state, message, worker)
+        pending = self._acts.privates((message.tenant, message.conversation))
+        job = new_job(self._state, message, worker, pending)
         self._jobs[job.id] = job
+        self._acts.join(job)
         self._copies.add(job)
         self._state.send(peer, ParkStarted(id=message.id, job=job.id))
         refusal = self._refusal(job)
@@ -82,11 +90,15 @@ class Parks:
 
     def advance_all(self) -> None:
         """Something ended, somewhere: whoever waits tries again, the longest waiting first."""
-        before_waits = False
-        for job in list(self._jobs.values()):
-            # Later parks must not take the room that this one waits for.
-            self._advance(job, may_gather=not before_waits)
-            before_waits |= job.waiting_since_s is not None
+        again = True
+        while again:
+            before_waits = False
+            for job in list(self._jobs.values()):
+                # Later parks must not take the room that this one waits for.
+                self._advance(job, may_gather=not before_waits)
+                before_waits |= job.waiting_since_s is not None
+            # Then those that were looked at before have more to do.
+            again = self._acts.take_changed()
 
     def tick(self) -> None:
         """The time of some is over: no room came, copies are too slow, or disk is not waited for longer."""
@@ -95,20 +107,28 @@ class Parks:
                 continue
             if job.running:
                 self._fail(job, "deadline", "its copies did not end in time")
+            elif job.ready and not job.gathered:
+                missing = ", ".join(self._acts.missing(job))
+                self._fail(job, "shard_missing", f"no rank parked {missing} in time")
             elif not job.gathered:
                 self._fail(job, "backpressure", "host memory stayed full")
             elif job.lowered is None:
                 job.lowered = ("deadline", "the disk did not finish in time")
 
     def _advance(self, job: ParkJob, may_gather: bool) -> None:
-        if not job.over and not job.gathered and job.failure is None and may_gather:
-            self._gather(job)
+        if job.act is not None and job.act.lost and not job.over:
+            self._fail(job, "shard_missing", job.act.lost)
+        if not job.over and not job.gathered and job.failure is None:
+            if job.ready:
+                self._all_ready(job)
+            elif may_gather:
+                self._gather(job)
         if not job.over and job.failure is not None and not job.running:
             self._finish(job, "none")
         if not job.over and job.gathered:
             level = self._writes.reached(job)
-            if level is not None:
-                self._finish(job, level)
+            for one, agreed in self._acts.agreed(job, level) if level is not None else ():
+                self._finish(one, agreed)
 
     def _gather(self, job: ParkJob) -> None:
         """Ask for copies as long as there is room and the job may have more of them running."""
@@ -172,7 +192,7 @@ class Parks:
             self._let_go(job, meta.object_id)
             stored.pins += 1
             job.held[meta.object_id] = stored
-        state.used(stored)
+        state.used((stored,))
         return True
 
     @staticmethod
@@ -197,7 +217,7 @@ class Parks:
         """Whether even empty tiers would not do."""
         arenas = self._state.arena_bytes
         too_long = max(meta.nbytes for meta in job.metas) > max(arenas)
-        return too_long or (job.nbytes > sum(arenas) and not self._writes.streams(job))
+        return too_long or (job.nbytes * job.slices > sum(arenas) and not self._writes.streams(job))
 
     def _wait_or_refuse(self, job: ParkJob, stuck: str) -> None:
         """Nothing of the job runs and it cannot go on: is there something to wait for?"""
@@ -271,9 +291,28 @@ class Parks:
                 job.waiting_since_s = self._state.now_s
             return
         self._stop_waiting(job)
-        job.gathered = True
+        job.ready = True
         self._release(job)
-        self._set_head(job)
+        self._acts.ready(job)
+        self._all_ready(job)
+
+    def _all_ready(self, job: ParkJob) -> None:
+        """What its other ranks park is there, too: the conversation has a new head."""
+        act = job.act
+        if act is None or act.head is None:
+            if act is not None and not act.whole:
+                return
+            if act is not None and not self._writes.all_there(act):
+                self._fail(job, "incomplete", "something of it was lost before all of its ranks had parked")
+                return
+            self._set_head(job)
+        else:
+            job.head, job.replaces, job.conversation = act.head, act.replaces, act.conversation
+        job.gathered = True
+        chain = self._state.tree.chain(job.metas[-1].object_id.block_key)
+        geometry, shard = job.worker.geometry, job.worker.shard
+        for object_id, shape in naming.behind_window(chain, geometry, shard, job.query.end):
+            self._room.passed_by(object_id, shape)
 
     def _set_head(self, job: ParkJob) -> None:
         state, message = self._state, job.message
@@ -295,9 +334,8 @@ class Parks:
             conversation.codec = message.codec
         job.conversation = conversation
         usage.parked(state, message, job.root.fingerprint, chain)
-        geometry, shard = job.worker.geometry, job.worker.shard
-        for object_id, shape in naming.behind_window(chain, geometry, shard, job.query.end):
-            self._room.passed_by(object_id, shape)
+        if job.act is not None:
+            job.act.head, job.act.replaces, job.act.conversation = head, job.replaces, conversation
 
     # --- ends -------------------------------------------------------------------------------------------
 
@@ -339,11 +377,15 @@ class Parks:
         self._release(job)
         if job.failure and job.failure[0] == "backpressure":
             job.retry_after_s = self._retry_after_s()
-        receipt = job.receipt(level)
+        kept = job.head if level != "none" else None
+        per_hour = held_cost.of_conversation(state, kept.key) if kept is not None else None
+        receipt = job.receipt(level, per_hour)
         count(state.counters.parks, receipt.reason or level)
         state.send(job.worker.name, ParkDone(request=job.request, receipt=receipt))
         job.over = True
         self._jobs.pop(job.id, None)
+        self._acts.left(job)
+        self._writes.over(job)
         for object_id in list(job.held):
             self._let_go(job, object_id)
         self._copies.settle(job)

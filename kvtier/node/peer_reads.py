@@ -42,8 +42,10 @@ class PeerReads:
         pairs: Sequence[tuple[ObjectMeta, Slot]],
         timeout_s: float,
         done: ReadDone,
+        *,
+        behind: bool = False,
     ) -> None:
-        """Read objects of a node into host slots that were reserved by `job`.
+        """Read objects of a node into host slots that were reserved by `job`. behind: see PeerRead.
 
         The slots of what failed are given back before `done` is told; the others it has to commit.
         """
@@ -60,6 +62,7 @@ class PeerReads:
                 object_keys=[wire.key_of(meta.object_id) for meta, _ in pairs],
                 slots=[wire.item(meta, slot) for meta, slot in pairs],
                 timeout_s=timeout_s,
+                behind=behind,
             ),
         )
 

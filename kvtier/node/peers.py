@@ -15,6 +15,7 @@ from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.plans import Plans
+from kvtier.node.ranks import check_ranks
 from kvtier.node.restore_job import RestoreJob
 from kvtier.node.restores import Restores
 from kvtier.node.state import NodeState, Worker
@@ -52,6 +53,7 @@ class Peers:
     def attach(self, peer: str, message: Attach, arena_bytes: list[int], generation_slots: int) -> None:
         """Answer an Attach. Raises FingerprintError, GeometryError."""
         _check_attach(message)
+        check_ranks(message)
         state = self._state
         for other in state.workers.values():
             _check_same(message, other)
@@ -74,6 +76,10 @@ class Peers:
             message.pool_pages,
             message.pool,
             rate=rate,
+            ranks=tuple(message.ranks) if len(message.ranks) > 1 else (),
+            engine=message.engine,
+            place=message.place,
+            gpu_bytes=message.gpu_bytes,
         )
         state.workers[name] = worker
         state.models[message.fingerprint] = message.model
@@ -85,6 +91,7 @@ class Peers:
             generation_slots=generation_slots,
             gpu_socket=state.gpu_address,
             mode=message.mode,
+            joins_ranks=True,
         )
         state.send(peer, answer, "arenas")
         if state.gpu_peer:

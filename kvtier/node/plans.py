@@ -5,37 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from kvtier.errors import KvtierError
-from kvtier.geometry import Geometry
-from kvtier.messages import MakePlan, Planned
-from kvtier.node import limits
+from kvtier.messages import JoinPlan, MakePlan, Planned
+from kvtier.node import held_cost, limits
 from kvtier.node.blocks import Block, ConversationId
 from kvtier.node.choosing import Chooser, Chosen, Front, check_wishes
-from kvtier.node.coverage import Piece, longest, restored_end
+from kvtier.node.counters import count
+from kvtier.node.coverage import Piece, restored_end
 from kvtier.node.elsewhere import Elsewhere, Lookup, Remote
+from kvtier.node.held_plan import HeldPlan, SharedPlan
 from kvtier.node.limits import check_seconds
-from kvtier.node.lookup import Query, match
+from kvtier.node.lookup import Query, match, wanted_end
 from kvtier.node.parks import Parks
-from kvtier.node.state import NodeState, Worker, count
+from kvtier.node.ranks import Slices, absent, covered, of_same_ranks, slices_of
+from kvtier.node.state import NodeState, Worker
 from kvtier.receipts import Plan, Reason
-
-
-@dataclass(frozen=True, slots=True)
-class HeldPlan:
-    """A plan, and the pieces that it holds in host memory and pins on disk.
-
-    blocks: in order; all of them, also those that are not loaded.  chosen: what the policy said.
-    remote: the node that has those pieces whose source is 'peer'.
-    """
-
-    plan: Plan
-    worker: Worker
-    geometry: Geometry
-    blocks: tuple[Block, ...]
-    pieces: tuple[Piece, ...]
-    until_s: float
-    chosen: Chosen
-    remote: Remote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +45,8 @@ class Plans:
         self._chooser = chooser
         self._elsewhere = elsewhere
         self._held: dict[str, HeldPlan] = {}
+        # Those of several ranks of which some have not taken their part.
+        self._shared: dict[str, SharedPlan] = {}
         self._deferred: list[_Deferred] = []
 
     def make(self, peer: str, message: MakePlan, worker: Worker) -> None:
@@ -72,7 +60,7 @@ class Plans:
         deferred = _Deferred(peer, message, worker, self._state.now_s, until_s)
         if len(self._held) >= limits.MOST_PLANS:
             # Somebody makes plans and does not use them: the oldest goes.
-            self.drop(next(iter(self._held)))
+            self._drop(next(iter(self._held)))
         if len(self._deferred) < limits.MOST_WAITING and self._must_wait(deferred):
             self._deferred.append(deferred)
         else:
@@ -95,30 +83,59 @@ class Plans:
 
     def take(self, plan_id: str, worker: Worker) -> HeldPlan | None:
         """Hand a plan over to its restore, with what it holds; None when it is unknown or has ended."""
+        shared = self._shared.get(plan_id)
+        if shared is not None and of_same_ranks(shared.worker, worker):
+            return self._pop(shared.part_of(worker.shard))
         held = self._held.get(plan_id)
-        if held is None or held.worker is not worker:
+        if held is None or held.worker is not worker or held.shared is not None:
             return None
-        return self._held.pop(plan_id)
+        return self._pop(plan_id)
+
+    def join(self, peer: str, message: JoinPlan, worker: Worker) -> None:
+        """Tell a rank the plan that another one made for all of them."""
+        shared = self._shared.get(message.plan_id)
+        if shared is None or not (of_same_ranks(shared.worker, worker) and shared.part_of(worker.shard)):
+            why = "no plan of this name waits for this rank"
+            nothing = Plan("", "", "", 0, (), reason="lease_expired", detail=why)
+            self._state.send(peer, Planned(id=message.id, plan=nothing))
+            return
+        self._state.send(peer, msgspec.structs.replace(shared.answer, id=message.id))
 
     def drop(self, plan_id: str) -> None:
-        """End a plan's holds. Unknown plans are no error."""
-        held = self._held.pop(plan_id, None)
-        if held is not None:
-            self.leased(held)
-            self.release(held)
+        """End a plan's holds, for all its ranks. Unknown plans are no error."""
+        shared = self._shared.get(plan_id)
+        for part in list(shared.left) if shared is not None else [plan_id]:
+            self._drop(part)
+
+    def _drop(self, part: str) -> None:
+        held = self._pop(part)
+        if held is None:
+            return
+        self.leased(held)
+        self.release(held)
+        if held.shared is not None:
+            held.shared.lost = held.shared.lost or f"nobody took the part of {held.shard} in time"
+
+    def _pop(self, part: str) -> HeldPlan | None:
+        held = self._held.pop(part, None)
+        if held is not None and held.shared is not None:
+            del held.shared.left[part]
+            if not held.shared.left:
+                del self._shared[held.shared.plan_id]
+        return held
 
     def leased(self, held: HeldPlan) -> None:
         """Who took the plan has leases now on what it wants of host memory: the plan holds no more there."""
-        for piece in held.pieces:
-            if piece.source == "host":
-                piece.stored.holds -= 1
+        for stored, source in held.pieces:
+            if source == "host":
+                stored.holds -= 1
         del self._state.plan_ends_s[held.plan.plan_id]
 
     def release(self, held: HeldPlan) -> None:
         """The restore of a plan that was taken is over: nothing is pinned on disk for it any more."""
-        for piece in held.pieces:
-            if piece.source == "disk":
-                piece.stored.pins -= 1
+        for stored, source in held.pieces:
+            if source == "disk":
+                stored.pins -= 1
 
     def worker_left(self, worker: Worker) -> None:
         """Nobody will use the worker's plans."""
@@ -126,13 +143,21 @@ class Plans:
             if deferred.worker is worker and deferred.lookup is not None:
                 self._elsewhere.end(deferred.lookup)
         self._deferred = [d for d in self._deferred if d.worker is not worker]
-        for plan_id in [p for p, held in self._held.items() if held.worker is worker]:
-            self.drop(plan_id)
+        for part in [p for p, held in self._held.items() if held.worker is worker]:
+            self._drop(part)
+        for shared in list(self._shared.values()):
+            if shared.part_of(worker.shard) and not self._may_come(shared, worker.shard):
+                self.drop(shared.plan_id)
+
+    def _may_come(self, shared: SharedPlan, shard: str) -> bool:
+        """Whether a rank with this shard is there, which may have its part still to take."""
+        workers = self._state.workers.values()
+        return any(w.connected and w.shard == shard and of_same_ranks(shared.worker, w) for w in workers)
 
     def tick(self) -> None:
         """End the plans that were not used in time."""
         for plan_id in [p for p, held in self._held.items() if held.until_s <= self._state.now_s]:
-            self.drop(plan_id)
+            self._drop(plan_id)
 
     # --- choosing ---------------------------------------------------------------------------------------
 
@@ -147,17 +172,17 @@ class Plans:
     def _answer(self, deferred: _Deferred) -> None:
         message, worker, state = deferred.message, deferred.worker, self._state
         query = Query(message.tokens, message.after_key, message.after_tokens, tuple(message.extras))
-        geometry = worker.geometry.at(message.fidelity)
-        found = self._found(deferred, query)
+        slices = slices_of(state, worker, message.fidelity)
+        found = self._found(deferred, query, slices)
         if found is None:
             return
         blocks, pieces, remote = found
         where = state.source_of if remote is None else self._elsewhere.source_in(remote)
-        front = Front(blocks, pieces, where, remote.node if remote is not None else "")
+        front = Front(blocks, pieces, where, slices, remote.node if remote is not None else "")
         waited_s = state.now_s - deferred.asked_s
         chosen = self._chooser.choose(message, worker, front, query.end, waited_s)
         choice, loads = chosen.choice, bool(chosen.pieces)
-        reason = "" if loads else self._why_nothing(message, blocks, chosen)
+        reason = "" if loads else self._why_nothing(message, blocks, chosen, slices)
         if chosen.stored:
             count(state.counters.eta.ways, chosen.way)
         if reason and reason != "recompute":
@@ -179,32 +204,35 @@ class Plans:
             why=choice.why if chosen.stored else "",
             load_ttft_s=choice.load_s,
             recompute_ttft_s=choice.recompute_s,
+            cost_per_hour=held_cost.of_blocks(state, blocks) if remote is None else None,
+            saved_gpu_s=chosen.saved_gpu_s(worker, query.end) if loads else 0.0,
+            detail=f"no worker has {absent(slices)}" if reason == "shard_missing" else "",
         )
-        if loads:
-            until_s = state.now_s + lease_s
-            found_pieces = tuple(chosen.pieces)
-            self._hold(HeldPlan(plan, worker, geometry, tuple(blocks), found_pieces, until_s, chosen, remote))
         # A park can only go on after what is here.
-        full = [b for b in blocks if not b.is_tail and state.tree.get(b.key) is not None]
-        last = full[-1] if full else None
-        state.send(
-            deferred.peer,
-            Planned(
-                id=message.id,
-                plan=plan,
-                front_key=last.key if last else b"",
-                front_tokens=last.end if last else 0,
-            ),
-        )
+        there = (b for b in reversed(blocks) if not b.is_tail and state.tree.get(b.key) is not None)
+        last = next(there, None)
+        key, tokens = (last.key, last.end) if last else (b"", 0)
+        answer = Planned(id=message.id, plan=plan, front_key=key, front_tokens=tokens)
+        if loads:
+            geometry = worker.geometry.at(message.fidelity)
+            until_s, pieces = state.now_s + lease_s, chosen.pieces
+            held = HeldPlan(
+                plan, worker, worker.shard, geometry, tuple(blocks), tuple(pieces), until_s, chosen, remote
+            )
+            for part in held.parts(slices, answer):
+                self._hold(part)
+        state.send(deferred.peer, answer)
 
     def _found(
-        self, deferred: _Deferred, query: Query
+        self, deferred: _Deferred, query: Query, slices: Slices
     ) -> tuple[list[Block], list[Piece], Remote | None] | None:
         """The longest restorable front, here or with another node's help; None: others are asked first."""
         blocks, pieces = self._best(deferred.message, deferred.worker, query)
         lookup = deferred.lookup
         if lookup is None:
-            lookup = self._elsewhere.begin(deferred.message, deferred.worker, query, restored_end(pieces))
+            if len(slices) == 1 and len(self._deferred) < limits.MOST_WAITING:
+                tokens = restored_end(pieces)
+                lookup = self._elsewhere.begin(deferred.message, deferred.worker, query, tokens)
             if lookup is not None:
                 until_s = self._state.now_s + self._state.settings.ask_elsewhere_s
                 self._deferred.append(replace(deferred, lookup=lookup, until_s=until_s))
@@ -219,7 +247,8 @@ class Plans:
     def _best(self, message: MakePlan, worker: Worker, query: Query) -> tuple[list[Block], list[Piece]]:
         """The longest restorable front over all branches, however they were keyed."""
         state = self._state
-        geometry = worker.geometry.at(message.fidelity)
+        slices = slices_of(state, worker, message.fidelity)
+        at_most = wanted_end(message, query)
         root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
         name = (message.tenant, message.conversation)
         known = state.conversations.get(name)
@@ -227,7 +256,7 @@ class Plans:
         best: tuple[list[Block], list[Piece]] = ([], [])
         for private in [*privates, *([] if None in privates else [None])]:
             for blocks in match(state.tree, root, query, name, private):
-                pieces = longest(blocks, geometry, worker.shard, state.source_of, query.end)
+                pieces = covered(blocks, slices, state.source_of, at_most)
                 better = restored_end(pieces) > restored_end(best[1])
                 if better or (not best[1] and len(blocks) > len(best[0])):
                     best = (blocks, pieces)
@@ -236,22 +265,26 @@ class Plans:
                     break
         return best
 
-    def _why_nothing(self, message: MakePlan, blocks: Sequence[Block], chosen: Chosen) -> Reason:
+    def _why_nothing(
+        self, message: MakePlan, blocks: Sequence[Block], chosen: Chosen, slices: Slices
+    ) -> Reason:
         if chosen.stored:
             return "deadline" if chosen.choice.late else "recompute"
         if blocks:
-            return "incomplete"
+            return "shard_missing" if absent(slices) else "incomplete"
         name: ConversationId = (message.tenant, message.conversation)
         unknown = message.conversation and name not in self._state.conversations
         return "unknown_conversation" if unknown else "no_match"
 
     def _hold(self, held: HeldPlan) -> None:
         state = self._state
-        for piece in held.pieces:
-            state.used(piece.stored)
-            if piece.source == "host":
-                piece.stored.holds += 1
+        for stored, source in held.pieces:
+            if source == "host":
+                stored.holds += 1
             else:
-                piece.stored.pins += 1
+                stored.pins += 1
+        state.used(stored for stored, _ in held.pieces)
         self._held[held.plan.plan_id] = held
+        if held.shared is not None:
+            self._shared[held.shared.plan_id] = held.shared
         state.plan_ends_s[held.plan.plan_id] = held.until_s

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from kvtier.node.blocks import ConversationId, Stored
+from kvtier.node.counters import count
+from kvtier.node.held_plan import HeldPlan
 from kvtier.node.peer_reads import PeerReads
-from kvtier.node.plans import HeldPlan
-from kvtier.node.state import NodeState, count
+from kvtier.node.state import NodeState
 from kvtier.objects import ObjectMeta
 from kvtier.receipts import Reason
 from kvtier.tier import Slot

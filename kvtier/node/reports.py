@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvtier.geometry import Geometry
+from kvtier.node import held_cost
 from kvtier.node.conversations import Conversation
 from kvtier.node.eta import OUTCOMES, WAYS
 from kvtier.node.state import NodeState
@@ -17,10 +20,11 @@ def conversation_info(state: NodeState, conversation: Conversation) -> Conversat
     """One conversation: its newest branch, and where that lies."""
     head = conversation.heads[-1]
     host = disk = nbytes = 0
-    for block in state.tree.chain(head.key):
+    chain = state.tree.chain(head.key)
+    for block in chain:
         parts = list(block.parts.values())
         nbytes += sum(s.meta.nbytes for s in parts)
-        host += block.tokens if parts and all(state.in_host(s.meta.object_id) for s in parts) else 0
+        host += block.tokens if parts and all(s.slot is not None for s in parts) else 0
         disk += block.tokens if parts and all(s.on_disk is not None for s in parts) else 0
     return ConversationInfo(
         conversation=conversation.name,
@@ -36,33 +40,25 @@ def conversation_info(state: NodeState, conversation: Conversation) -> Conversat
         returns_at_s=conversation.returns_at_s,
         keep_until_s=conversation.keep_until_s,
         share="conversation" if head.private else "prefix",
+        cost_per_hour=held_cost.of_blocks(state, chain),
+        saves_gpu_s=held_cost.saved_gpu_s(state, chain),
     )
 
 
 def model_infos(state: NodeState) -> list[ModelInfo]:
     """Every fingerprint that is known, the one with most bytes first."""
-    objects: dict[bytes, int] = {}
-    host: dict[bytes, int] = {}
-    disk: dict[bytes, int] = {}
-    for block in state.tree:
-        fingerprint = block.root.fingerprint
-        for stored in block.parts.values():
-            objects[fingerprint] = objects.get(fingerprint, 0) + 1
-            if state.in_host(stored.meta.object_id):
-                host[fingerprint] = host.get(fingerprint, 0) + stored.meta.nbytes
-            if stored.on_disk is not None:
-                disk[fingerprint] = disk.get(fingerprint, 0) + stored.on_disk.nbytes
+    objects = state.tree.objects
+    conversations = Counter(f for c in state.conversations.values() for f in {h.fingerprint for h in c.heads})
     infos = [
         ModelInfo(
             fingerprint=fingerprint.hex(),
             model=state.models.get(fingerprint, ""),
             workers=sum(w.connected and w.fingerprint == fingerprint for w in state.workers.values()),
-            conversations=sum(
-                any(h.fingerprint == fingerprint for h in c.heads) for c in state.conversations.values()
-            ),
+            conversations=conversations[fingerprint],
             objects=objects.get(fingerprint, 0),
-            host_bytes=host.get(fingerprint, 0),
-            disk_bytes=disk.get(fingerprint, 0),
+            host_bytes=state.host_bytes_of.get(fingerprint, 0),
+            disk_bytes=state.disk_bytes_of.get(fingerprint, 0),
+            retired=fingerprint in state.worthless or fingerprint in state.retired,
         )
         for fingerprint in sorted({*state.models, *objects})
     ]
@@ -76,6 +72,8 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         warnings.append("the GPU service is not connected: parks and restores are refused")
     if state.disk.said.state == "degraded":
         warnings.append(f"the disk tier is degraded: {state.disk.said.detail}")
+    if state.disk.ready and state.disk.said.crowded:
+        warnings.append("others fill the file system of the disk tier: parks stay in host memory")
     if state.disk.ready and not state.disk.said.direct_io:
         warnings.append("the disk tier works without O_DIRECT: its writes and reads are slow")
     if state.counters.damaged_records:
@@ -106,7 +104,7 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         uptime_s=0.0 if state.started_s is None else state.now_s - state.started_s,
         tiers=tuple(_tiers(state)),
         workers=tuple(
-            WorkerInfo(w.name, w.model, w.shard, w.mode, w.pid, len(w.jobs))
+            WorkerInfo(w.name, w.model, w.shard, w.mode, w.pid, len(w.jobs), w.engine, w.place, w.gpu_bytes)
             for w in state.workers.values()
             if w.connected
         ),
@@ -115,6 +113,7 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         counters=_counters(state),
         warnings=tuple(warnings),
         metrics_url=state.metrics_url,
+        transport=state.settings.transport,
     )
 
 
@@ -184,12 +183,14 @@ def _counters(state: NodeState) -> dict[str, float]:
         "restored_bytes": c.restored_bytes,
         "restored_tokens": c.restored_tokens,
         "pulled_bytes": c.pulled_bytes,
+        "kept_bytes": c.kept_bytes,
         "damaged_records": c.damaged_records,
         "host_dirty_bytes": state.dirty_bytes,
         "disk_written_bytes": said.written_bytes,
         "disk_user_bytes": said.user_bytes,
         "disk_flushes": said.flushes,
         "disk_direct_io": float(said.direct_io),
+        "disk_crowded": float(said.crowded),
         "disk_scrub_bytes": said.scrub_bytes,
         "disk_scrub_bad": said.scrub_bad,
         "disk_scrub_passes": said.scrub_passes,
@@ -201,6 +202,10 @@ def _counters(state: NodeState) -> dict[str, float]:
     flat["eta.relative_error"] = c.eta.errors_sum / judged if judged else 0.0
     flat["eta.prefills"] = c.eta.prefills
     flat |= {f"plans.{way}": c.eta.ways.get(way, 0) for way in WAYS}
+    for name, forecast in state.policies.usage.forecasts().items():
+        flat[f"returns.{name}.waits"] = forecast.waits
+        flat[f"returns.{name}.expected"] = forecast.expected
+        flat[f"returns.{name}.came"] = forecast.came
     groups = {"parks": c.parks, "restores": c.restores, "misses": c.misses, "errors": c.errors}
     for name, group in groups.items():
         flat.update({f"{name}.{key}": value for key, value in group.items()})

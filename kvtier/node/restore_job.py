@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvtier.node.copies import CopyJob, Pair
 from kvtier.node.coverage import Piece
-from kvtier.node.plans import HeldPlan
+from kvtier.node.held_plan import HeldPlan
 from kvtier.objects import ObjectId
 from kvtier.receipts import Reason
 
@@ -18,12 +18,14 @@ class RestoreJob(CopyJob):
     have not ended.
 
     tried_again: objects whose first copy was wrong.  sources: of each object that has not arrived.  left: how
-    many those are by source; arrived_s: when the last one of a source did.
+    many those are by source; arrived_s: when the last one of a source did.  by_layer: copy in one batch.
+    ended: nothing more of it comes; its receipt goes out with those of the plan's other ranks.
     """
 
     held: HeldPlan = field(kw_only=True)
     deadline_s: float = field(kw_only=True)
     started_s: float = field(kw_only=True)
+    by_layer: bool = False
     to_read: deque[Piece] = field(default_factory=deque)
     to_pull: deque[Piece] = field(default_factory=deque)
     to_copy: deque[Pair] = field(default_factory=deque)
@@ -38,3 +40,4 @@ class RestoreJob(CopyJob):
     arrived_s: dict[str, float] = field(default_factory=dict)
     reason: Reason = ""
     detail: str = ""
+    ended: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
@@ -10,16 +11,19 @@ from kvtier.errors import ObjectExists
 from kvtier.messages import Restore, RestoreDone, RestoreStarted
 from kvtier.node.blocks import Stored
 from kvtier.node.copies import Copies, Pair
+from kvtier.node.counters import count
 from kvtier.node.coverage import Piece
 from kvtier.node.disk_reads import GONE
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.held_plan import HeldPlan
 from kvtier.node.limits import check_seconds
-from kvtier.node.plans import HeldPlan, Plans
+from kvtier.node.plans import Plans
 from kvtier.node.pulls import Pulls
+from kvtier.node.restore_acts import RestoreActs
 from kvtier.node.restore_ends import RestoreEnds
 from kvtier.node.restore_job import RestoreJob
 from kvtier.node.room import Room
-from kvtier.node.state import NodeState, Worker, count
+from kvtier.node.state import NodeState, Worker
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.receipts import Reason, RestoreReceipt
 from kvtier.tier import Slot
@@ -27,6 +31,9 @@ from kvtier.tier_messages import Copied
 
 # Reasons that a copy engine gives.
 _CORRUPT, _STALE = "corrupt", "stale"
+
+# Objects of one batch of a restore by layer: their description stays well below what a frame may hold.
+_BY_LAYER_OBJECTS = 4096
 
 # A read from another node is not asked for with less time than this.
 _LEAST_S = 0.01
@@ -53,7 +60,7 @@ class Restores:
         self._room = room
         self._plans = plans
         self._pulls = pulls
-        self._ends = RestoreEnds(state)
+        self._acts = RestoreActs(plans, RestoreEnds(state))
         self._jobs: dict[str, RestoreJob] = {}
 
     def start(self, peer: str, message: Restore, worker: Worker) -> None:
@@ -75,8 +82,11 @@ class Restores:
             held=held,
             deadline_s=state.now_s + message.deadline_s,
             started_s=state.now_s,
+            by_layer=message.by_layer,
+            events=message.events,
         )
         self._jobs[job.id] = job
+        self._acts.began(job)
         self._copies.add(job)
         state.send(peer, RestoreStarted(id=message.id, job=job.id))
         self._expect(job, held)
@@ -87,12 +97,13 @@ class Restores:
     @staticmethod
     def _expect(job: RestoreJob, held: HeldPlan) -> None:
         """Note what is to come from where, as it was planned."""
-        source_at = {segment.start: segment.source for segment in held.chosen.segments}
+        segments = held.chosen.segments
+        ends = [segment.end for segment in segments]
         for piece in held.pieces:
-            source = source_at[piece.stored.meta.start]
+            source = segments[bisect_right(ends, piece.stored.meta.start)].source
             job.sources[piece.stored.meta.object_id] = source
             job.left[source] = job.left.get(source, 0) + 1
-        job.to_come_bytes = sum(asked.nbytes for asked in held.chosen.asked)
+        job.to_come_bytes = sum(piece.stored.meta.nbytes for piece in held.pieces)
 
     def _queue(self, job: RestoreJob, piece: Piece) -> None:
         """Copy it from host memory when it is there, else read it."""
@@ -119,17 +130,23 @@ class Restores:
 
     def tick(self) -> None:
         """Cut off what is late."""
-        for job in list(self._jobs.values()):
-            if self._state.now_s >= job.deadline_s:
-                self._stop(job, "deadline", "the rest would have come too late")
-                if self._state.now_s >= job.deadline_s + self._state.settings.quiet_grace_s:
-                    self._finish(job)
+        for job in [job for job in self._jobs.values() if self._state.now_s >= self._acts.deadline_s(job)]:
+            if job.over:
+                continue
+            grace_s = self._state.settings.quiet_grace_s
+            after_grace = self._state.now_s >= self._acts.deadline_s(job) + grace_s
+            self._acts.late(job)
+            self._stop_if_lost(job)
+            self._stop(job, "deadline", "the rest would have come too late")
+            if after_grace:
+                self._finish(job)
 
     def _advance(self, job: RestoreJob) -> None:
         if job.over:
             return
         if not self._state.gpu_peer:
             self._stop(job, "copy_failed", "the GPU service is not there")
+        self._stop_if_lost(job)
         if not job.reason:
             self._read(job)
             self._copy(job)
@@ -220,7 +237,7 @@ class Restores:
         state.host.commit([(slot, meta.checksum)])
         state.stored_in_host(meta)
         if not job.over and not job.reason:
-            self._queue(job, Piece(stored, "host", 0))
+            self._queue(job, Piece(stored, "host"))
 
     def _read_failed(self, job: RestoreJob, stored: Stored, why: str) -> None:
         state = self._state
@@ -235,7 +252,7 @@ class Restores:
             job.reading -= 1
             for stored in arrived:
                 if not job.over and not job.reason:
-                    self._queue(job, Piece(stored, "host", 0))
+                    self._queue(job, Piece(stored, "host"))
             if reason:
                 self._stop(job, reason, detail)
 
@@ -248,7 +265,10 @@ class Restores:
         while job.to_copy and len(job.running) < settings.batches_in_flight:
             batch = [job.to_copy.popleft()]
             nbytes = batch[0][0].nbytes
-            while job.to_copy and nbytes + job.to_copy[0][0].nbytes <= settings.batch_bytes:
+            while job.to_copy and (
+                nbytes + job.to_copy[0][0].nbytes <= settings.batch_bytes
+                or (job.by_layer and len(batch) < _BY_LAYER_OBJECTS)
+            ):
                 batch.append(job.to_copy.popleft())
                 nbytes += batch[-1][0].nbytes
             job.to_come_bytes = max(job.to_come_bytes - nbytes, 0)
@@ -299,7 +319,7 @@ class Restores:
         can_try = stored is not None and state.is_stored(stored) and object_id not in job.tried_again
         if stored is not None and can_try and not job.reason:
             job.tried_again.add(object_id)
-            job.to_read.append(Piece(stored, "disk", 0))
+            job.to_read.append(Piece(stored, "disk"))
         else:
             self._stop(
                 job, "corrupt" if why == _CORRUPT else "copy_failed", "a block in host memory was wrong"
@@ -311,7 +331,13 @@ class Restores:
         """Answer now, although copies may still run."""
         if not job.over:
             self._stop(job, reason, detail)
+            self._acts.lose(job, f"the rank with {job.worker.shard} fell out: {detail}")
             self._finish(job)
+
+    def _stop_if_lost(self, job: RestoreJob) -> None:
+        lost = self._acts.lost(job)
+        if lost:
+            self._stop(job, "shard_missing", lost)
 
     def _stop(self, job: RestoreJob, reason: Reason, detail: str) -> None:
         """Begin nothing more; what is in place counts."""
@@ -324,12 +350,15 @@ class Restores:
             self._copies.cancel(job)
 
     def _finish(self, job: RestoreJob) -> None:
+        """Nothing more of it is to come: answer, with the other ranks of its plan."""
+        job.ended = True
+        for one, receipt in self._acts.receipts(job):
+            self._end(one, receipt)
+
+    def _end(self, job: RestoreJob, receipt: RestoreReceipt) -> None:
         state = self._state
-        receipt = self._ends.receipt(job)
         state.send(job.worker.name, RestoreDone(request=job.request, receipt=receipt))
         self._plans.release(job.held)
-        self._ends.note(receipt)
-        self._ends.learn(job)
         job.over = True
         self._jobs.pop(job.id, None)
         self._copies.settle(job)

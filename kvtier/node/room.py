@@ -19,8 +19,11 @@ from kvtier.tier import Slot
 NoRoom: TypeAlias = Literal["wait", "full"]
 
 # In search of a clean victim, those that have to be written first are passed over up to this share of host
-# memory: what was used last should not go for what was used long ago, only because it is on disk too.
-_PASS_OVER = 0.5
+# memory: what was used last should not go for what was used long ago, only because it is on disk too.  And
+# up to so many blocks of them: looking for longer costs more than the write that is asked for instead.
+_PASS_OVER, _PASS_OVER_BLOCKS = 0.5, 1024
+# A search in vain is repeated when a write has ended, or after this time: a hold may have ended.
+_SEARCH_AGAIN_S = 0.01
 # Below this many entries the list of objects behind their window is never swept.
 _SWEEP_FROM = 1024
 
@@ -34,6 +37,8 @@ class Room:
         self._spills = spills
         self._behind_window: dict[ObjectId, GroupGeometry] = {}
         self._sweep_at = _SWEEP_FROM
+        # Of the last search that found nothing: when, and how many writes had ended by then.
+        self._in_vain: tuple[float, int] | None = None
 
     def passed_by(self, object_id: ObjectId, shape: GroupGeometry) -> None:
         """A sliding layer's object that a conversation has left behind: the first to go."""
@@ -47,7 +52,7 @@ class Room:
         slot = self._try(meta, holder)
         if slot is None and self._drop_behind_window():
             slot = self._try(meta, holder)
-        if slot is None:
+        if slot is None and not self._is_in_vain():
             possible = self._spills.possible()
             slot = self._evict_for(meta, holder)
             if slot is None and possible and not self._spills.possible():
@@ -56,6 +61,13 @@ class Room:
         if slot is not None:
             return slot
         return "wait" if self._disk.writes_running() else "full"
+
+    def _is_in_vain(self) -> bool:
+        """Whether the end of a write is to be waited for, before another look at who could go."""
+        if self._in_vain is None or not self._disk.writes_running():
+            return False
+        searched_s, ended = self._in_vain
+        return ended == self._disk.writes_ended and self._state.now_s < searched_s + _SEARCH_AGAIN_S
 
     def _try(self, meta: ObjectMeta, holder: str) -> Slot | None:
         try:
@@ -73,16 +85,19 @@ class Room:
             block = state.tree.get(key)
             if block is None:
                 continue
+            evicted = state.counters.evicted_objects
             if self._evict_clean(block):
                 dirty.append(block)
-            slot = self._try(meta, holder)
+            slot = self._try(meta, holder) if state.counters.evicted_objects > evicted else None
             if slot is not None:
                 return slot
             may_pass_bytes -= self._dirty_room(block, passed_over)
-            if may_pass_bytes < 0 or (passed_over and not self._has_clean()):
+            enough = may_pass_bytes < 0 or len(passed_over) >= _PASS_OVER_BLOCKS
+            if dirty and (enough or not self._has_clean()):
                 break
         if dirty:
             self._spills.for_room(dirty, meta.nbytes)
+        self._in_vain = (state.now_s, self._disk.writes_ended)
         return None
 
     def _dirty_room(self, victim: Block, seen: set[bytes]) -> int:
@@ -108,7 +123,7 @@ class Room:
         state = self._state
         dirty = False
         for stored in list(block.parts.values()):
-            slot = state.host.find(stored.meta.object_id)
+            slot = stored.slot
             if slot is None or stored.writing or stored.holds or state.host.state(slot) is State.LEASED:
                 continue
             if self._spills.wanted(block, stored):
@@ -118,7 +133,7 @@ class Room:
         return dirty
 
     def _drop(self, block: Block, stored: Stored) -> bool:
-        if stored.writing or not self._state.in_host(stored.meta.object_id):
+        if stored.writing or stored.slot is None:
             return False
         try:
             self._state.remove_from_host(block, stored)

@@ -21,6 +21,9 @@ class NodeSettings:
     tenant_codecs: (tenant, codec) of those that want another one on disk than the rest.  host_pages: of what
     kind they are, for people.  ask_elsewhere_s: how long a plan waits for others; 0 on a node alone.
     retire_after_s: when a model's KV is worth nothing that no worker serves, while others serve its name.
+    failure_domain: what may fail at once with this node; '' for the node alone.  move_bytes_per_s: what a
+    node on its way out of service may give to others; 0 for nothing.  transport: by which it speaks to other
+    nodes, for people.
     """
 
     node: str = "local"
@@ -40,3 +43,6 @@ class NodeSettings:
     host_pages: str = ""
     ask_elsewhere_s: float = 0.0
     retire_after_s: float = 3600.0
+    failure_domain: str = ""
+    move_bytes_per_s: int = 0
+    transport: str = ""

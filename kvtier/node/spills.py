@@ -36,6 +36,8 @@ class Spills:
         self._disk = disk
         self._pause_until_s = 0.0
         self._look_again_s = 0.0
+        # Of a node that drains: who is still to be looked at, the next one last.
+        self._to_drain: list[bytes] = []
 
     def possible(self) -> bool:
         """Whether the disk takes what host memory wants to be rid of."""
@@ -45,8 +47,8 @@ class Spills:
         """Whether the object is to be written before its host copy goes; if not, it may be dropped."""
         if stored.durable or not self.possible() or disk_bytes(stored.meta) > self._disk.wear_left_bytes():
             return False
-        if self._state.draining:
-            # Memory is about to go as a whole: it is not a question of room.
+        if self._state.draining or block.kept:
+            # Memory is about to go as a whole, or other nodes count on it: it is not a question of worth.
             return True
         return self._state.policies.admission.demote(block.key, stored.meta.nbytes, self._state.now_s)
 
@@ -70,14 +72,20 @@ class Spills:
     # --- what goes together -----------------------------------------------------------------------------
 
     def _next_victims(self) -> Iterator[Block]:
-        keys: Iterable[bytes] = self._state.policies.host.victims(self._state.now_s)
-        if self._state.draining:
-            # Time may not suffice for all.
-            keys = reversed(list(keys))
-        for key in keys:
+        keys = self._state.policies.host.victims(self._state.now_s)
+        for key in self._most_worth_first() if self._state.draining else keys:
             block = self._state.tree.get(key)
             if block is not None:
                 yield block
+
+    def _most_worth_first(self) -> Iterator[bytes]:
+        """For a node that drains: time may not suffice for all. One walk of the order does for all writes."""
+        if not self._to_drain:
+            self._to_drain = list(self._state.policies.host.victims(self._state.now_s))
+        while self._to_drain:
+            yield self._to_drain[-1]
+            # Not before the next one is asked for: a write may be full in the middle of this one's chain.
+            self._to_drain.pop()
 
     def _write(self, victims: Iterable[Block], purpose: Purpose) -> bool:
         """One write of what is dirty of these blocks, and of the chains that they end; was there any?"""
@@ -121,7 +129,7 @@ class Spills:
 
     def _is_free(self, stored: Stored) -> bool:
         """Whether nobody uses it. What a park still holds has no name yet that could go with it."""
-        slot = self._state.host.find(stored.meta.object_id)
+        slot = stored.slot
         if slot is None or stored.writing or stored.pins or stored.holds:
             return False
         return self._state.host.state(slot) is State.PRESENT

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from kvtier.keys import make_root, tenant_secret
 from kvtier.messages import Failed, Message
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Stored
 from kvtier.node.conversations import Conversation, Head
+from kvtier.node.counters import Counters, count
 from kvtier.node.coverage import Source
-from kvtier.node.eta import EtaCounters
 from kvtier.node.events import Send
 from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
@@ -26,7 +26,11 @@ from kvtier.tier_messages import DiskUsage
 
 @dataclass(slots=True)
 class Worker:
-    """An attached worker. connected: its control connection is open.  rate: how fast it computes."""
+    """An attached worker. connected: its control connection is open.  rate: how fast it computes.
+
+    ranks: shards of all ranks that park and restore together with it; () where it does so alone.  engine,
+    place, gpu_bytes: as it said when it attached.
+    """
 
     name: str
     peer: str
@@ -42,6 +46,10 @@ class Worker:
     pid: int = 0
     rate: PrefillRate | None = None
     jobs: set[str] = field(default_factory=set)
+    ranks: tuple[str, ...] = ()
+    engine: str = ""
+    place: str = ""
+    gpu_bytes: int = 0
 
 
 NOTHING_SAID = DiskUsage(capacity_bytes=0, used_bytes=0, objects=0, quarantined=0, written_bytes=0)
@@ -77,46 +85,9 @@ def disk_bytes(meta: ObjectMeta) -> int:
     return room_bytes(meta) + _UNIT_BYTES
 
 
-# Upper bounds of the histogram's buckets, in seconds; the last bucket has none.
-BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass(slots=True)
-class Histogram:
-    """Times in seconds by bucket; each value is in one bucket only."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
-    sum_s: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one."""
-        self.counts[bisect.bisect_left(BUCKETS_S, seconds)] += 1
-        self.sum_s += seconds
-
-
-@dataclass(slots=True)
-class Counters:
-    """What metrics and status report; only ever grows."""
-
-    parks: dict[str, int] = field(default_factory=dict)
-    restores: dict[str, int] = field(default_factory=dict)
-    misses: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, int] = field(default_factory=dict)
-    backpressure_s: float = 0.0
-    evicted_objects: int = 0
-    spilled_bytes: int = 0
-    parked_bytes: int = 0
-    restored_bytes: int = 0
-    restored_tokens: int = 0
-    pulled_bytes: int = 0
-    damaged_records: int = 0
-    restore_s: Histogram = field(default_factory=Histogram)
-    eta: EtaCounters = field(default_factory=EtaCounters)
-
-
-def count(counter: dict[str, int], name: str, by: int = 1) -> None:
-    """Add to one of the named counters."""
-    counter[name] = counter.get(name, 0) + by
+def spare_bytes(state: NodeState) -> int:
+    """Room of host memory without what only it holds."""
+    return max(0, sum(state.arena_bytes) - state.dirty_bytes)
 
 
 class NodeState:
@@ -149,6 +120,9 @@ class NodeState:
         self.conversations: dict[ConversationId, Conversation] = {}
         self.workers: dict[str, Worker] = {}
         self.models: dict[bytes, str] = {}
+        # Models that somebody retired, and all whose KV is worth nothing by now.
+        self.retired: dict[bytes, None] = {}
+        self.worthless: dict[bytes, None] = {}
         # Of each model whose workers attached: how wide its numbers are.
         self.item_bytes: dict[bytes, int] = {}
         self.disk = DiskView()
@@ -161,8 +135,13 @@ class NodeState:
         self.disk_held_bytes = 0
         # Room in host memory of objects that the disk does not have, or has less complete.
         self.dirty_bytes = 0
+        # Of each model, by fingerprint: bytes of its objects in each tier.
+        self.host_bytes_of: dict[bytes, int] = {}
+        self.disk_bytes_of: dict[bytes, int] = {}
         # Conversations that are over, by the version of the record that the disk may still have.
         self.ended: dict[ConversationId, int] = {}
+        # Those of them of which the disk has not been told.
+        self.ended_news: dict[ConversationId, None] = {}
         # Conversations whose record on disk names an end that the disk has lost. A dict keeps the order.
         self.records_changed: dict[ConversationId, None] = {}
         # What the directory has not been told yet; dicts keep the order.
@@ -213,7 +192,7 @@ class NodeState:
 
     def source_of(self, stored: Stored) -> Source | None:
         """The best tier that has the object now."""
-        if self.host.find(stored.meta.object_id) is not None:
+        if stored.slot is not None:
             return "host"
         return "disk" if stored.on_disk is not None and self.disk.ready else None
 
@@ -224,7 +203,8 @@ class NodeState:
 
     def in_host(self, object_id: ObjectId) -> bool:
         """Whether host memory has the object."""
-        return self.host.find(object_id) is not None
+        stored = self.tree.stored(object_id)
+        return stored is not None and stored.slot is not None
 
     def is_stored(self, stored: Stored) -> bool:
         """Whether this entry, and not a later one of the same name, is in the tree."""
@@ -247,8 +227,12 @@ class NodeState:
     def stored_in_host(self, meta: ObjectMeta) -> Stored:
         """Note that an object has been committed to host memory."""
         self.changed(meta.object_id.block_key)
+        # Of each object one description is kept, and not one here and one there.
+        meta = self.host.meta(meta.object_id) or meta
         stored = self.tree.add(meta)
-        stored.meta = meta
+        assert stored.slot is None, "what host memory has it takes no second time"
+        stored.meta, stored.slot = meta, self.host.find(meta.object_id)
+        count(self.host_bytes_of, meta.root.fingerprint, meta.nbytes)
         self._count_dirty(stored)
         self.policies.host.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
@@ -258,17 +242,20 @@ class NodeState:
         self.changed(meta.object_id.block_key)
         stored = self.tree.add(meta)
         self._count_disk(stored, meta)
-        if not self.in_host(meta.object_id):
+        if stored.slot is None:
             stored.meta = meta
         self._count_dirty(stored)
         self.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, self.now_s)
         return stored
 
-    def used(self, stored: Stored) -> None:
-        """Note that an object was parked again, or is about to be restored."""
-        self.policies.host.used(stored.meta.object_id.block_key, self.now_s)
-        if stored.on_disk is not None:
-            self.policies.disk.used(stored.meta.object_id.block_key, self.now_s)
+    def used(self, objects: Iterable[Stored]) -> None:
+        """Note that objects were parked again, or are about to be restored."""
+        host_used, disk_used, now_s = self.policies.host.used, self.policies.disk.used, self.now_s
+        for stored in objects:
+            key = stored.meta.object_id.block_key
+            host_used(key, now_s)
+            if stored.on_disk is not None:
+                disk_used(key, now_s)
 
     def remove_from_host(self, block: Block, stored: Stored) -> int:
         """Drop the host copy; answers the bytes freed. Raises SlotLeased, also when a plan holds it."""
@@ -281,7 +268,8 @@ class NodeState:
     def left_host(self, block: Block, stored: Stored) -> None:
         """Note that the host copy is gone."""
         self.changed(block.key)
-        if not any(self.in_host(s.meta.object_id) for s in block.parts.values()):
+        self.vacated(stored)
+        if not block.hosted:
             self.policies.host.removed(block.key)
         if stored.on_disk is not None:
             stored.meta = stored.on_disk
@@ -289,15 +277,20 @@ class NodeState:
         else:
             self.forget_object(stored.meta.object_id)
 
+    def vacated(self, stored: Stored) -> None:
+        """Its slot is no longer its own; whoever calls sees to what follows from that."""
+        stored.slot = None
+        count(self.host_bytes_of, stored.meta.root.fingerprint, -stored.meta.nbytes)
+
     def removed_from_disk(self, block: Block, stored: Stored) -> None:
         """Note that the disk copy is gone."""
         self.changed(block.key)
         self._count_disk(stored, None)
         self._count_dirty(stored)
-        if not any(s.on_disk is not None for s in block.parts.values()):
+        if not block.recorded:
             self.policies.disk.removed(block.key)
             self._left_disk(block)
-        if not self.in_host(stored.meta.object_id):
+        if stored.slot is None:
             self.forget_object(stored.meta.object_id)
 
     def forget_object(self, object_id: ObjectId) -> None:
@@ -316,18 +309,20 @@ class NodeState:
             self._shorten_conversations(block)
         left = self.tree.get(object_id.block_key)
         if left is not None:
-            if not any(self.in_host(s.meta.object_id) for s in left.parts.values()):
+            if not left.hosted:
                 self.policies.host.removed(left.key)
-            if not any(s.on_disk is not None for s in left.parts.values()):
+            if not left.recorded:
                 self.policies.disk.removed(left.key)
 
     def _count_disk(self, stored: Stored, meta: ObjectMeta | None) -> None:
-        before = disk_bytes(stored.on_disk) if stored.on_disk is not None else 0
-        self.disk_held_bytes += (disk_bytes(meta) if meta is not None else 0) - before
+        for copy, sign in ((stored.on_disk, -1), (meta, 1)):
+            if copy is not None:
+                self.disk_held_bytes += sign * disk_bytes(copy)
+                count(self.disk_bytes_of, copy.root.fingerprint, sign * copy.nbytes)
         stored.on_disk = meta
 
     def _count_dirty(self, stored: Stored) -> None:
-        dirty = not stored.durable and self.in_host(stored.meta.object_id)
+        dirty = stored.slot is not None and not stored.durable
         nbytes = room_bytes(stored.meta) if dirty else 0
         self.dirty_bytes += nbytes - stored.dirty_bytes
         stored.dirty_bytes = nbytes
@@ -359,7 +354,12 @@ class NodeState:
         known = self.conversations.pop(name, None)
         self.name_changed(name)
         if known is not None and known.recorded:
-            self.ended[name] = max(known.version, self.ended.get(name, 0))
+            self.note_end(name, known.version)
+
+    def note_end(self, name: ConversationId, version: int) -> None:
+        """Records of it up to this version have to go."""
+        self.ended[name] = max(version, self.ended.get(name, 0))
+        self.ended_news[name] = None
 
     def _shorten_conversations(self, block: Block) -> None:
         """Branches that ended in the block, which is nowhere any more, end in its parent."""

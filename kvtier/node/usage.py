@@ -40,6 +40,12 @@ def parked(state: NodeState, message: Park, model: bytes, chain: Sequence[Block]
     state.policies.usage.parked(name, _all_parked(chain), turn, state.now_s)
 
 
+def kept(state: NodeState, known: Conversation, model: bytes, chain: Sequence[Block]) -> None:
+    """Another node's conversation is here too, and idle."""
+    turn = Turn("", model, known.returns_at_s, known.keep_until_s)
+    state.policies.usage.parked(known.id, _all_parked(chain), turn, state.now_s)
+
+
 def hinted(state: NodeState, known: Conversation, message: Hint) -> None:
     """Somebody said when the conversation comes back, or until when it is worth keeping."""
     returns_at_s = None if message.returns_in_s is None else known.returns_at_s
@@ -68,11 +74,13 @@ class Served:
         self._state = state
         self._last_s: dict[bytes, float] = {}
         self._again_s = 0.0
+        # How many had been retired by hand at the last look.
+        self._by_hand = 0
 
     def look(self) -> None:
-        """Tell the policies now and then."""
+        """Tell the policies now and then, and when somebody retired a model."""
         state = self._state
-        if state.now_s < self._again_s:
+        if state.now_s < self._again_s and len(state.retired) == self._by_hand:
             return
         self._again_s = state.now_s + _LOOK_AGAIN_S
         served = {w.fingerprint: w.rate for w in state.workers.values() if w.connected}
@@ -88,5 +96,9 @@ class Served:
             for model, name in state.models.items()
             if model not in served and name in names and self._last_s[model] <= limit_s
         }
+        for model in [model for model in state.retired if model in served]:
+            del state.retired[model]
+        self._by_hand = len(state.retired)
+        state.worthless = retired = {**retired, **state.retired}
         rates = {model: rate if rate is not None and rate.known else None for model, rate in served.items()}
         state.policies.usage.serves(rates, retired)

@@ -61,16 +61,21 @@ def pack_metas(metas: Iterable[ObjectMeta]) -> tuple[list[WireRoot], list[WireMe
 
 
 def unpack_metas(wire_roots: Sequence[WireRoot], wire_metas: Iterable[WireMeta]) -> list[ObjectMeta]:
-    """The reverse of `pack_metas`. Raises MalformedMessage for a root that is not among them."""
+    """The reverse of `pack_metas`; what is equal is one object, since many are kept.
+
+    Raises MalformedMessage for a root that is not among them.
+    """
     wire_metas = list(wire_metas)
+    keys: dict[bytes, bytes] = {}
+    shards: dict[str, str] = {}
     if not all(0 <= m.root < len(wire_roots) for m in wire_metas):
         raise MalformedMessage("an object names a root that its message lacks")
     roots = [Root(r.key, r.tenant, r.fingerprint, r.fidelity, r.block_tokens) for r in wire_roots]
     return [
         ObjectMeta(
-            ObjectId(m.block_key, m.group, m.shard),
+            ObjectId(keys.setdefault(m.block_key, m.block_key), m.group, shards.setdefault(m.shard, m.shard)),
             roots[m.root],
-            m.parent_key,
+            keys.setdefault(m.parent_key, m.parent_key),
             m.start,
             m.tokens,
             m.first_valid,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import ssl
 import threading
@@ -20,6 +21,8 @@ from kvtier.objects import ObjectId
 from kvtier.peer_messages import Ask, PeerProof, PeerReady, Reply, Sending, Want
 from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove
 from kvtier.peers.stream import MAX_ASK_BYTES, Stream, StreamLost, connect
+
+_LOG = logging.getLogger(__name__)
 
 # '' is success.
 Outcome: TypeAlias = Literal["", "missing", "busy", "corrupt", "deadline", "cancelled", "peer_lost"]
@@ -198,11 +201,19 @@ class _Fetch:
         self._refused: KvtierError | None = None
 
     def go(self, streams: int) -> list[Outcome]:
-        threads = [threading.Thread(target=self._work, name="kvtier-fetch") for _ in range(streams)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        threads = []
+        try:
+            for _ in range(streams - 1):
+                thread = threading.Thread(target=self._work, name="kvtier-fetch")
+                thread.start()
+                threads.append(thread)
+        except RuntimeError as error:
+            _LOG.warning("receiving over %d connections instead of %d: %s", len(threads) + 1, streams, error)
+        try:
+            self._work()
+        finally:
+            for thread in threads:
+                thread.join()
         if self._refused is not None:
             raise self._refused
         for index in range(len(self._wanted)):

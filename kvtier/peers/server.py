@@ -149,6 +149,7 @@ class PeerServer:
             if self._settings.tls is not None:
                 sock.settimeout(self._settings.handshake_s)
                 secured = Stream(self._settings.tls.wrap_socket(sock, server_side=True))
+                self._now_open(stream, secured)
             peer = self._let_in(secured)
             while True:
                 asked = secured.receive_any(time.monotonic() + self._settings.idle_s, MAX_ASK_BYTES)
@@ -168,6 +169,15 @@ class PeerServer:
             stream.close()
             with self._lock:
                 self._open.pop(stream, None)
+                self._open.pop(secured, None)
+
+    def _now_open(self, plain: Stream, secured: Stream) -> None:
+        """The socket under TLS took the plain one's place: `close` has to find it."""
+        with self._lock:
+            thread = self._open.pop(plain, None)
+            if self._closing or thread is None:
+                raise StreamLost("closed")
+            self._open[secured] = thread
 
     def _let_in(self, stream: Stream) -> str:
         until_s = time.monotonic() + self._settings.handshake_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import time
 from typing import TypeVar
 
@@ -22,6 +23,8 @@ MAX_BODY_BYTES = 4096
 MAX_ASK_BYTES = 4 << 20
 # A socket takes no longer wait than its clock can count.
 _MOST_WAIT_S = 86400.0
+_TIMEVAL = struct.Struct("@ll")
+_PIECES_AT_ONCE = 2
 
 
 class StreamLost(OSError):
@@ -36,6 +39,11 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        # Under TLS a part of a record may be there without any more to come from the kernel.
+        self._plain = not isinstance(sock, ssl.SSLSocket)
+        if self._plain:
+            # Who waits, waits in the kernel, for all that is wanted: one call for many packets.
+            sock.settimeout(None)
         self.epoch = 0
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -43,11 +51,16 @@ class Stream:
     def send(self, message: Message, until_s: float, *payload: memoryview) -> None:
         """A frame, and the bytes that belong to it. Raises StreamLost."""
         try:
-            for part in (encode(message), *payload):
-                self._sock.settimeout(_left(until_s))
-                self._sock.sendall(part)  # type: ignore[arg-type]  # typeshed: a memoryview is a buffer
+            for part in (memoryview(encode(message)), *payload):
+                self._send_all(part, until_s)
         except OSError as error:
             raise StreamLost(f"sending: {error}") from error
+
+    def _send_all(self, part: memoryview, until_s: float) -> None:
+        at = 0
+        while at < len(part):
+            self._bound(socket.SO_SNDTIMEO, until_s)
+            at += self._sock.send(part[at:])
 
     def receive(self, kind: type[M], until_s: float, most_bytes: int = MAX_BODY_BYTES) -> M:
         """The next frame, which has to be of this kind. Raises StreamLost, MalformedMessage."""
@@ -72,8 +85,8 @@ class Stream:
         at = 0
         try:
             while at < len(into):
-                self._sock.settimeout(_left(until_s))
-                got = self._sock.recv_into(into[at:])
+                self._bound(socket.SO_RCVTIMEO, until_s)
+                got = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL if self._plain else 0)
                 if not got:
                     raise StreamLost("the other end closed the connection")
                 at += got
@@ -83,14 +96,25 @@ class Stream:
     def receive_object(self, into: memoryview, until_s: float) -> int:
         """Fill `into` with an object's bytes; answers their checksum. Raises StreamLost.
 
-        Each piece is hashed right after its arrival, while it is in the core's cache.
+        Some pieces are hashed right after their arrival, while they are in the processor's cache; what comes
+        meanwhile waits in the kernel's window.
         """
         sums = []
-        for piece, at in enumerate(range(0, len(into), PIECE_BYTES)):
-            part = into[at : at + PIECE_BYTES]
+        for at in range(0, len(into), _PIECES_AT_ONCE * PIECE_BYTES):
+            part = into[at : at + _PIECES_AT_ONCE * PIECE_BYTES]
             self.fill(part, until_s)
-            sums.append(piece_sum(part, piece, len(part)))
+            sums.append(piece_sum(part, at // PIECE_BYTES, len(part)))
         return combine(sums, len(into))
+
+    def _bound(self, option: int, until_s: float) -> None:
+        """Have the next call end by then."""
+        left_s = _left(until_s)
+        if not self._plain:
+            self._sock.settimeout(left_s)
+            return
+        seconds = int(left_s)
+        micros = max(1, int((left_s - seconds) * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, micros))
 
     def close(self) -> None:
         """From any thread: whoever sends or receives gets StreamLost. Twice is no harm."""

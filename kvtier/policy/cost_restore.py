@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -47,8 +48,10 @@ class CostRestore:
             return LoadChoice(0, 0.0, 0.0, why="nothing stored fits")
         lines = self._lines(runs, wish)
         plan = plan_restore(runs, self._question(tokens, wish, lines))
-        if not plan.load_end and self._look_again(runs, plan, lines):
-            blind = RestoreWish(deadline_s=wish.deadline_s, queued_bytes=wish.queued_bytes)
+        if (plan.late or not plan.load_end) and self._look_again(runs, lines):
+            # Whoever carries it out cuts off what comes after the deadline.
+            deadline_s = math.inf if plan.late else wish.deadline_s
+            blind = RestoreWish(deadline_s=deadline_s, queued_bytes=wish.queued_bytes)
             plan = plan_restore(runs, self._question(tokens, blind, lines))
             return self._chosen(runs, plan, lines, wish, f"{_why(plan, blind)}; to see how long it takes now")
         return self._chosen(runs, plan, lines, wish, _why(plan, wish))
@@ -96,10 +99,8 @@ class CostRestore:
             plan.load_ttft_s if wish.recompute is not None else 0.0,
         )
 
-    def _look_again(self, runs: Sequence[Run], plan: RestorePlan, lines: Mapping[str, LoadLine]) -> bool:
-        """Whether to load what is not worth it by what is known: it may be out of date."""
-        if plan.late:
-            return False
+    def _look_again(self, runs: Sequence[Run], lines: Mapping[str, LoadLine]) -> bool:
+        """Whether to load what is not worth it, or too late, by what is known: it may be out of date."""
         path = _slowest(runs, lines, 0, runs[-1].end)
         self._refused[path] = self._refused.get(path, 0) + 1
         return self._refused[path] > _LOOK_AGAIN

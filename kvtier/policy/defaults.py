@@ -9,7 +9,7 @@ from kvtier.policy.cost_restore import CostRestore
 from kvtier.policy.interfaces import Learned, Policies
 from kvtier.policy.lru import LeafLru
 from kvtier.policy.prices import Money
-from kvtier.policy.returns import Returns
+from kvtier.policy.returns import ARRAYS, Arithmetic, Returns
 from kvtier.policy.worth_order import WorthAdmission, WorthOrder
 from kvtier.policy.worth_runs import Book
 from kvtier.policy.worth_usage import CostUsage
@@ -18,12 +18,16 @@ _NO_MONEY = Money()
 
 
 def make_policies(
-    eviction: str = "lru", restore: str = "load", queue_scale: float = 1.0, money: Money = _NO_MONEY
+    eviction: str = "lru",
+    restore: str = "load",
+    queue_scale: float = 1.0,
+    money: Money = _NO_MONEY,
+    arithmetic: Arithmetic = ARRAYS,
 ) -> Policies:
     """The named policies. Raises ConfigError for an unknown name.
 
     queue_scale: how much each request of a prefill queue counts in a restore plan.  money: prices, where the
-    node has them.
+    node has them.  arithmetic: of return times.
     """
     if eviction not in ("lru", "cost"):
         raise ConfigError("policy.eviction", f"'{eviction}' is not known", fix="use 'lru' or 'cost'")
@@ -32,9 +36,9 @@ def make_policies(
     chosen = CostRestore(queue_scale=queue_scale) if restore == "cost" else AlwaysLoad()
     costs = Calibration(chosen)
     if eviction == "lru":
-        return Policies(LeafLru(), LeafLru(), chosen, AlwaysStore(), costs, {"costs": costs})
-    book, returns = Book(chosen), Returns()
+        return Policies(LeafLru(), LeafLru(), chosen, AlwaysStore(), costs, {"costs": costs}, money=money)
+    book, returns = Book(chosen), Returns(arithmetic)
     host, disk = WorthOrder(book, "host"), WorthOrder(book, "disk")
     usage = CostUsage(book, returns, host, disk, money)
     learned: dict[str, Learned] = {"costs": costs, "returns": returns}
-    return Policies(host, disk, chosen, WorthAdmission(book, disk, money), costs, learned, usage)
+    return Policies(host, disk, chosen, WorthAdmission(book, disk, money), costs, learned, usage, money)

@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, Literal, Protocol, TypeAlias
 
 from kvtier.policy.load_cost import LoadLine
+from kvtier.policy.prices import Money
 from kvtier.policy.usage import NoUsage, UsagePolicy
 
 # What an engine can take of a restore: all that is stored or nothing; any front; or also computing the front
@@ -20,7 +21,8 @@ class Segment:
     """A run of stored tokens [start, end) that lies in one tier; ends where a restore may end.
 
     source: one of load_cost.SOURCES.  via: what tells paths of one source apart: the codec on disk, a peer's
-    name; '' for one.
+    name; '' for one.  step_tokens: a restore may also end after each so many of its tokens, and its bytes are
+    spread evenly over them; 0 for neither.
     """
 
     start: int
@@ -28,6 +30,12 @@ class Segment:
     source: str
     nbytes: int
     via: str = ""
+    step_tokens: int = 0
+
+    @property
+    def step(self) -> int:
+        """Tokens between two places where a restore may end."""
+        return self.step_tokens or self.end - self.start
 
 
 class Recompute(Protocol):
@@ -163,7 +171,8 @@ class AdmissionPolicy(Protocol):
 class Policies:
     """Everything that decides, for one node.
 
-    learned: what of it is written down, by name.  usage: hears of conversations.
+    learned: what of it is written down, by name.  usage: hears of conversations.  money: prices, where the
+    node has them.
     """
 
     host: EvictionPolicy
@@ -173,3 +182,4 @@ class Policies:
     rates: PrefillRates
     learned: Mapping[str, Learned] = field(default_factory=dict)
     usage: UsagePolicy = field(default_factory=NoUsage)
+    money: Money = field(default_factory=Money)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Iterator
 
@@ -23,6 +24,8 @@ class LeafLru:
         self._children: dict[bytes, int] = {}
         self._heap: list[tuple[int, bytes]] = []
         self._clock = 0
+        # Stamps of all leaves, ascending, for questions that follow one another; None once anything changed.
+        self._ranked: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -43,6 +46,7 @@ class LeafLru:
         """See EvictionPolicy."""
         if self._stamps.pop(key, None) is None:
             return
+        self._ranked = None
         parent = self._parents.pop(key)
         left = self._children.pop(parent) - 1
         if left:
@@ -68,9 +72,10 @@ class LeafLru:
 
     def rank(self, key: bytes) -> tuple[int, int]:
         """See EvictionPolicy: by last use."""
+        if self._ranked is None:
+            self._ranked = sorted(s for other, s in self._stamps.items() if other not in self._children)
         own = self._stamps.get(key, self._clock)
-        leaves = [stamp for other, stamp in self._stamps.items() if other not in self._children]
-        return sum(stamp < own for stamp in leaves), len(leaves)
+        return bisect.bisect_left(self._ranked, own), len(self._ranked)
 
     def _is_current_leaf(self, item: tuple[int, bytes]) -> bool:
         stamp, key = item
@@ -79,6 +84,7 @@ class LeafLru:
     def _touch(self, key: bytes) -> None:
         self._clock += 1
         self._stamps[key] = self._clock
+        self._ranked = None
         if key not in self._children:
             self._push(key)
 

@@ -89,6 +89,14 @@ class Money:
         """Of a tier; None where not known."""
         return self.prices.tiers.get(name) if self.prices is not None else None
 
+    def per_hour(self, nbytes: Mapping[Tier, int]) -> float | None:
+        """Money to keep so much in each tier for an hour; None where a price is missing that counts."""
+        if self.prices is None or any(
+            count and tier not in self.prices.tiers for tier, count in nbytes.items()
+        ):
+            return None
+        return math.fsum(self.prices.tier(tier).keeping(n, 3600.0) for tier, n in nbytes.items() if n)
+
 
 def money_of(text: str, device: str = "") -> Money:
     """From a TOML text; device: by whose price seconds are paid, '' where the text names only one.

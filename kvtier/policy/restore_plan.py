@@ -33,13 +33,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from math import inf
-from typing import Literal
+from typing import Final, Literal
 
 from kvtier.policy.interfaces import Recompute, Takes
 from kvtier.policy.load_cost import LoadLine
 from kvtier.policy.runs import Run
 
 Way = Literal["load", "recompute", "mixed"]
+# Requests that come while one is computed, beside those that wait already. On average they are as many as the
+# share of time in which a worker is busy; half of it is assumed.
+_COMING: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,13 @@ class RestorePlan:
 def queue_weight(waiting_requests: int, scale: float = 1.0) -> float:
     """gpu_weight from the prefill queue: a second of the GPU makes each waiting request wait a second longer.
 
-    So that the sum of all times to first token is minimised; scale 0 looks at this request alone.
+    So that the sum of all times to first token is minimised.  Half a request more is counted, for those that
+    come while this one is computed: with an empty queue a second of the GPU is not free.  scale 0 looks at
+    this request alone.
     """
     if waiting_requests < 0 or scale < 0:
         raise ValueError("waiting requests and their scale must not be negative")
-    return waiting_requests * scale
+    return (waiting_requests + _COMING) * scale
 
 
 def plan_restore(runs: Sequence[Run], question: Question) -> RestorePlan:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import json
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -80,27 +81,42 @@ class _Hints:
 _NO_HINTS: Final = _Hints()
 
 
+class Arithmetic(NamedTuple):
+    """What curves are made and taught with. Over whole arrays (ARRAYS), or in loops (`returns_loops`).
+
+    hazards(weights, codes): by class of age, float64.  learn(weights, codes, first, returned): one step over
+    neighbouring classes of age, in place.  best_rates(survival): at each edge, float32.
+    """
+
+    hazards: Callable[[LearnedWeights, IntArray], FloatArray]
+    learn: Callable[[LearnedWeights, IntArray, int, FloatArray], None]
+    best_rates: Callable[[FloatArray], CurveArray]
+
+
 class Returns:
     """Curves of waits, and what teaches them. codes: as `codes_of` has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, arithmetic: Arithmetic | None = None) -> None:
+        self._arithmetic = ARRAYS if arithmetic is None else arithmetic
         self._times = ReturnTimes()
         self._hints: dict[str, _Hints] = {}
         self.waits_seen = 0
 
     def curve(self, codes: IntArray, tenant: str, hint_s: float | None = None) -> Curve:
         """Of a wait. hint_s: after how long the caller expects the return, counted like the wait itself."""
-        survival = np.concatenate(([1.0], np.cumprod(1.0 - _hazards(self._times.weights, codes))))
+        survival = np.concatenate(
+            ([1.0], np.cumprod(1.0 - self._arithmetic.hazards(self._times.weights, codes)))
+        )
         if hint_s is not None and 0 < hint_s < _BOUND:
             trust = self.hint_trust(tenant)
             ends = (hint_s / HINT_FACTOR, hint_s * HINT_FACTOR)
             survival = (1.0 - trust) * survival + trust * np.interp(EDGES_S, ends, (1.0, 0.0))
-        return Curve(survival.astype(np.float32), _best_rates(survival))
+        return Curve(survival.astype(np.float32), self._arithmetic.best_rates(survival))
 
     def lasted(self, codes: IntArray, first: int, upto: int) -> None:
         """A wait went on past the classes of age [first, upto)."""
         if upto > first:
-            _learn(self._times.weights, codes, first, np.zeros(upto - first))
+            self._arithmetic.learn(self._times.weights, codes, first, np.zeros(upto - first))
 
     def ended(self, codes: IntArray, first: int, gap_s: float) -> None:
         """A wait ended with a return after gap_s >= 0; `lasted` told the classes before `first`."""
@@ -108,7 +124,7 @@ class Returns:
         last = class_of(gap_s)
         returned = np.zeros(max(last - first, 0) + 1)
         returned[-1] = 1.0
-        _learn(self._times.weights, codes, min(first, last), returned)
+        self._arithmetic.learn(self._times.weights, codes, min(first, last), returned)
 
     def hint_came(self, tenant: str, true: bool) -> None:
         """A conversation came back for which a hint had been given."""
@@ -212,6 +228,9 @@ def _best_rates(survival: FloatArray) -> CurveArray:
     best = np.divide(returned, held_s, out=np.zeros_like(returned), where=_LATER & (held_s > 0)).max(axis=1)
     result: CurveArray = np.append(best, best[-1]).astype(np.float32)
     return result
+
+
+ARRAYS: Final = Arithmetic(_hazards, _learn, _best_rates)
 
 
 def _packed(array: FloatArray) -> str:

@@ -6,7 +6,9 @@ With theta_j = prior_j * exp(u_j), so that no coefficient is ever negative, it m
 
 rho is Huber's ("Robust Estimation of a Location Parameter", 1964): an outlier pulls with a bounded force.
 v_i halves with age.  The solution is found by iteratively reweighted least squares (Holland and Welsch,
-1977) on the recent measurements.  The second sum is the prior: alone it is the answer before anything was
+1977) on the recent measurements.  Where a guess is off by orders of magnitude, what it says of one amount may
+be too little to be seen beside another: then it is also tried from where each amount alone explains all, and
+the least sum counts.  The second sum is the prior: alone it is the answer before anything was
 measured, with some measurements it hardly counts, and what measurements do not tell apart stays where the
 prior has it.
 
@@ -37,6 +39,8 @@ _ROWS_PER_HALF_LIFE = 4
 _CHANGE_RUN, _CHANGE_SPREADS = 5, 2.0
 # A median error of so many spreads is no noise.
 _FAR_SPREADS = 4.0
+# A fit with a wider spread than this is no fit yet: other starts are tried.
+_POOR_SPREAD = 0.25
 _ROUNDS, _LONGEST_STEP, _SETTLED = 32, 1.0, 1e-4
 _FITS_PER_MEMORY = 10
 _MOST = 1e21
@@ -117,7 +121,31 @@ class RobustFit:
         amounts, seconds = table[:, :-1], np.log(table[:, -1])
         age = np.exp2(-np.arange(len(table) - 1, -1, -1) / self._half_life)
         # From the prior each time: the answer depends on the measurements alone, not on the way to it.
-        u, spread = np.zeros(len(self._prior)), _FIRST_SPREAD
+        u, spread = self._fitted(np.zeros(len(self._prior)), amounts, seconds, age)
+        if spread > _POOR_SPREAD:
+            starts = [self._alone(j, amounts, seconds, age) for j in range(len(u))]
+            found = [(u, spread), *(self._fitted(start, amounts, seconds, age) for start in starts)]
+            least = min(spread for _, spread in found)
+            u, spread = min(found, key=lambda f: self._loss(f[0], least, amounts, seconds, age))
+        self._settle(u, spread)
+
+    def _alone(self, j: int, amounts: _Array, seconds: _Array, age: _Array) -> _Array:
+        """Where the amount j explains everything."""
+        u, parts = np.zeros(len(self._prior)), amounts[:, j] * self._prior[j]
+        some = parts > 0
+        if some.any():
+            u[j] = _median(seconds[some] - np.log(parts[some]), age[some])
+        return np.clip(u, -_FURTHEST, _FURTHEST)
+
+    def _loss(self, u: _Array, spread: float, amounts: _Array, seconds: _Array, age: _Array) -> float:
+        """What is minimised."""
+        errors = np.abs(seconds - np.log((amounts * (self._prior * np.exp(u))).sum(axis=1))) / spread
+        rho = np.where(errors < _HUBER, errors * errors / 2, _HUBER * (errors - _HUBER / 2))
+        return float((age * rho).sum() + ((u / self._prior_spread) ** 2).sum() / 2)
+
+    def _fitted(self, u: _Array, amounts: _Array, seconds: _Array, age: _Array) -> tuple[_Array, float]:
+        """From a start: where it leads, and the spread around it."""
+        spread = _FIRST_SPREAD
         for _ in range(_ROUNDS):
             parts = amounts * (self._prior * np.exp(u))
             expected = parts.sum(axis=1)
@@ -132,7 +160,7 @@ class RobustFit:
             u = u + step * min(1.0, _LONGEST_STEP / max(longest, 1e-12))
             if longest < _SETTLED:
                 break
-        self._settle(u, spread)
+        return np.clip(u, -_FURTHEST, _FURTHEST), spread
 
     def state(self) -> dict[str, Any]:
         """What was learned, as plain numbers and lists."""

@@ -46,40 +46,47 @@ class Run:
 
 
 def runs_of(segments: Sequence[Segment]) -> tuple[Run, ...]:
-    """Segments as runs: neighbours of one path, one length and one size are put together.
+    """Segments as runs: neighbours of one path, one step and one size are put together.
 
     Segments end where a restore may end, in ascending order; one more token may lie before the first.  Raises
     ValueError for segments that overlap.
     """
     runs: list[Run] = []
     first: Segment | None = None
-    end = length = nbytes = 0
+    end = nbytes = 0
     for segment in segments:
-        tokens = segment.end - segment.start
         if segment.start < end:
             raise ValueError(f"segments overlap at token {segment.start}")
-        # Only the last block of a run may be short, and all have the same bytes for each token.
-        if (
-            first is not None
-            and segment.start == end
-            and (segment.source, segment.via) == (first.source, first.via)
-            and length == first.end - first.start >= tokens
-            and segment.nbytes * length == first.nbytes * tokens
-        ):
+        if first is not None and _goes_on(first, end, segment):
             nbytes += segment.nbytes
         else:
             if first is not None:
                 runs.append(_run(first, end, nbytes))
             first, nbytes = segment, segment.nbytes
-        end, length = segment.end, tokens
+        end = segment.end
     if first is not None:
         runs.append(_run(first, end, nbytes))
     return tuple(runs)
 
 
+def _goes_on(first: Segment, end: int, segment: Segment) -> bool:
+    """Whether a run from `first` to `end` may take a segment in.
+
+    Only the last block of a run may be short, and all have the same bytes for each token.
+    """
+    tokens, step = segment.end - segment.start, first.step
+    return (
+        segment.start == end
+        and (end - first.start) % step == 0
+        and (segment.step == step or tokens <= min(step, segment.step))
+        and (segment.source, segment.via) == (first.source, first.via)
+        and segment.nbytes * (first.end - first.start) == first.nbytes * tokens
+    )
+
+
 def _run(first: Segment, end: int, nbytes: int) -> Run:
     key = Path(first.source, first.via).key
-    return Run(first.start, end, first.end - first.start, ((key, nbytes),))
+    return Run(first.start, end, first.step, ((key, nbytes),))
 
 
 def common_runs(ranks: Sequence[Sequence[Run]]) -> tuple[Run, ...]:

@@ -36,6 +36,15 @@ class Turn:
     keep_until_s: float | None = None
 
 
+@dataclass(slots=True)
+class Forecast:
+    """Of waits that were judged at one horizon: how many returns were expected by then, and how many came."""
+
+    waits: int = 0
+    expected: float = 0.0
+    came: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """What some neighbouring blocks are worth, and by which numbers. Seconds are of all GPUs of a worker.
@@ -100,8 +109,16 @@ class UsagePolicy(Protocol):
     def run_of(self, block: bytes) -> object:
         """The same object for blocks that are worth the same."""
 
-    def account(self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float) -> Account | None:
-        """What tokens [start, end) are worth, to which the block belongs; None where nobody reckons."""
+    def account(
+        self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
+    ) -> Account | None:
+        """What tokens [start, end) are worth, to which the block belongs; None where nobody reckons.
+
+        ranked: with its places in the orders, which is slow.
+        """
+
+    def forecasts(self) -> Mapping[str, Forecast]:
+        """How returns came against what was expected of them, by a horizon's name."""
 
 
 class NoUsage:
@@ -137,6 +154,12 @@ class NoUsage:
         """Nobody tells them apart."""
         return None
 
-    def account(self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float) -> Account | None:
+    def account(
+        self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
+    ) -> Account | None:
         """Nobody learns."""
         return None
+
+    def forecasts(self) -> Mapping[str, Forecast]:
+        """Nobody expects anything."""
+        return {}

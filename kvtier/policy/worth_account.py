@@ -34,7 +34,7 @@ def account_of(
     host, disk = money.tier("host"), money.tier("disk")
     return Account(
         waiting=waits,
-        serving=run.waiting and run.clock_s > book.now_s,
+        serving=run.waiting and run.serving,
         idle_s=idle_s,
         returns=returns,
         horizon_s=horizon_s,

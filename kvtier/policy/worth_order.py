@@ -30,7 +30,9 @@ class WorthOrder:
 
     def __init__(self, book: Book, tier: TierName) -> None:
         self._book = book
-        self._tier = tier
+        self._tier: TierName = tier
+        # The book's own table: it is asked for every block.
+        self._owners = book.owners
         self._index = TIER_NAMES.index(tier)
         self._parents: dict[bytes, bytes] = {}
         self._children: dict[bytes, int] = {}
@@ -53,12 +55,13 @@ class WorthOrder:
             self.used(key, now_s)
             return
         self._parents[key] = parent
-        siblings = self._children.get(parent, 0)
-        self._children[parent] = siblings + 1
+        children, nobody = self._children, self._book.nobody
+        siblings = children.get(parent, 0)
+        children[parent] = siblings + 1
         if not siblings and parent in self._parents:
-            self._book.owner(parent).leaves[self._index].pop(parent, None)
-        if key not in self._children:
-            self._leaf(key, self._book.owner(key))
+            self._owners.get(parent, nobody).leaves[self._index].pop(parent, None)
+        if key not in children:
+            self._leaf(key, self._owners.get(key, nobody))
 
     def used(self, key: bytes, now_s: float) -> None:
         """See EvictionPolicy."""
@@ -74,12 +77,13 @@ class WorthOrder:
         parent = self._parents.pop(key, None)
         if parent is None:
             return
-        self._book.owner(key).leaves[self._index].pop(key, None)
+        if key not in self._children:
+            self._owners.get(key, self._book.nobody).leaves[self._index].pop(key, None)
         left = self._children.pop(parent) - 1
         if left:
             self._children[parent] = left
         elif parent in self._parents:
-            self._leaf(parent, self._book.owner(parent))
+            self._leaf(parent, self._owners.get(parent, self._book.nobody))
         self._book.left(key)
 
     def holds(self, key: bytes) -> bool:
@@ -99,6 +103,10 @@ class WorthOrder:
         """See Order."""
         if run.leaves[self._index]:
             self._push(run)
+        elif run.mark[self._index]:
+            # A leaf may come later: its entry would be one of what the run was worth once.
+            run.mark[self._index] = 0
+            self._entered -= 1
 
     # --- who goes ---------------------------------------------------------------------------------------
 
@@ -164,8 +172,9 @@ class WorthOrder:
         return None
 
     def _leaf(self, key: bytes, run: Run) -> None:
-        run.leaves[self._index][key] = None
-        if not run.mark[self._index] and run is not self._walking:
+        index = self._index
+        run.leaves[index][key] = None
+        if not run.mark[index] and run is not self._walking:
             self._push(run)
 
     def _push(self, run: Run) -> None:

@@ -34,11 +34,12 @@ class Run:
     """Blocks that wait for one return. Times in Unix seconds.
 
     name: of the conversation.  clock_s: when the wait begins, which may be yet to come.  waiting: whether
-    anybody is expected back; if not, nothing counts but its age.  start, end: tokens from the first to behind
-    the last block.  token_bytes: of all layers and shards here.  token_s: to compute one again, at
-    the middle.  keep_until_s: from then on it is worth nothing, as its caller said.  leaves: by tier, the
-    blocks that may go.  mark: by tier, its entry in the order, 0 for none.  paid: whether it pays for a write
-    to disk, and in which class of age that was asked.
+    anybody is expected back; if not, nothing counts but its age.  serving: a request is under way.  start,
+    end: tokens from the first to behind the last block.  token_bytes: of all layers and shards here.
+    token_s: to compute one again, at the middle.  keep_until_s: from then on it is worth nothing, as its
+    caller said.  leaves: by tier, the blocks that may go.  mark: by tier, its entry in the order, 0 for none.
+    paid: whether it pays for a write to disk, and in which class of age that was asked.  uses: of what
+    several conversations use, so many times since since_s; 0 for one conversation's own.
     """
 
     name: Name
@@ -46,6 +47,7 @@ class Run:
     model: bytes = b""
     clock_s: float = inf
     waiting: bool = False
+    serving: bool = False
     curve: Curve | None = field(default=None, repr=False)
     start: int = 0
     end: int = 0
@@ -55,6 +57,8 @@ class Run:
     leaves: tuple[dict[bytes, None], dict[bytes, None]] = field(default_factory=lambda: ({}, {}))
     mark: list[int] = field(default_factory=lambda: [0, 0])
     paid: tuple[int, bool] | None = None
+    uses: int = 0
+    since_s: float = inf
 
     def idle_s(self, now_s: float) -> float:
         """How long it has been waited for."""
@@ -83,8 +87,8 @@ class Order(Protocol):
 class Book:
     """Whose each block is, and what everything costs. Shared by the orders of both tiers.
 
-    nobody: the run of blocks that no conversation is known for.  disk_usable, disk_free_bytes: as the node
-    said last.
+    owners: the run of each block; nobody: that of blocks that no conversation is known for.  disk_usable,
+    disk_free_bytes: as the node said last.
     """
 
     def __init__(self, restore: RestorePolicy) -> None:
@@ -93,7 +97,7 @@ class Book:
         self.disk_usable = False
         self.disk_free_bytes = 0
         self.orders: list[Order] = []
-        self._owner: dict[bytes, Run] = {}
+        self.owners: dict[bytes, Run] = {}
         self._restore = restore
         self._asked_s = -inf
         self._load_s = {"host": 0.0, "disk": 0.0}
@@ -102,30 +106,33 @@ class Book:
 
     def owner(self, key: bytes) -> Run:
         """The run of a block."""
-        return self._owner.get(key, self.nobody)
+        return self.owners.get(key, self.nobody)
 
     def own(self, key: bytes, run: Run, end: int, *, coming: bool = False) -> None:
         """The block, which ends at token `end`, belongs to the run from now on.
 
         coming: a tier is about to hold it; else it counts only where one does.
         """
-        before = self._owner.get(key, self.nobody)
+        before = self.owners.get(key, self.nobody)
         if before is run:
             return
         held = coming
         for order in self.orders:
-            held |= order.moved(key, before, run)
+            if order.moved(key, before, run):
+                held = True
         if not held:
-            self._owner.pop(key, None)
+            self.owners.pop(key, None)
             return
-        self._owner[key] = run
+        self.owners[key] = run
         if before is not self.nobody:
             before.start = max(before.start, min(end, before.end))
 
     def left(self, key: bytes) -> None:
         """A tier let go of the block: when none holds it, nobody needs to know whose it was."""
-        if not any(order.holds(key) for order in self.orders):
-            self._owner.pop(key, None)
+        for order in self.orders:
+            if order.holds(key):
+                return
+        self.owners.pop(key, None)
 
     def ranked(self, run: Run) -> None:
         """The run's worth has changed."""
@@ -134,7 +141,7 @@ class Book:
 
     def owned(self) -> list[Run]:
         """All runs that have a block somewhere."""
-        return list(dict.fromkeys(self._owner.values()))
+        return list(dict.fromkeys(self.owners.values()))
 
     # --- what it costs ----------------------------------------------------------------------------------
 

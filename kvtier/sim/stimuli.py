@@ -22,6 +22,8 @@ from kvtier.policy.interfaces import Policies
 from kvtier.sim.workload.turns import Turn, TurnStream
 
 _TOKEN_BYTES = 4
+# Requests of a conversation that may be under way; of more, the oldest count as never parked.
+_MOST_OPEN = 8
 _Entry = dict[str, Any]
 
 
@@ -110,8 +112,9 @@ class _Requests:
         self.block_tokens = 0
         # Digest of a whole prefix -> the row that had it first.
         self._brought: dict[bytes, int] = {}
-        # (tenant, conversation) -> its open row, -1 none; its tokens so far; turns; its number.
-        self._open: dict[tuple[str, str], int] = {}
+        # (tenant, conversation) -> its rows that were not parked yet, each with its prompt, the newest last;
+        # its tokens so far; turns; its number.
+        self._open: dict[tuple[str, str], list[tuple[int, bytes]]] = {}
         self._texts: dict[tuple[str, str], bytes] = {}
         self._turns: dict[tuple[str, str], int] = {}
         self._tenants: dict[str, int] = {}
@@ -125,7 +128,9 @@ class _Requests:
         if isinstance(message, m.Attach):
             self.block_tokens = self.block_tokens or message.geometry.block_tokens
         elif isinstance(message, m.MakePlan) and self.block_tokens:
-            self._open[message.tenant, message.conversation] = self._request(at_s, message)
+            name = message.tenant, message.conversation
+            opened = (self._request(at_s, message), self._texts[name])
+            self._open[name] = [*self._open.get(name, ()), opened][-_MOST_OPEN:]
         elif isinstance(message, m.Park) and self.block_tokens:
             self._parked(at_s, message)
 
@@ -149,11 +154,14 @@ class _Requests:
 
     def _parked(self, at_s: float, park: m.Park) -> None:
         name = (park.tenant, park.conversation)
-        number = self._open.pop(name, -1)
-        if number < 0:
+        text = self._text(park)
+        found = _parked_one(self._open.get(name, []), text)
+        if found is None:
             self._request(at_s, park)
             return
-        row, text = self.rows[number], self._text(park)
+        self._open[name].remove(found)
+        number = found[0]
+        row = self.rows[number]
         row.tokens_out = max(len(text) // _TOKEN_BYTES - row.tokens_in, 0)
         row.service_s = at_s - row.t_s
         self._bring(text, park.tenant, number)
@@ -197,3 +205,15 @@ class _Requests:
             if before != number:
                 ref, shared = before, end // _TOKEN_BYTES
         return ref, shared
+
+
+def _parked_one(opened: list[tuple[int, bytes]], text: bytes) -> tuple[int, bytes] | None:
+    """Whose park this is: the longest prompt that it goes on from; else the shortest that it is the front of.
+
+    The next request of a conversation may come before the one before it was parked.
+    """
+    before = [one for one in opened if text.startswith(one[1])]
+    if before:
+        return max(before, key=lambda one: len(one[1]))
+    cut = [one for one in opened if one[1].startswith(text)]
+    return min(cut, key=lambda one: len(one[1]), default=None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -28,7 +28,8 @@ from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, Received, Send, Stimulus, Tick
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.defaults import make_policies
-from kvtier.receipts import ParkReceipt, RestoreReceipt
+from kvtier.policy.prices import Money
+from kvtier.receipts import AskedLevel, ParkReceipt, RestoreReceipt
 from kvtier.testing.rig_ops import Op
 from kvtier.testing.rig_services import RigServices
 from kvtier.testing.rig_uses import PLAIN, UNIT, RigPark, RigRestore, RigWorker
@@ -36,6 +37,7 @@ from kvtier.testing.rig_world import DiskStore, Pages, Text
 
 SECRET = b"a secret of the cluster, 32 bytes"
 MODEL = b"m" * 32
+_NO_MONEY = Money()
 
 
 class CoreRig(RigServices):
@@ -55,6 +57,7 @@ class CoreRig(RigServices):
         epoch: int = 1,
         started: bool = True,
         eviction: str = "lru",
+        money: Money = _NO_MONEY,
     ) -> None:
         self.now_s = 1000.0
         self.eviction = eviction
@@ -69,7 +72,7 @@ class CoreRig(RigServices):
         self.core = core(
             base,
             self.host,
-            make_policies(eviction),
+            make_policies(eviction, money=money),
             SECRET,
             random.Random(epoch),
             epoch=epoch,
@@ -181,7 +184,7 @@ class CoreRig(RigServices):
         tokens: Iterable[int],
         *,
         tenant: str = "acme",
-        level: Literal["host", "disk"] = "host",
+        level: AskedLevel = "host",
         private_from: int | None = None,
         after: m.Planned | None = None,
         held_from: Sequence[int] = (),

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtier.errors import GeometryError, TierUnavailable
-from kvtier.gpu.cuda.device import Event, Kernel, Stream, Words
+from kvtier.gpu.cuda.device import CODED, Event, Kernel, Stream, Words
 from kvtier.gpu.cuda.work import SEGMENT
 from kvtier.gpu.tensors import Bytes
+from kvtier.testing import fake_device_coded as coded_kernels
 from kvtier.testing import fake_device_kernels as kernels
 from kvtier.testing.fake_device_gpu import (
     Access,
@@ -73,6 +74,9 @@ class FakeDevice:
         self._regions: dict[int, _Region] = {}
         self._mapped: dict[int, bytes] = {}
         self._failing: dict[str, int] = {}
+        # What the process's thread queues its model on, unless a test says otherwise.
+        self.current: Stream = self.gpu.add_stream()
+        self.captured: set[Stream] = set()
 
     # -- for tests
 
@@ -148,6 +152,14 @@ class FakeDevice:
 
     def enter(self) -> None:
         """See Device."""
+
+    def current_stream(self) -> Stream:
+        """See Device."""
+        return self.current
+
+    def capturing(self, stream: Stream) -> bool:
+        """See Device."""
+        return stream in self.captured
 
     def stream(self) -> Stream:
         """See Device."""
@@ -303,12 +315,35 @@ class FakeDevice:
         return reads, writes, CALL_S + total / LINK_BYTES_S
 
     def launch(
-        self, kernel: Kernel, segments: int, count: int, tiles: int, base: int, stream: Stream
+        self,
+        kernel: Kernel,
+        segments: int,
+        count: int,
+        tiles: int,
+        base: int,
+        stream: Stream,
+        more: tuple[int, int] = (0, 0),
     ) -> None:
         """See Device."""
         self._check("launch")
         self.launched.append(kernel)
-        self._enqueue(stream, kernel, lambda: self._kernel(kernel, segments, count, tiles, base))
+        if kernel in CODED:
+            self._enqueue(stream, kernel, lambda: self._coded(kernel, segments, tiles, base, more))
+        else:
+            self._enqueue(stream, kernel, lambda: self._kernel(kernel, segments, count, tiles, base))
+
+    def _coded(
+        self, kernel: Kernel, segments: int, tiles: int, base: int, more: tuple[int, int]
+    ) -> tuple[list[Range], list[Range], float]:
+        described = [(segments, segments + SEGMENT.itemsize)]
+        self._need(described, ("allocation",))
+        pool, reads, writes = coded_kernels.run(kernel, segments, tiles, base, more)
+        self._need(pool, ("device", "virtual", "mapped", "allocation"))
+        self._need([*reads, *writes], ("allocation",))
+        self._flip(pool if kernel == "decode" else writes)
+        reads, writes = [*described, *reads], [*writes]
+        (writes if kernel == "decode" else reads).extend(pool)
+        return reads, writes, CALL_S + sum(hi - lo for lo, hi in pool) / DEVICE_BYTES_S
 
     def _kernel(
         self, kernel: Kernel, segments: int, count: int, tiles: int, base: int

@@ -76,6 +76,10 @@ class StubRuntime:
         self._called("streamWaitEvent", stream, event, flags)
         assert event in self.events
 
+    def streamIsCapturing(self, stream: int) -> bool:
+        self._called("streamIsCapturing", stream)
+        return False
+
     def eventCreateWithFlags(self, flags: int) -> int:
         self._called("eventCreateWithFlags", flags)
         event = self._new()
@@ -163,6 +167,7 @@ class StubCupy:
             runtime=self.runtime,
             compiler=SimpleNamespace(CompileException=CompileException),
             driver=SimpleNamespace(launchKernel=self._launch),
+            get_current_stream=lambda: SimpleNamespace(ptr=7),
         )
 
     def RawModule(self, *, code: str, options: tuple[str, ...]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kvtier.gpu.cuda
+from kvtier.geometry import EXACT
 from kvtier.gpu.cuda.device import TILE_BYTES
 from kvtier.gpu.cuda.shapes import ShapeCache
 from kvtier.gpu.cuda.ways import always
@@ -37,17 +38,24 @@ def compiled(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
 class Prepared:
     """A gather of some objects, described as the engine describes it, over memory of this process."""
 
-    def __init__(self, binding: Binding, items: list[CopyItem], load_bytes: int = TILE_BYTES * 2) -> None:
+    def __init__(
+        self,
+        binding: Binding,
+        items: list[CopyItem],
+        load_bytes: int = TILE_BYTES * 2,
+        fidelity: str = EXACT,
+    ) -> None:
         shapes = ShapeCache()
         self.out = np.full(sum(i.nbytes for i in items) + 64, 0xEE, np.uint8)
         live, at = [], 0
         for n, i in enumerate(items):
             rows = (i.group, i.start, i.tokens, i.first_valid)
             address = int(self.out.ctypes.data) + at
-            live.append(Live(n, i.group, shapes.shape(binding, *rows), binding.page_ids(*rows), address))
+            ids = binding.page_ids(*rows)
+            live.append(Live(n, i.group, shapes.shape(binding, *rows), ids, address, i.nbytes))
             at += i.nbytes
         self.live = live
-        batch = CopyBatch("j", 0, "gather", binding, tuple(items))
+        batch = CopyBatch("j", 0, "gather", binding, tuple(items), fidelity=fidelity)
         self.steps = cut(batch, live, always("direct"), load_bytes)
         self.work = describe_batch(live, self.steps, [each.host for each in live])
         self.blob = np.zeros(self.work.nbytes + 8, np.uint8)[: self.work.nbytes]
@@ -81,10 +89,12 @@ class Prepared:
             results = np.zeros(len(self.live), np.uint64)
             base = ctypes.c_uint64(int(results.ctypes.data))
             simt.kv_simt_launch(
-                2, self.segments(self.work.checks), len(self.live), self.work.check_tiles, base, blocks
-            )
+                2, self.segments(self.work.checks), len(self.live), self.work.check_tiles, base, blocks,
+                ctypes.c_uint64(0), ctypes.c_uint64(0),
+            )  # fmt: skip
             return [(int(r) + e.shape.nbytes) % (1 << 64) for r, e in zip(results, self.live, strict=True)]
         for load in (load for step in self.steps for load in step.loads):
             at = self.segments(self.work.moves + 64 * load.first)
-            simt.kv_simt_launch(kernel, at, len(load.parts), load.tiles, ctypes.c_uint64(0), blocks)
+            none = ctypes.c_uint64(0)
+            simt.kv_simt_launch(kernel, at, len(load.parts), load.tiles, none, blocks, none, none)
         return []

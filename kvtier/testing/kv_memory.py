@@ -13,6 +13,7 @@ from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.shared_pool import SharedMemory, SharedPool
 from kvtier.objects import Shard
+from kvtier.shards import Shards
 
 LAYERS, HEADS, DIM = 2, 4, 32
 PAGE_TOKENS, BLOCK_TOKENS = 16, 32
@@ -37,11 +38,23 @@ def truth(seed: int, plane: int, count: int) -> npt.NDArray[np.uint8]:
     return draw.integers(0, 1 << 64, (count, ROW_BYTES // 8), np.uint64, endpoint=False).view(np.uint8)
 
 
-class KvMemory:
-    """A pool of `pages` pages, K and V of each layer; in shared memory where the daemon shall copy."""
+def ranks_of(count: int) -> Shards:
+    """The slices of so many tensor-parallel ranks."""
+    heads = HEADS // count
+    return Shards(tuple(Shard(0, LAYERS, rank * heads, heads) for rank in range(count)))
 
-    def __init__(self, pages: int = 64, *, shared: bool = False, revision: str = "org/model@1") -> None:
-        shape = (pages, PAGE_TOKENS, HEADS, DIM)
+
+class KvMemory:
+    """A pool of `pages` pages, K and V of each layer; in shared memory where the daemon shall copy.
+
+    shard: which heads it has.
+    """
+
+    def __init__(
+        self, pages: int = 64, *, shared: bool = False, revision: str = "org/model@1", shard: Shard = SHARD
+    ) -> None:
+        self.shard = shard
+        shape = (pages, PAGE_TOKENS, shard.heads, DIM)
         nbytes = int(np.prod(shape)) * 2
         self.memory = SharedMemory.create(2 * LAYERS * nbytes) if shared else None
         self.planes: list[Words] = [self._plane(shape) for _ in range(2 * LAYERS)]
@@ -63,8 +76,8 @@ class KvMemory:
         """Lay the conversation's first `count` tokens into the pages."""
         for plane, memory in enumerate(self.planes):
             rows = self._rows(memory, pages)
-            rows[:count] = truth(seed, plane, count)
-            memory[list(pages)] = rows.view(np.uint16).reshape(len(pages), PAGE_TOKENS, HEADS, DIM)
+            rows[:count] = self._truth(seed, plane, count)
+            memory[list(pages)] = rows.view(np.uint16).reshape(len(pages), *memory.shape[1:])
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill the pages with what no conversation has."""
@@ -75,7 +88,7 @@ class KvMemory:
         """How many of the first `count` tokens in the pages are right before the first wrong one."""
         right = np.ones(count, bool)
         for plane, memory in enumerate(self.planes):
-            right &= (self._rows(memory, pages)[:count] == truth(seed, plane, count)).all(axis=1)
+            right &= (self._rows(memory, pages)[:count] == self._truth(seed, plane, count)).all(axis=1)
         wrong = np.flatnonzero(~right)
         return int(wrong[0]) if wrong.size else count
 
@@ -85,7 +98,7 @@ class KvMemory:
         for plane, memory in enumerate(self.planes):
             rows = self._rows(memory, pages)
             mine = np.zeros(len(rows), bool)
-            mine[:count] = (rows[:count] == truth(seed, plane, count)).all(axis=1)
+            mine[:count] = (rows[:count] == self._truth(seed, plane, count)).all(axis=1)
             found += int((~(mine | (rows == POISON).all(axis=1))).sum())
         return found
 
@@ -94,9 +107,13 @@ class KvMemory:
         if self.memory is not None:
             self.memory.close()
 
+    def _truth(self, seed: int, plane: int, count: int) -> npt.NDArray[np.uint8]:
+        first = self.shard.first_head * DIM * 2
+        return truth(seed, plane, count)[:, first : first + self.shard.heads * DIM * 2]
+
     @staticmethod
     def _rows(memory: Words, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
-        return np.ascontiguousarray(memory[list(pages)]).view(np.uint8).reshape(-1, ROW_BYTES)
+        return np.ascontiguousarray(memory[list(pages)]).view(np.uint8).reshape(len(pages) * PAGE_TOKENS, -1)
 
 
 def pages_for(count: int, first: int = 0) -> list[int]:

@@ -86,14 +86,14 @@ class LocalWorker:
 class Bench:
     """A node of three processes, a worker process, and a client; whatever was killed can be started again."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], mode: str = "worker") -> None:
         self.gates = folder / "gates"
         self.gates.mkdir(parents=True)
         self.services = ServiceProcesses(folder / "node", {**SETTINGS, **settings}, gates=self.gates)
         self.services.__enter__()
         self.client = connect(self.services.socket_path, backoff=FAST, required=False)
         self._worker: WorkerProcess | None = None
-        self.mode = self.services.config.gpu.mode
+        self.mode = mode
 
     @property
     def worker(self) -> WorkerProcess:

@@ -37,6 +37,8 @@ def cluster_settings(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str
             "cluster.directory": directory,
             "cluster.token_file": str(folder / "token"),
             "cluster.shards": 4,
+            # They are on one machine, and not meant to be.
+            "cluster.failure_domain": name,
             # Other tests run beside this one: what is too late here would be right on time elsewhere.
             "cluster.ask_s": 2.0,
             "cluster.lost_after_s": 3.0,

@@ -27,7 +27,7 @@ def count_a_job_as_quiet_when_it_is_over(patch: pytest.MonkeyPatch) -> None:
 
 def believe_a_disk_that_comes_late(patch: pytest.MonkeyPatch) -> None:
     """What was forgotten before the disk announced it is taken for stored."""
-    patch.setattr(DiskDues, "was_forgotten", lambda self, name: False)
+    patch.setattr(DiskDues, "was_forgotten", lambda self, name, after: False)
 
 
 def remove_before_writing_more_rows(patch: pytest.MonkeyPatch) -> None:

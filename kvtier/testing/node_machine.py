@@ -97,6 +97,7 @@ class NodeMachine(NodeRules):
         holds = Counter(id(piece.stored) for piece in held)
         for block in state.tree:
             assert all(s.pins >= 0 and s.holds == holds[id(s)] for s in block.parts.values())
+            assert all(s.slot == rig.host.find(s.meta.object_id) for s in block.parts.values())
         gone = [p for p in held if state.is_stored(p.stored) and not state.in_host(p.stored.meta.object_id)]
         assert not gone or rig.host.usage().quarantined, f"plans held {gone}"
         if rig.store is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from kvtier.host.allocator import room_bytes
 from kvtier.keys import pack_tokens
 from kvtier.messages import MakePlan
+from kvtier.node.blocks import ConversationId
 from kvtier.node.coverage import Piece, restored_end
 from kvtier.node.lookup import Query
 from kvtier.node.park_job import ParkJob
+from kvtier.node.state import Worker
 from kvtier.receipts import Level
 from kvtier.testing.core_rig import CoreRig
 
@@ -59,11 +63,27 @@ def watch_promises(rig: CoreRig, on_disk: Callable[[ParkJob, list[Piece]], None]
 
 
 def pieces_of(rig: CoreRig, job: ParkJob, tokens: Sequence[int]) -> list[Piece]:
-    """What the node of `rig` would restore the conversation of a park from."""
+    """What the node of `rig` would restore the conversation of a park from, in all slices of its ranks."""
     asked = job.message
-    message = MakePlan(worker="", conversation=asked.conversation, tenant=asked.tenant, tokens=b"")
-    query = Query(pack_tokens(tokens), b"", 0, tuple(asked.extras))
-    return rig.core._plans._best(message, job.worker, query)[1]
+    found = best_of_slices(rig, job.worker, (asked.tenant, asked.conversation), tokens, tuple(asked.extras))
+    least = min(found, key=restored_end)
+    if any(restored_end(pieces) > restored_end(least) for pieces in found):
+        return least
+    return sorted((p for pieces in found for p in pieces), key=lambda piece: piece.stored.meta.start)
+
+
+def best_of_slices(
+    rig: CoreRig,
+    worker: Worker,
+    name: ConversationId,
+    tokens: Sequence[int],
+    extras: tuple[tuple[int, bytes], ...] = (),
+) -> list[list[Piece]]:
+    """For each slice of a worker's ranks, what a worker with that slice alone would restore from."""
+    message = MakePlan(worker="", conversation=name[1], tenant=name[0], tokens=b"")
+    query = Query(pack_tokens(tokens), b"", 0, extras)
+    alone = [replace(worker, shard=shard, ranks=()) for shard in worker.ranks or (worker.shard,)]
+    return [rig.core._plans._best(message, one, query)[1] for one in alone]
 
 
 def _unanswered(rig: CoreRig) -> Iterator[str]:
@@ -84,6 +104,9 @@ def _under_way(rig: CoreRig) -> Iterator[str]:
         "restores": core._restores._jobs,
         "plans": core._plans._held,
         "deferred plans": core._plans._deferred,
+        "plans of ranks": core._plans._shared,
+        "parks of ranks": core._parks._acts._acts,
+        "restores of ranks": core._restores._acts._jobs,
         "writes": list(core._disk._requests.writes()),
         "reads": core._disk.reads._reads,
     }.items():
@@ -104,6 +127,7 @@ def _memory(rig: CoreRig) -> Iterator[str]:
 def _tree(rig: CoreRig) -> Iterator[str]:
     state = rig.core.state
     in_host, on_disk, disk_bytes, dirty = set(), set(), 0, 0
+    held: Counter[tuple[str, bytes]] = Counter()
     named: dict[tuple[str, str], set[bytes]] = {}
     for block in state.tree:
         for whose in block.names:
@@ -111,15 +135,20 @@ def _tree(rig: CoreRig) -> Iterator[str]:
         for stored in block.parts.values():
             if stored.pins or stored.holds or stored.writing:
                 yield f"{stored} has pins, is held, or is being written"
-            hosted = state.in_host(stored.meta.object_id)
+            hosted = stored.slot is not None
+            if stored.slot != rig.host.find(stored.meta.object_id):
+                yield f"{stored} is taken for one in a slot that it is not in"
             if not hosted and stored.on_disk is None:
                 yield f"{stored} is nowhere"
+            held["objects", block.root.fingerprint] += 1
             if hosted:
+                held["host", block.root.fingerprint] += stored.meta.nbytes
                 in_host.add(block.key)
                 dirty += 0 if stored.durable else room_bytes(stored.meta.nbytes)
             if stored.on_disk is not None:
                 on_disk.add(block.key)
                 disk_bytes += room_bytes(stored.on_disk.nbytes) + room_bytes(1)
+                held["disk", block.root.fingerprint] += stored.on_disk.nbytes
         if block.parts and not block.names:
             yield f"{block} belongs to nobody"
     for whose, own in named.items():
@@ -139,6 +168,14 @@ def _tree(rig: CoreRig) -> Iterator[str]:
         yield f"{state.dirty_bytes} bytes are counted as dirty, there are {dirty}"
     if disk_bytes != state.disk_held_bytes:
         yield f"{state.disk_held_bytes} bytes are counted on disk, there are {disk_bytes}"
+    for what, counted in (
+        ("objects", state.tree.objects),
+        ("host", state.host_bytes_of),
+        ("disk", state.disk_bytes_of),
+    ):
+        there = {fingerprint: n for (which, fingerprint), n in held.items() if which == what}
+        if there != {fingerprint: n for fingerprint, n in counted.items() if n}:
+            yield f"{what} of models are counted as {counted}, there are {there}"
 
 
 def _disk(rig: CoreRig) -> Iterator[str]:

@@ -37,14 +37,21 @@ SETTINGS = NodeSettings(batch_bytes=2 * UNIT, batches_in_flight=2, ask_elsewhere
 
 
 class NodeRig(CoreRig):
-    """One node of a RigCluster. pulls: reads from peers that have not ended. graves: what is on the drive."""
+    """One node of a RigCluster. pulls: reads from peers that have not ended. graves: what is on the drive.
+
+    proven: those of the graves that the core has carried out.  keeps: by the name under which another node
+    asked: who that is, and the job of its question.
+    """
 
     def __init__(self, cluster: RigCluster, name: str, graves: tuple[c.Stone, ...] = (), **how: Any) -> None:
         self.cluster = cluster
         self.pulls: list[c.PeerRead] = []
         self.graves = list(graves)
+        self.proven: list[c.Stone] = []
+        self.keeps: dict[str, tuple[str, str]] = {}
         self.replies: list[Message] = []
-        super().__init__(settings=replace(SETTINGS, node=name), started=False, **how)
+        wishes = how.pop("wishes", {})
+        super().__init__(settings=replace(SETTINGS, node=name, **wishes), started=False, **how)
         self.announcer = Announcer(name, self.core.state.epoch, 1)
         cluster.rigs[name] = self
         if graves:
@@ -65,6 +72,8 @@ class NodeRig(CoreRig):
             self._at_peers(message)
         elif send.peer == c.DIRECTORY:
             self.cluster.at_directory(self, message)
+        elif send.peer in self.keeps:
+            self._kept(*self.keeps.pop(send.peer), message)
         elif send.peer.startswith(c.PEER):
             self.replies.append(message)
         else:
@@ -84,6 +93,22 @@ class NodeRig(CoreRig):
             self.tell(Received(c.PEERS, msgspec.structs.replace(answer, job=message.job)))
         elif isinstance(message, c.PeerRead):
             self.pulls.append(message)
+        elif isinstance(message, c.AskKeep):
+            other = self.cluster.reach(self.name, message.node)
+            if other is None:
+                self.tell(Received(c.PEERS, c.Kept(job=message.job, reason="peer_lost")))
+            else:
+                peer = f"{c.PEER}{other._next()}"
+                other.keeps[peer] = (self.name, message.job)
+                other.tell(Received(peer, message.keep))
+
+    def _kept(self, asker: str, job: str, message: Message) -> None:
+        """The answer travels back, if there is still a way."""
+        rig = self.cluster.reach(self.name, asker)
+        if rig is not None and isinstance(message, c.Kept):
+            rig.tell(Received(c.PEERS, msgspec.structs.replace(message, job=job)))
+        elif rig is not None:
+            rig.tell(Received(c.PEERS, c.Kept(job=job, reason="refused")))
 
     def _ask_holder(self, message: c.AskHolder) -> c.TheseAre:
         other = self.cluster.reach(self.name, message.node)
@@ -121,11 +146,21 @@ class NodeRig(CoreRig):
         return "corrupt" if flip or lent.item.checksum != item.checksum else ""
 
     def run(self) -> None:
-        """All copies, disk jobs and reads from peers, until none is left."""
+        """All copies, disk jobs and reads from peers, until none is left; also of who keeps copies of it."""
         super().run()
-        while self.pulls:
-            self.finish_pull(self.pulls[0])
+        while pulling := [rig for rig in self.cluster.rigs.values() if rig.pulls]:
+            for rig in pulling:
+                rig.finish_pull(rig.pulls[0])
             super().run()
+
+    def prove(self, stone: c.Stone) -> None:
+        """The core has carried it out: it is noted, with its nodes, and the directory hears of it."""
+        known = next((one for one in self.graves if one.id == stone.id), None)
+        if known is None:
+            self.graves.append(stone)
+        if all(one.id != stone.id for one in self.proven):
+            self.proven.append(known or stone)
+        self.announcer.tombstone(saying.tombstone(known or stone))
 
     # --- the directory ----------------------------------------------------------------------------------
 
@@ -135,7 +170,7 @@ class NodeRig(CoreRig):
         while not self.cluster.is_cut(self.name):
             sender = self.announcer.senders[0]
             if sender.wants_snapshot:
-                saying.say_everything(self.announcer, self.core.cluster.announcing.everything(), self.graves)
+                saying.say_everything(self.announcer, self.core.cluster.announcing.everything(), self.proven)
             message = sender.next()
             if message is None:
                 return
@@ -174,6 +209,10 @@ class RigCluster:
         """A node is gone, and the directory has noticed; answers what its drive holds."""
         rig = self.rigs.pop(name)
         self.shard.lost(name, rig.core.state.epoch)
+        self.loads.pop(name, None)
+        for asker, job in rig.keeps.values():
+            if asker in self.rigs:
+                self.rigs[asker].tell(Received(c.PEERS, c.Kept(job=job, reason="peer_lost")))
         return rig.store
 
     def at_directory(self, rig: NodeRig, message: Message) -> None:
@@ -184,8 +223,7 @@ class RigCluster:
                 self.loads[rig.name] = message.load
         elif isinstance(message, c.Erased):
             if message.ok:
-                rig.graves.append(message.stone)
-                rig.announcer.tombstone(saying.tombstone(message.stone))
+                rig.prove(message.stone)
         elif isinstance(message, c.Bury):
             self._bury(rig, message)
         elif not self.is_cut(rig.name):
@@ -198,6 +236,13 @@ class RigCluster:
             found = self.shard.conversation(message.tenant, message.conversation)
             ends = saying.branch_ends([] if found is None else [found])
             return c.Branches(job=message.job, ends=ends)
+        if isinstance(message, c.FindNodes):
+            there = [
+                c.NodeThere(name, other.core.state.epoch, self.loads[name])
+                for name, other in self.rigs.items()
+                if name in self.loads and name != rig.name and not self.is_cut(name)
+            ]
+            return c.NodesThere(job=message.job, nodes=tuple(there))
         if isinstance(message, c.FindConversations):
             known = tuple(map(saying.known, self._known(message)))
             return c.Known(job=message.job, conversations=known, loads=self._loads_but(rig))
@@ -223,15 +268,13 @@ class RigCluster:
         names = tuple(sorted({*self.rigs, *self.cut}))
         stone = msgspec.structs.replace(message.stone, nodes=names)
         rig.graves.append(stone)
-        rig.announcer.tombstone(saying.tombstone(stone))
         done, absent = [], []
         for name in names:
             other = self.reach(rig.name, name) if name != rig.name else None
             if other is not None:
                 other.question(c.Erase(stone=stone))
                 other.run()
-                other.graves.append(stone)
-                other.announcer.tombstone(saying.tombstone(stone))
+                other.prove(stone)
                 done.append(name)
             elif name != rig.name:
                 absent.append(name)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +23,15 @@ _READY_S = 30.0
 _FAULTED_S = 120.0
 _GRACE_S = 15.0
 _DUMP_S = 0.5
+_RUNNER = (sys.executable, "-m", "kvtier.testing.run_service")
 
 
 class ServiceProcesses:
     """Started by `with`; ended, and all its processes with it, at the end of the block.
 
     folder: for sockets, secrets and the store; kept.  settings: by dotted name, as for `kvtier.config.load`.
-    gates: folder of the gates at which the services stop (see gates.py); None for none.
+    gates: folder of the gates at which the services stop (see gates.py); None for none.  runner: the command
+    that runs one service, without its arguments.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class ServiceProcesses:
         settings: Mapping[str, Any] | None = None,
         *,
         gates: Path | None = None,
+        runner: Sequence[str] = _RUNNER,
     ) -> None:
         self._folder = Path(folder)
+        self._runner = runner
         self._gates = gates
         overrides = {
             "node.name": "test",
@@ -88,7 +92,7 @@ class ServiceProcesses:
 
     def start(self, name: str) -> None:
         """Start one service and wait until it runs."""
-        command = [sys.executable, "-m", "kvtier.testing.run_service", name, str(self._settings)]
+        command = [*self._runner, name, str(self._settings)]
         command += [str(self._gates)] if self._gates else []
         log = (self._folder / f"{name}.log").open("a")
         with log:
@@ -98,6 +102,10 @@ class ServiceProcesses:
         if process.stdout.readline() != "ready\n":
             self.kill(name)
             raise DaemonNotFound(f"{name} did not start", fix=(self._folder / f"{name}.log").read_text())
+
+    def running(self) -> dict[str, int | None]:
+        """Exit status by service of those that were started and not ended here; None while it runs."""
+        return {name: process.poll() for name, process in self._processes.items()}
 
     def pid(self, name: str) -> int:
         """Of a running service."""

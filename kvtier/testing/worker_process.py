@@ -22,7 +22,7 @@ from kvtier.client import connect
 from kvtier.errors import KvtierError
 from kvtier.handles import ParkHandle, RestoreHandle
 from kvtier.testing.gates import Gate, gated_engine
-from kvtier.testing.kv_memory import SHARD, KvMemory, tokens_of
+from kvtier.testing.kv_memory import KvMemory, ranks_of, tokens_of
 from kvtier.worker_inputs import WorkerPlan
 
 # A test's daemon is back in a moment.
@@ -33,14 +33,18 @@ _ANSWER_S = 60.0
 class _Station:
     """Inside the process: carries out what it is told."""
 
-    def __init__(self, path: str, gates: str, pages: str, mode: str, call_timeout_s: str) -> None:
-        self.kv = KvMemory(int(pages), shared=mode == "shared")
+    def __init__(
+        self, path: str, gates: str, pages: str, mode: str, call_timeout_s: str, rank: str, count: str
+    ) -> None:
+        ranks = ranks_of(int(count))
+        self.kv = KvMemory(int(pages), shared=mode == "shared", shard=ranks[int(rank)])
         self.client = connect(path, backoff=FAST, required=False)
         gate = Gate(Path(gates) / "copy")
         self.worker = self.client.attach(
             self.kv.model,
             self.kv.pool,
-            shard=SHARD,
+            shard=self.kv.shard,
+            ranks=ranks,
             call_timeout_s=float(call_timeout_s),
             make_engine=lambda slots: gated_engine(slots, gate),
         )
@@ -75,8 +79,16 @@ class _Station:
         """Plan, and keep the plan for `go` instead of the one before it."""
         if self.plan is not None:
             self.worker.drop(self.plan)
-        plan = self.plan = self.worker.plan(f"chat-{seed}", tokens_of(seed, count))
+        return self._keep(self.worker.plan(f"chat-{seed}", tokens_of(seed, count)))
+
+    def join(self, plan_id: str) -> dict[str, Any]:
+        """Take part in another rank's plan."""
+        return self._keep(self.worker.join(plan_id))
+
+    def _keep(self, plan: WorkerPlan) -> dict[str, Any]:
+        self.plan = plan
         return {
+            "plan_id": plan.plan_id,
             "tokens": plan.load_tokens,
             "reason": plan.reason,
             "sources": [r.source for r in plan.ranges],
@@ -108,13 +120,21 @@ class _Station:
 class WorkerProcess:
     """Started when made; ended by `kill` or at the end of a `with`.
 
-    path: of the node's socket.  gates: folder of the gate 'copy'.  mode: 'worker' or 'shared'.
+    path: of the node's socket.  gates: folder of the gate 'copy'.  mode: 'worker' or 'shared'.  rank: its
+    number, and of how many tensor-parallel ranks.
     """
 
     def __init__(
-        self, path: str, gates: Path, *, pages: int = 64, mode: str = "worker", call_timeout_s: float = 5.0
+        self,
+        path: str,
+        gates: Path,
+        *,
+        pages: int = 64,
+        mode: str = "worker",
+        call_timeout_s: float = 5.0,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
-        arguments = [path, str(gates), str(pages), mode, str(call_timeout_s)]
+        arguments = [path, str(gates), str(pages), mode, str(call_timeout_s), *map(str, rank)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "kvtier.testing.worker_process", *arguments],
             stdin=subprocess.PIPE,

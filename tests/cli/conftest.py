@@ -47,6 +47,10 @@ class FakeClient:
     def models(self):
         return [ModelInfo("f" * 64, "llama", 1, 2, 30, 1 << 20, 2 << 20)]
 
+    def retire(self, fingerprint):
+        self.calls.append(("retire", fingerprint))
+        return ModelInfo("f" * 64, "llama", 0, 2, 30, 1 << 20, 2 << 20, retired=True)
+
     def conversations(self, *, tenant=""):
         self.calls.append(("conversations", tenant))
         yield from self.found

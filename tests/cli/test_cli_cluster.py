@@ -54,12 +54,12 @@ def test_up_options_win_over_the_file(kv, started, tmp_path):
         "--name",
         "n7",
         "--set",
-        "gpu.mode=shared",
+        "policy.restore=load",
     )
     assert seen.code == 0
     config = started["config"]
     assert (config.host.capacity_bytes, config.disk.capacity_bytes) == (3 << 30, 2 << 30)
-    assert (config.node.name, config.gpu.mode, started["detach"]) == ("n7", "shared", True)
+    assert (config.node.name, config.policy.restore, started["detach"]) == ("n7", "load", True)
     assert "/r/node.sock" in seen.out
     assert "pid 12" in seen.out
     assert "starting" in seen.err

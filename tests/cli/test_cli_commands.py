@@ -102,6 +102,13 @@ def test_models_lists_models(kv, daemon):
     assert json.loads(kv("models", "--json").out)["fingerprint"] == "f" * 64
 
 
+def test_retire_names_what_it_retired(kv, daemon):
+    seen = kv("retire", "ffff")
+    assert (seen.code, daemon.calls[-1]) == (0, ("retire", "ffff"))
+    assert "retired llama ffffffffffffffff: 1.0 MiB in host memory, 2.0 MiB on disk" in seen.out
+    assert json.loads(kv("retire", "ffff", "--json").out)["retired"] is True
+
+
 def test_forget_prints_the_receipt(kv, daemon):
     seen = kv("forget", "chat-1", "--tenant", "acme", "--yes")
     assert seen.code == 0
@@ -201,15 +208,15 @@ def test_config_show_prints_toml_and_origins(kv, tmp_path):
     assert tomllib.loads(few.out) == {"host": {"capacity_bytes": "1GiB"}}
     every = tomllib.loads(kv("config", "show", "--config", str(file), "--effective").out)
     assert every["host"]["capacity_bytes"] == "1GiB"
-    assert every["gpu"]["mode"] == "worker"
-    values = json.loads(kv("config", "show", "--set", "gpu.mode=shared", "--json").out)
-    assert values == {"gpu.mode": {"value": "shared", "origin": "argument"}}
+    assert every["gpu"]["copy_threads"] == 2
+    values = json.loads(kv("config", "show", "--set", "policy.restore=load", "--json").out)
+    assert values == {"policy.restore": {"value": "load", "origin": "argument"}}
 
 
 def test_config_show_refuses_a_setting_without_a_value(kv):
-    seen = kv("config", "show", "--set", "gpu.mode")
+    seen = kv("config", "show", "--set", "policy.restore")
     assert seen.code == 2
-    assert "--set gpu.mode=VALUE" in seen.err
+    assert "--set policy.restore=VALUE" in seen.err
 
 
 LLAMA_3_8B = {
@@ -245,7 +252,7 @@ def test_size_of_a_broken_config_is_a_usage_error(kv, tmp_path):
 
 def test_the_scripted_daemon_takes_the_same_arguments_as_the_client(daemon):
     scripted = type(daemon)
-    for name in ("status", "models", "conversations", "show", "forget"):
+    for name in ("status", "models", "retire", "conversations", "show", "forget"):
         real = inspect.signature(getattr(Client, name)).parameters
         fake = inspect.signature(getattr(scripted, name)).parameters
         assert [(p.name, p.kind) for p in real.values()] == [(p.name, p.kind) for p in fake.values()], name

@@ -29,6 +29,7 @@ from kvtier.messages import (
     Models,
     Ping,
     Pong,
+    Retire,
     Show,
     Status,
     StatusIs,
@@ -52,6 +53,7 @@ def test_calls(kit):
         Forget: lambda peer, m: Forgotten(id=m.id, receipt=ForgetReceipt(m.conversation, m.tenant, True)),
         Show: lambda peer, m: Conversations(id=m.id, conversations=[info(m.conversation)]),
         ListModels: lambda peer, m: Models(id=m.id, models=[model]),
+        Retire: lambda peer, m: Models(id=m.id, models=[model]),
         Status: lambda peer, m: StatusIs(id=m.id, report=report),
     }
     kit.node.answers.update(answers)
@@ -66,6 +68,8 @@ def test_calls(kit):
         assert kv.forget("chat", tenant="acme") == ForgetReceipt("chat", "acme", True)
         assert kv.show("chat") == info("chat")
         assert kv.models() == [model]
+        assert kv.retire("ab") == model
+        assert peer.next(Retire).fingerprint == "ab"
         assert kv.status() == report
         kit.node.answers[Show] = lambda peer, m: Conversations(id=m.id, conversations=[])
         assert kv.show("chat") is None

@@ -29,9 +29,9 @@ def make_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """Make nodes that last as long as the module's tests."""
     made: list[Bench] = []
 
-    def make(**settings: Any) -> Bench:
+    def make(mode: str = "worker", **settings: Any) -> Bench:
         folder = tmp_path_factory.mktemp("n")
-        made.append(Bench(folder, {name.replace("__", "."): value for name, value in settings.items()}))
+        made.append(Bench(folder, {name.replace("__", "."): value for name, value in settings.items()}, mode))
         return made[-1]
 
     yield make

@@ -46,6 +46,7 @@ class Say:
         self.directory = PeerDirectory(
             config.cluster,
             Identity(node, epoch, TOKEN),
+            None,
             snapshot=self._snapshot,
             forget=lambda stone: self.told.append(stone),
             over=lambda ids: self.told.append(tuple(ids)),
@@ -301,3 +302,62 @@ def test_a_drive_that_is_full_is_said_and_hides_nothing(
     again = PeerGraves(tmp_path)
     assert again.stones() == (stone,)
     again.close()
+
+
+# --- faults -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_while_announcing_is_seen_and_the_next_thread_goes_on(
+    config: Config,
+    service: DirectoryService,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tell_all = PeerDirectory._tell_all
+    faults = [ValueError("a fault of ours")]
+
+    def fails_once(self: PeerDirectory, service: Any) -> bool:
+        if faults:
+            raise faults.pop()
+        return tell_all(self, service)
+
+    monkeypatch.setattr(PeerDirectory, "_tell_all", fails_once)
+    monkeypatch.setattr(peer_directory, "_PAUSE_S", 0.01)
+    node = Say(config, "a")
+    try:
+        node.names("chat")
+        until(lambda: node.ends("chat"), "what it says arrives all the same")
+    finally:
+        node.directory.close()
+    assert "a fault of ours" in caplog.text
+
+
+def test_a_snapshot_that_takes_long_is_made_once(config: Config, service: DirectoryService) -> None:
+    node = Say(config, "a")
+    directory, made = node.directory, []
+    try:
+        until(lambda: "heard" in node.told, "all shards have one")
+        directory._snapshot = lambda: made.append("asked")  # type: ignore[method-assign]
+        for _ in range(5):
+            directory._want_snapshot()
+        assert made == ["asked"]
+        directory.say_everything(Holdings(), ())
+        directory._want_snapshot()
+        assert made == ["asked", "asked"]
+    finally:
+        directory.close()
+
+
+def test_names_of_tombstones_that_are_over_stay(tmp_path: Path) -> None:
+    graves = PeerGraves(tmp_path)
+    stones = [Stone(f"a.{n}", "acme", "chat", 1.0, ("a", "b")) for n in range(3)]
+    assert all(graves.add(stone) for stone in stones)
+    graves.over(["a.1", "a.0"])
+    bare = Stone("a.2", "acme", "chat", 1.0)
+    assert graves.of(bare) == stones[2]
+    graves.close()
+    for _ in range(2):
+        again = PeerGraves(tmp_path)
+        assert (again.past(), again.stones()) == (("a.1", "a.0"), (stones[2],))
+        again.close()

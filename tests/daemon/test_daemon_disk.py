@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvtier.client import Client
@@ -24,6 +25,7 @@ from kvtier.receipts import StatusReport, TierInfo
 from kvtier.testing.gates import Gate, GatedFileOps
 from kvtier.testing.kv_memory import BLOCK_BYTES, pages_for, truth
 from kvtier.testing.node_bench import ARENA_BYTES, LocalWorker, forget_all, until
+from kvtier.tier_messages import DiskUsage
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)
@@ -298,8 +300,13 @@ def test_others_fill_the_file_system(
     receipt = local.park(1, PAGES, TOKENS, level="disk").result()
     assert (receipt.level, receipt.reason) == ("host", "disk_full")
     assert local.restore(1, PAGES, TOKENS).tokens == TOKENS
+    until(lambda: any("others fill" in warning for warning in client.status().warnings), "it is said")
+    assert "the file system is full" in disk(client).detail
+    assert counter(client, "disk_crowded") == 1
     ops.failure = 0
     until(lambda: local.park(2, PAGES, TOKENS, level="disk").result().ok, "there is room again")
+    until(lambda: not any("others fill" in warning for warning in client.status().warnings), "and no more")
+    assert counter(client, "disk_crowded") == 0
     forget_all(client)
 
 
@@ -434,3 +441,11 @@ def test_what_is_stored_under_a_master_key_cannot_be_read_without_it(
     other.chmod(0o600)
     with pytest.raises(ConfigError, match="master key"):
         make_daemon(disk__key_file=str(other), **where)
+
+
+def test_counts_go_both_ways_between_a_service_and_a_node_of_other_versions() -> None:
+    said = DiskUsage(capacity_bytes=1, used_bytes=2, objects=3, quarantined=4, written_bytes=5, crowded=True)
+    wire = msgspec.msgpack.decode(msgspec.msgpack.encode(said))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(wire | {"later": 1}), type=DiskUsage) == said
+    del wire["crowded"]
+    assert not msgspec.msgpack.decode(msgspec.msgpack.encode(wire), type=DiskUsage).crowded

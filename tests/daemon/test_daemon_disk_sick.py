@@ -109,7 +109,10 @@ def test_a_drive_that_hangs_is_said_and_recovers_by_itself(
 
 
 def test_direct_io_on_refuses_to_start_where_the_file_system_does_not_take_it(
-    make_daemon: MakeDaemon, with_ops: Callable[[OsFileOps], None], tmp_path: Path
+    make_daemon: MakeDaemon,
+    client_of: Callable[[Embedded], Client],
+    with_ops: Callable[[OsFileOps], None],
+    tmp_path: Path,
 ) -> None:
     class Cached(OsFileOps):
         def open(self, path: str, flags: int, mode: int = 0o600) -> int:
@@ -124,5 +127,7 @@ def test_direct_io_on_refuses_to_start_where_the_file_system_does_not_take_it(
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     kinds = {line.partition(" - ")[2].split()[0] for line in mounts}
     assert any(f"lies on {kind}," in refused.value.message for kind in kinds)
-    # Nothing holds the folder: as it is, "auto" goes on with it.
-    make_daemon(disk__direct_io="auto", disk__directory=str(tmp_path / "d"))
+    # Nothing holds the folder: as it is, "auto" goes on with it, and says so before the first park.
+    client = client_of(make_daemon(disk__direct_io="auto", disk__directory=str(tmp_path / "d")))
+    until(lambda: "without O_DIRECT" in " ".join(client.status().warnings), "the status says it")
+    assert client.status().counters["disk_direct_io"] == 0

@@ -7,9 +7,11 @@ from typing import Any
 
 from kvtier.cluster.actors import Drains
 from kvtier.cluster.drain import Progress
+from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.embedded import Embedded
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import LocalWorker, until
+from kvtier.testing.node_cluster import cluster_settings
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)
@@ -36,6 +38,33 @@ def test_parks_in_memory_outlive_the_node(
     for seed in (1, 2):
         assert again.restore(seed, PAGES, TOKENS).tokens == TOKENS
     assert again.restore(3, PAGES, TOKENS).tokens == 0
+
+
+def test_what_it_had_in_memory_goes_on_at_another_node(
+    make_daemon: Callable[..., Embedded], make_local: Callable[..., LocalWorker], tmp_path: Any
+) -> None:
+    own = cluster_settings(tmp_path, ("a", "b"))
+    plain = {node: {key.replace(".", "__"): value for key, value in of.items()} for node, of in own.items()}
+    # Without a disk it is in memory or nowhere.
+    daemons = {node: make_daemon(disk__enabled=False, **of) for node, of in plain.items()}
+    directory = DirectoryService(daemons["a"].config)
+    directory.start()
+    try:
+        a, b = (make_local(daemon.socket_path) for daemon in daemons.values())
+        for seed in (1, 2):
+            assert a.park(seed, PAGES, TOKENS).result().level == "host"
+        # Each node is asked once the directory has heard of it, and of its room.
+        until(lambda: a.park(3, PAGES, TOKENS, level="copies=2").result().ok, "the other node takes copies")
+        node = daemons["a"].node
+        until(lambda: Progress.of(node.drain(20.0)).done, "all is given away")
+        last = Progress.of(node.drain(20.0))
+        assert last.dirty_bytes == 0 and last.moved_bytes > 0
+        daemons["a"].close()
+        for seed in (1, 2, 3):
+            assert b.restore(seed, PAGES, TOKENS).tokens == TOKENS
+            assert b.kv.front(seed, PAGES, TOKENS) == TOKENS
+    finally:
+        directory.stop(5.0)
 
 
 def secret(folder: Any) -> str:

@@ -58,6 +58,11 @@ def address(request: pytest.FixtureRequest, bench: Bench) -> str:
         (protocol.LENGTH.pack(4) + b"\xdd\xff\xff\xff", "MalformedMessage"),
         (protocol.LENGTH.pack(1) + b"\x80", "MalformedMessage"),
         (protocol.LENGTH.pack(600) + b"\x91" * 599 + b"\xc0", "MalformedMessage"),
+        # Deeper than any decoder goes, in a field that nobody knows.
+        (
+            protocol.LENGTH.pack(100_013) + b"\x82\xa4type\xa4ping\xa1x" + b"\x91" * 100_000,
+            "MalformedMessage",
+        ),
     ],
 )
 def test_bytes_that_are_no_message(address: str, data: bytes, error: str) -> None:

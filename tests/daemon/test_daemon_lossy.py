@@ -41,7 +41,7 @@ class Rig:
 
 @pytest.fixture(params=["worker", "shared"])
 def rig(request: pytest.FixtureRequest, make_daemon: Callable[..., Embedded]) -> Iterator[Rig]:
-    daemon = make_daemon(gpu__mode=request.param)
+    daemon = make_daemon()
     shape = (PAGES, PAGE_TOKENS, HEADS, DIM)
     nbytes = int(np.prod(shape)) * 2
     memory = SharedMemory.create(2 * LAYERS * nbytes)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from kvtier import cluster_messages
 from kvtier.cluster_messages import DIRECTORY, Branches, Buried, Bury, FindBranches, Stone
 from kvtier.config import load
 from kvtier.daemon.peer_desk import PeerDesk
@@ -52,3 +53,45 @@ def test_plans_do_not_wait_for_forgettings_that_a_hanging_node_holds_up(
 
 def _nobody_looks(look: Any) -> None:
     """There is no core."""
+
+
+def test_nodes_that_are_away_are_not_asked_to_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = cluster_settings(tmp_path, ("a",))["a"]
+    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    told: list[Message] = []
+    asked: list[str] = []
+    monkeypatch.setattr(PeerDirectory, "nodes", lambda self: {"b": True, "gone": False})
+    monkeypatch.setattr(PeerDesk, "_erase_at", lambda self, node, stone: asked.append(node) or True)
+    desk = PeerDesk(
+        config, 1, cast(HostTier, None), lambda peer, message: told.append(message), _nobody_looks
+    )
+    try:
+        stone = Stone("a.1", "acme", "chat", 1.0)
+        desk.carry_out(Send(DIRECTORY, Bury(job=stone.id, stone=stone)))
+        until(lambda: told, "it is forgotten")
+    finally:
+        desk.close()
+    assert asked == ["b"]
+    assert told == [Buried(job="a.1", done=("b",), absent=("gone",))]
+
+
+def test_every_wish_of_the_core_has_somebody_who_carries_it_out(tmp_path: Path) -> None:
+    """A wish that nobody carries out would never be answered."""
+    settings = cluster_settings(tmp_path, ("a",))["a"]
+    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    desk = PeerDesk(config, 1, cast(HostTier, None), lambda peer, message: None, _nobody_looks)
+    try:
+        wishes = {
+            cluster_messages.FindBranches,
+            cluster_messages.FindHolders,
+            cluster_messages.FindConversations,
+            cluster_messages.FindNodes,
+            cluster_messages.AskHolder,
+            cluster_messages.AskKeep,
+            cluster_messages.PeerRead,
+            cluster_messages.Bury,
+            cluster_messages.Erased,
+        }
+        assert desk._works.keys() == wishes
+    finally:
+        desk.close()

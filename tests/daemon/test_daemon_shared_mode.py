@@ -18,7 +18,7 @@ MORE_PAGES = pages_for(TOKENS, 16)
 
 @pytest.fixture(scope="module")
 def bench(make_bench: Callable[..., Bench]) -> Bench:
-    return make_bench(gpu__mode="shared")
+    return make_bench(mode="shared")
 
 
 @pytest.fixture(autouse=True)

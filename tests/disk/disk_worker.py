@@ -67,6 +67,7 @@ def main() -> None:
     eager = sys.argv[4:] == ["eager"]
     sealed = sys.argv[4:] == ["sealed"]
     tier = open_tier(directory, sealed=sealed)
+    tier.make_room_ahead()
     stored = sorted(meta.start for meta in tier.objects())
     say("ready")
     while True:

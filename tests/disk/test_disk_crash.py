@@ -344,12 +344,7 @@ class CrashMachine(RuleBasedStateMachine):
     def crash_between_calls(self, seed: int) -> None:
         self._power_loss(seed)
 
-    @rule(
-        after=st.integers(0, 12),
-        seed=SEEDS,
-        count=st.integers(1, 3),
-        first=st.integers(0, 5),
-    )
+    @rule(after=st.integers(0, 12), seed=SEEDS, count=st.integers(1, 3), first=st.integers(0, 5))
     def crash_in_put(self, after: int, seed: int, count: int, first: int) -> None:
         self._crash_in(after, seed, lambda: self.put(count, first, LENGTHS[seed % len(LENGTHS)]))
 
@@ -378,7 +373,11 @@ class CrashMachine(RuleBasedStateMachine):
     def crash_in_restart(self, after: int, seed: int) -> None:
         self._crash_in(after, seed, self.restart)
 
-    def _crash_in(self, after: int, seed: int, action: Callable[[], None]) -> None:
+    @rule(after=st.integers(0, 12), seed=SEEDS)
+    def make_room_ahead(self, after: int, seed: int) -> None:
+        self._crash_in(after, seed, self.tier._store.make_ahead)
+
+    def _crash_in(self, after: int, seed: int, action: Callable[[], object]) -> None:
         self.ops.left = after
         try:
             action()
@@ -431,8 +430,8 @@ class CrashMachine(RuleBasedStateMachine):
 
 def abandon(tier: DiskTier) -> None:
     """End a tier as a crash does: nothing is flushed, nothing more is listed. Twice is no harm."""
-    tier._write_pool.shutdown()
-    tier._read_pool.shutdown()
+    tier._writes.close()
+    tier._reads.close()
     if not tier._store.closed:
         tier._store.closed = True
         tier._store.index.close()
@@ -476,7 +475,7 @@ def test_room_that_is_reused_too_early_is_caught() -> None:
     class Greedy(CrashMachine):
         tier_class = GreedyTier
         # Rules that seldom lead to this fault, and take their share of the steps.
-        forget = crash_in_forget = lose_the_index_in_a_crash = None  # type: ignore[assignment]
+        forget = crash_in_forget = lose_the_index_in_a_crash = make_room_ahead = None  # type: ignore
 
     with pytest.raises((AssertionError, CorruptObject)):
         run_state_machine_as_test(Greedy, settings=CAUGHT)
@@ -485,7 +484,7 @@ def test_room_that_is_reused_too_early_is_caught() -> None:
 def test_a_forget_that_waits_for_nothing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hurried(CrashMachine):
         # As above.
-        leave_half_done = restart = crash_in_restart = crash_in_put = None  # type: ignore[assignment]
+        leave_half_done = restart = crash_in_restart = crash_in_put = make_room_ahead = None  # type: ignore
 
     monkeypatch.setattr(Graves, "sync", lambda _: None)
     with pytest.raises((AssertionError, CorruptObject)):

@@ -70,7 +70,23 @@ def write_more_rows(machine: Any) -> None:
     machine.forget(0)
 
 
-WORKLOADS = [fill_and_reuse, forget_and_write_again, restart_in_between, leave_and_go_on, write_more_rows]
+def make_room_before_it_is_needed(machine: Any) -> None:
+    machine.tier._store.make_ahead()
+    machine.put(2, 0, 30_000)
+    machine.tier._store.make_ahead()
+    machine.restart()
+    machine.tier._store.make_ahead()
+    machine.put(3, 2, 9000)
+
+
+WORKLOADS = [
+    fill_and_reuse,
+    forget_and_write_again,
+    restart_in_between,
+    leave_and_go_on,
+    write_more_rows,
+    make_room_before_it_is_needed,
+]
 
 
 def crash_everywhere(machine_class: Any, workload: Callable[[Any], None], seed: int) -> int:
@@ -116,6 +132,15 @@ def test_listing_before_flushing_is_caught() -> None:
     with pytest.raises((AssertionError, CorruptObject)):
         for seed in range(20):
             crash_everywhere(Eager, fill_and_reuse, seed)
+
+
+def test_room_ahead_that_is_not_durable_is_caught() -> None:
+    class Hasty(CrashMachine):  # type: ignore[misc]
+        ops_class = crash.HastyOps
+
+    with pytest.raises((AssertionError, CorruptObject)):
+        for seed in range(20):
+            crash_everywhere(Hasty, make_room_before_it_is_needed, seed)
 
 
 def test_removing_before_the_other_is_there_is_caught() -> None:

@@ -15,10 +15,14 @@ from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.make import CudaPlace
 from kvtier.gpu.cuda.measure import WayRates, copy_once, fit
 from kvtier.gpu.cuda.ways import WAYS, Way, always
-from kvtier.gpu.engine import CopyBatch, CopyItem
+from kvtier.gpu.describe import paged
+from kvtier.gpu.engine import CopyBatch, CopyItem, CopyResult, StreamEvent
 from kvtier.gpu.layers import LayerEvents
+from kvtier.gpu.places import location_of, place_of
+from kvtier.gpu.pool import Pool
 from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.fake_device_pools import Uploaded
 from kvtier.testing.pool_cases import BUILDERS, GEOMETRIES, PAGES, Case, Slots
@@ -159,23 +163,85 @@ def test_layers_of_a_restore_over_several_batches(device: Device) -> None:
     nbytes = case.layout.geometry.groups[0].object_bytes(16)
     items = [CopyItem(0, 16 * n, 16, 0, n, 1, (0, n * nbytes), nbytes) for n in range(2)]
     sums = copy_once(engine, "gather", binding, items, True)[1].checksums
-    ready = LayerEvents(case.layout, [32] * 4)
+    ready = LayerEvents(case.layout)
     prefill = device.stream()
     assert not ready.wait(0, prefill, 0)
     for n, item in enumerate(items):
         mine = (replace(item, checksum=sums[n]),)
-        batch = CopyBatch("r", n, "scatter", binding, mine, on_layer=ready.note(mine))
-        engine.submit(batch, lambda result: None)
+        part = ready.begin(mine, last=n == 1)
+        assert part is not None
+        batch = CopyBatch("r", n, "scatter", binding, mine, on_layer=part.on_layer)
+        engine.submit(batch, lambda result, part=part: part.ended(result.ok))
         assert engine.wait_idle(30)
-        assert ready.queued() == ((0, 1, 2, 3) if n else ())
+        assert [ready.ready(layer) for layer in range(4)] == [n == 1] * 4
     assert all(ready.wait(layer, prefill, 10) for layer in range(4))
-    short = LayerEvents(case.layout, [32] * 4)
-    short.end()
-    assert not short.wait(0, prefill, 10)
+    del part
     del ready, batch
     engine.close()
     there.close()
     device.destroy_stream(prefill)
+
+
+@pytest.mark.gpu
+def test_torch_s_streams_order_parks_and_restores() -> None:
+    """A kernel that takes long, on a stream of torch's: the park has what it wrote, and nobody waited.
+
+    Then a restore into a page that a kernel of the current stream still overwrites, and a layer's event.
+    """
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    slots = Slots(1 << 20)
+    tensors = [torch.zeros(32, 16, 2, 64, dtype=torch.float16, device="cuda") for _ in range(4)]
+    layout = paged(
+        list(zip(tensors[::2], tensors[1::2], strict=True)), "page token head dim", block_tokens=64
+    )
+    pool = Pool(layout, tensors)
+    place = place_of(location_of(pool))
+    assert isinstance(place, CudaPlace) and place.engine == "cuda" and place.device and place.device_bytes
+    engine = CudaCopyEngine(place.gpu, slots, [slots.bytes], settings=Settings(always("staged"), 2, 1 << 18))
+    nbytes = layout.geometry.groups[0].object_bytes(64)
+    item = CopyItem(0, 0, 64, 0, 0, 1, (0, 0), nbytes)
+    big, stream = torch.randn(8192, 8192, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    def busy() -> None:
+        for _ in range(20):
+            torch.mm(big, big)
+
+    answers: list[CopyResult] = []
+    events = []
+    with torch.cuda.stream(stream):
+        busy()
+        for number, tensor in enumerate(tensors):
+            tensor[:4] = number + 1
+            if number % 2:
+                events.append(torch.cuda.Event())
+                events[-1].record()
+        current = place.mark()
+    for order in ({"after": place.mark(stream)}, {"after": current}):
+        engine.submit(CopyBatch("p", 0, "gather", pool.bind(range(4)), (item,), **order), answers.append)
+    by_layer = tuple(place.event(event) for event in events)
+    engine.submit(
+        CopyBatch("p", 1, "gather", pool.bind(range(4)), (item,), after_layers=by_layer), answers.append
+    )
+    assert engine.wait_idle(60) and all(answer.ok for answer in answers)
+    stored = slots.view((0, 0), nbytes).view(np.float16).reshape(4, -1)
+    assert [set(row.tolist()) for row in stored] == [{1.0}, {2.0}, {3.0}, {4.0}]
+    busy()
+    tensors[0][8:12] = -1
+    told: dict[int, StreamEvent] = {}
+    back = (replace(item, checksum=answers[0].checksums[0]),)
+    engine.submit(
+        CopyBatch(
+            "r", 0, "scatter", pool.bind(range(8, 12)), back, after=place.mark(), on_layer=told.__setitem__
+        ),
+        answers.append,
+    )
+    assert engine.wait_idle(60) and answers[-1].ok
+    told[0].wait(place.stream(None))
+    assert torch.equal(tensors[0][8:12], tensors[0][:4])
+    engine.close()
 
 
 def test_memory_that_is_not_the_device_s_has_no_handle(device: Device) -> None:

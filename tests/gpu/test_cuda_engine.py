@@ -12,6 +12,7 @@ import pytest
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda.engine import CudaCopyEngine
+from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.lane import Lane, Settings
 from kvtier.gpu.cuda.ways import always
 from kvtier.gpu.engine import CopyBatch, CopyItem, CopyResult
@@ -151,7 +152,7 @@ def test_what_the_engine_cannot_do_is_refused(engine: CudaCopyEngine, pool: Pool
     with pytest.raises(GeometryError):
         engine.submit(CopyBatch("j", 0, "scatter", binding, items(1)), print)
     stream = device.stream()
-    few = CopyBatch("j", 0, "gather", binding, items(1), after_layers=(engine.mark(stream),))
+    few = CopyBatch("j", 0, "gather", binding, items(1), after_layers=(mark(device, stream),))
     with pytest.raises(GeometryError, match="1 events for 4 layers"):
         engine.submit(few, print)
     device.destroy_stream(stream)

@@ -67,7 +67,9 @@ def test_control_a_launch_of_too_few_tiles_is_seen(simt: ctypes.CDLL) -> None:
         ready = Prepared(case.pool().bind([1, 2, 3, 4]), [item], 1 << 20)
         (load,) = ready.steps[0].loads
         base = ctypes.c_uint64(0)
-        simt.kv_simt_launch(GATHER, ready.segments(ready.work.moves), 1, load.tiles - missing, base, 1)
+        simt.kv_simt_launch(
+            GATHER, ready.segments(ready.work.moves), 1, load.tiles - missing, base, 1, base, base
+        )
         assert (ready.out[:-64].tobytes() == wanted) == (not missing)
 
 

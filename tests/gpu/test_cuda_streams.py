@@ -10,6 +10,7 @@ import pytest
 from kvtier.checksum import checksum
 from kvtier.gpu.cuda import movers
 from kvtier.gpu.cuda.engine import CudaCopyEngine
+from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.ways import always
 from kvtier.gpu.engine import CopyBatch
@@ -25,7 +26,7 @@ def test_a_park_waits_for_what_the_model_still_writes(
     model = device.stream()
     new = np.full_like(tensors[0][:, :4], 17)
     device.write(tensors[0][0, :4], new[0], model)
-    batch = CopyBatch("p", 0, "gather", pool.bind(range(4)), items(1), after=engine.mark(model))
+    batch = CopyBatch("p", 0, "gather", pool.bind(range(4)), items(1), after=mark(device, model))
     assert run(engine, batch).ok
     assert (slots.bytes[: NBYTES // LAYERS // 2].view(np.uint16) == 17).all()
     assert not device.races
@@ -51,7 +52,7 @@ def test_a_park_begins_while_later_layers_are_still_computed(
     for number, tensor in enumerate(tensors):
         for half in range(2):
             device.write(tensor[half, :8], np.full_like(tensor[half, :8], number + 1), model)
-        events.append(engine.mark(model))
+        events.append(mark(device, model))
     batch = CopyBatch("p", 0, "gather", pool.bind(range(8)), items(2), after_layers=tuple(events))
     result = run(engine, batch)
     stored = slots.bytes[:NBYTES].view(np.uint16).reshape(LAYERS, -1)
@@ -122,7 +123,7 @@ def test_control_staging_that_is_filled_again_too_early_is_a_race(
 def test_marks_end_with_their_users(engine: CudaCopyEngine, device: FakeDevice) -> None:
     model = device.stream()
     before = device.leaks().count("event")
-    event = engine.mark(model)
+    event = mark(device, model)
     assert device.leaks().count("event") == before + 1
     event.synchronize()
     assert event.done()

@@ -59,6 +59,7 @@ class MemoryWorker:
     restored_at_most: int | None = None
     prefills: list[tuple[int, int, float]] = field(default_factory=list)
     plans: list[tuple[float | None, str]] = field(default_factory=list)
+    queues: list[tuple[int, float]] = field(default_factory=list)
 
     def _root(self) -> Root:
         return Root(ROOT_KEY, "t", b"f" * 32, "exact", self.geometry.block_tokens)
@@ -107,9 +108,12 @@ class MemoryWorker:
         fidelity: str = "exact",
         deadline_s: float | None = None,
         takes: str = "fronts",
+        waiting: int = 0,
+        prefill_wait_s: float = 0.0,
     ) -> Plan:
         assert fidelity == "exact"
         self.plans.append((deadline_s, takes))
+        self.queues.append((waiting, prefill_wait_s))
         packed, private = keys.pack_tokens(tokens), self.private.get((tenant, conversation))
         refs: list[keys.BlockRef] = []
         for ref in keys.chain(self._root(), packed, private=private):

@@ -29,6 +29,8 @@ def test_an_example_runs_and_says_that_all_is_well(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [str(path)])
+    # For processes that it starts.
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
     assert ended.value.code == 0
@@ -57,4 +59,5 @@ def test_there_are_examples() -> None:
         "chat_resume",
         "async_client",
         "gateway",
+        "tensor_parallel",
     } | OWN_PROCESS

@@ -216,6 +216,16 @@ def test_a_restore_asks_for_a_front_within_its_deadline(
     assert worker.plans == [(0.75, "fronts"), (4.0, "fronts")]
 
 
+def test_a_caller_with_a_queue_of_prefills_says_so(
+    model: Any, memory_kv: Callable[..., TransformersKV]
+) -> None:
+    kv = memory_kv(model, BLOCK)
+    worker: Any = kv.worker
+    kv.restore("chat", FIRST)
+    kv.restore("chat", FIRST, waiting=3, prefill_wait_s=0.5)
+    assert worker.queues == [(0, 0.0), (3, 0.5)]
+
+
 def test_a_prefill_that_fails_tells_nothing(model: Any, memory_kv: Callable[..., TransformersKV]) -> None:
     kv = memory_kv(model, BLOCK)
     worker: Any = kv.worker

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from kvtier import cluster_messages as c
 from kvtier.host.slots import HostSlots
 from kvtier.keys import pack_tokens
@@ -107,8 +109,8 @@ def test_it_does_not_come_back_either_when_its_tombstone_is_over_by_then():
 
 def test_the_end_of_an_earlier_tombstone_costs_no_pull():
     a, b = pair()
-    b.tell(Received(c.DIRECTORY, c.Graves(stones=(c.Stone("z.0", "acme", "chat", b.now_s),))))
     park_at(a)
+    b.tell(Received(c.DIRECTORY, c.Graves(stones=(c.Stone("z.0", "acme", "chat", b.now_s),))))
     restore = begun(b)
     b.tell(Received(c.DIRECTORY, c.Over(ids=("z.0",))))
     for pull in list(b.pulls):
@@ -128,6 +130,44 @@ def test_the_control_a_pull_that_looks_at_no_tombstone_brings_it_back(monkeypatc
     b.finish_pull(pull)
     b.run()
     assert objects_of(b, "chat"), "the check above would not have noticed"
+
+
+def test_who_forgot_it_takes_nothing_from_a_node_that_has_not_heard_of_it_yet():
+    a, b = pair()
+    cluster = a.cluster
+    park_at(a, 24)
+    cluster.cut.add("a")
+    receipt = forget(b)
+    assert receipt.durable and "a" in receipt.detail
+    b.announce()
+    cluster.cut.discard("a")
+    # The directory knows that it is forgotten; the other node has it all, and is reached again.
+    assert objects_of(a, "chat")
+    assert b.plan(b.attach(), "chat", range(24)).plan.load_tokens == 0
+    assert b.plan(b.attach(), "another", range(24)).plan.load_tokens == 24
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "over"])
+def test_an_erasure_before_the_disk_is_read_spares_what_came_after_it(kept: bool):
+    """After a start another node that has not heard of a tombstone's end has the directory tell it anew."""
+    a, _ = pair()
+    cluster = a.cluster
+    park_at(a, level="disk")
+    assert forget(a).durable
+    stone = next(iter(a.core.state.stones["acme", "chat"].values()))
+    park_at(a, level="disk")
+    past = c.Graves(stones=(stone,) if kept else (), past=() if kept else (stone.id,))
+    store = cluster.lose("a")
+    a = NodeRig(cluster, "a", epoch=8, disk=None, wishes={"disk_expected": True})
+    a.tell(Received(c.DIRECTORY, past))
+    answer = a.question(c.Erase(stone=stone))
+    a.store = store
+    a.start_disk()
+    a.run()
+    assert answer is not None and answer.ok is not kept
+    assert a.resume(a.attach(), "chat", range(10)).receipt.tokens == 10
+    assert a.question(c.Erase(stone=stone)).ok
+    assert a.resume(a.attach(), "chat", range(10)).receipt.tokens == 10
 
 
 def test_an_erasure_that_runs_is_answered_when_it_is_durable_whoever_asks_for_it():

@@ -293,3 +293,28 @@ def test_asking_changes_nothing(make_rig):
 def test_cost_usage_is_what_cost_means(make_rig):
     rig, _ = cost_rig(make_rig)
     assert isinstance(rig.core.state.policies.usage, CostUsage)
+
+
+# --- models that nobody serves any more -------------------------------------------------------------------
+
+
+def test_a_model_that_was_retired_goes_first_until_somebody_serves_it_again(make_rig):
+    rig, worker = cost_rig(make_rig)
+    park(rig, worker, "old", tokens_of(1))
+    park(rig, worker, "other", tokens_of(2))
+    (info,) = rig.ask(m.ListModels()).models
+    refused = rig.ask(m.Retire(fingerprint=info.fingerprint))
+    assert isinstance(refused, m.Failed), "a worker serves it"
+    assert "serve" in refused.message
+    rig.ask(m.Detach(worker=worker.name), worker.peer)
+    for nobody in ("", "zz"):
+        assert isinstance(rig.ask(m.Retire(fingerprint=nobody)), m.Failed)
+    (retired,) = rig.ask(m.Retire(fingerprint=info.fingerprint[:8])).models
+    assert retired.retired
+    rig.tick(0.1)
+    assert "no worker serves its model any more" in explain(rig, "old").runs[0].why
+    assert rig.ask(m.ListModels()).models[0].retired
+    rig.attach()
+    rig.tick(10.0)
+    assert "no worker serves" not in explain(rig, "old").runs[0].why
+    assert not rig.ask(m.ListModels()).models[0].retired

@@ -441,3 +441,22 @@ def test_a_peer_of_an_earlier_start_gives_nothing(shelf: Shelf, asked: PeerServe
         assert client.fetch(wants(shelf, 1), 20.0) == [""]
     finally:
         client.close()
+
+
+def test_where_no_more_threads_can_be_had_fewer_connections_do(
+    shelf: Shelf, client: PeerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, left = threading.Thread.start, [1]
+
+    def refuses(self: threading.Thread) -> None:
+        if self.name == "kvtier-fetch":
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left.pop()
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    for _ in range(2):
+        wanted = wants(shelf, *range(8))
+        assert client.fetch(wanted, 20.0) == [""] * 8
+        assert all(arrived(shelf, one) for one in wanted)

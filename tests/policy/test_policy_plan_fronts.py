@@ -267,6 +267,18 @@ def test_a_busy_gpu_tips_the_scale_towards_loading():
     )
 
 
+def test_an_empty_queue_does_not_make_the_gpu_free():
+    """Where both ways are about as soon, loading leaves the GPU to those who come meanwhile."""
+    compute, lines = Quadratic(0.0, 0.01), {"disk": LoadLine(0.0, 100 / 1.2)}
+    runs = (Run(0, 100, STEP, (("disk", 100.0),)),)
+    assert queue_weight(0) == 0.5
+    assert queue_weight(3) == 3.5
+    assert queue_weight(0, 0.0) == queue_weight(9, 0.0) == 0
+    alone = plan_restore(runs, Question(100, compute, lines, gpu_weight=queue_weight(0, 0.0)))
+    assert alone.way == "recompute"
+    assert plan_restore(runs, Question(100, compute, lines, gpu_weight=queue_weight(0))).way == "load"
+
+
 def test_nothing_stored_is_computed():
     plan = plan_restore((), Question(100, Quadratic(1.0, 0.01), {}, takes="both"))
     assert (plan.way, plan.ttft_s, plan.load_s, plan.gpu_s, plan.late) == ("recompute", 2.0, 0.0, 2.0, False)

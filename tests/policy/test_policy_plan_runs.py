@@ -79,6 +79,36 @@ def test_runs_have_the_cuts_and_the_bytes_of_the_segments(parts):
         assert [run.cut_at_most(run.cut(i)) for i in range(run.cuts + 1)] == list(range(run.cuts + 1))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["host", "disk"]), st.sampled_from([64, 256]), st.integers(1, 4)),
+        max_size=20,
+    ),
+    st.booleans(),
+)
+def test_segments_of_many_blocks_are_cut_where_their_blocks_end(parts, stepped):
+    segments, ends, at = [], [], 0
+    for source, tokens, count in parts:
+        ends += [at + tokens * (n + 1) for n in range(count)]
+        if stepped:
+            segments.append(Segment(at, ends[-1], source, 3 * tokens * count, step_tokens=tokens))
+        else:
+            segments += [Segment(end - tokens, end, source, 3 * tokens) for end in ends[-count:]]
+        at = ends[-1]
+    runs = runs_of(segments)
+    assert [run.cut(i) for run in runs for i in range(1, run.cuts + 1)] == ends
+    assert sum(n for run in runs for _, n in run.loads) == 3 * at
+    assert all(run.loads == ((run.loads[0][0], 3 * (run.end - run.start)),) for run in runs)
+
+
+def test_a_few_blocks_do_not_pass_for_a_short_one():
+    two_short = Segment(256, 384, "host", 128, step_tokens=64)
+    assert [run.end for run in runs_of([Segment(0, 256, "host", 256), two_short])] == [256, 384]
+    one_short = Segment(256, 320, "host", 64, step_tokens=64)
+    assert [run.end for run in runs_of([Segment(0, 256, "host", 256), one_short])] == [320]
+
+
 @pytest.mark.parametrize("bad", [(5, 5, 1, ()), (-1, 5, 1, ()), (0, 5, 0, ()), (0, 5, 1, (("host", -1.0),))])
 def test_a_run_of_nothing_is_none(bad):
     with pytest.raises(ValueError, match="is none"):
@@ -239,3 +269,25 @@ def test_nothing_is_learned_from_nonsense():
     policy.restored(policy.choose([], 100), 1.0)
     policy.restored(policy.choose(blocks("disk"), 256), -1.0)
     assert policy.state() == before
+
+
+@pytest.mark.parametrize("here", [(), ("host",)])
+def test_a_path_that_was_too_late_for_every_deadline_is_looked_at_again(here):
+    policy = CostRestore()
+    stored, wish = blocks(*here, "peer", "peer"), RestoreWish(deadline_s=0.4)
+    kept, end = len(here) * BLOCK, (len(here) + 2) * BLOCK
+    assert policy.choose(stored, end, wish).tokens == end
+    for _ in range(20):
+        # The peer hung: each read of it took until its deadline.
+        policy.observed("peer", MB, 5.0)
+    refused = 0
+    for _ in range(5_000):
+        choice = policy.choose(stored, end, wish)
+        if choice.tokens > kept:
+            # It is well again.
+            policy.observed("peer", (choice.tokens - kept) // BLOCK * MB, 0.005)
+        else:
+            assert choice.late
+            refused += 1
+    assert choice.tokens == end
+    assert 4 * 64 < refused < 2_000

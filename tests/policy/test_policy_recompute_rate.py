@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import ConfigError
 from kvtier.policy.achieved_rate import AchievedRate
-from kvtier.policy.devices import DEVICES, device_named
+from kvtier.policy.devices import DEVICES, UNKNOWN, device_named
 from kvtier.policy.recompute import ComputeSpec
 from kvtier.policy.robust_fit import RobustFit
 
@@ -82,6 +82,53 @@ def test_prefills_of_one_size_do_not_unlearn_the_others():
     for _ in range(500):
         learned.observed(0, 8192, 0.02 + SPEC.flops(0, 8192) / 300e12)
     assert learned.seconds(0, 30) == pytest.approx(before, rel=0.5)
+
+
+TOY = ComputeSpec.from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "torch_dtype": "float32",
+        "vocab_size": 1000,
+    }
+)
+
+
+def of_an_unknown_device(spec, start_s, flops_per_s, seed, prefills=40):
+    """The worst error, as a factor, after prefills of between 16 and 4,000 tokens."""
+    learned, random = AchievedRate(spec, UNKNOWN), np.random.default_rng(seed)
+    for _ in range(prefills):
+        past, new = int(random.integers(0, 4000)), int(np.exp(random.uniform(2.8, 8.3)))
+        seconds = start_s + spec.flops(past, new) / flops_per_s
+        learned.observed(past, new, float(seconds * np.exp(random.normal(0, 0.15))))
+    assert learned.known
+    errors = [
+        np.log(learned.seconds(past, new) / (start_s + spec.flops(past, new) / flops_per_s))
+        for past, new in ((0, 64), (0, 512), (0, 4000), (3000, 500))
+    ]
+    return float(np.exp(np.abs(errors).max()))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("spec", "start_s", "flops_per_s"),
+    [(TOY, 0.004, 3e9), (TOY, 0.0005, 5e11), (SPEC, 0.02, 4e14), (SPEC, 0.05, 3e13), (SPEC, 0.5, 2e11)],
+    ids=["a toy on a processor", "a toy on a small GPU", "h100", "l4", "a model on a processor"],
+)
+def test_on_a_device_that_nobody_knows_prefills_tell_the_start_from_the_rate(
+    spec, start_s, flops_per_s, seed
+):
+    assert of_an_unknown_device(spec, start_s, flops_per_s, seed) < 1.25
+
+
+def test_with_one_start_alone_a_toy_is_off_by_far(monkeypatch):
+    """The control: from a guess that is off by orders of magnitude the rate is not seen beside the start."""
+    monkeypatch.setattr("kvtier.policy.robust_fit._POOR_SPREAD", np.inf)
+    assert of_an_unknown_device(TOY, 0.004, 3e9, 1) > 5
 
 
 @pytest.mark.parametrize("factor", [3.0, 1 / 3])

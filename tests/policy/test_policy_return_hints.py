@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from kvtier.policy.defaults import make_policies
 from kvtier.policy.return_time_context import Context, codes_of
 from kvtier.policy.returns import Returns
 from kvtier.policy.survival import EDGES_S
+from kvtier.policy.usage import ParkedBlock, Turn
 
 CHAT = codes_of(
     Context(clock="end", stop="end_turn", kind="u", turns=3, tokens_in=9000, new_tokens=500, tokens_out=300)
@@ -75,3 +77,36 @@ def test_extremes_give_a_curve(hint_s):
     survival = Returns().curve(CHAT, "any", hint_s).survival
     assert len(survival) == len(EDGES_S) and survival[0] == 1.0
     assert np.all(np.isfinite(survival)) and np.all(np.diff(survival) <= 1e-6)
+
+
+def hinted(policies, number, *, comes=False):
+    """A conversation that is said to come back in a minute; it does not, or does."""
+    usage, now_s = policies.usage, 1e6 + number * 1e4
+    block = ParkedBlock(b"%d" % number, 0, 256, 1 << 20)
+    name = ("liar", f"c{number}")
+    usage.passed(now_s, True, 0)
+    usage.parked(name, [block], Turn("end_turn", returns_at_s=now_s + 60.0), now_s)
+    if comes:
+        usage.asked(name, 300, now_s + 60.0)
+    for step in range(1, 10):
+        usage.passed(now_s + 60.0 * step, True, 0)
+
+
+def test_a_hint_that_never_comes_true_counts_as_false():
+    policies = make_policies("cost")
+    trust = [policies.usage._returns.hint_trust("liar")]
+    for number in range(10):
+        hinted(policies, number)
+        trust.append(policies.usage._returns.hint_trust("liar"))
+    assert trust == sorted(trust, reverse=True)
+    assert trust[-1] < 0.2
+    # Each counts once, also where somebody comes back much later.
+    policies.usage.asked(("liar", "c0"), 300, 2e6)
+    assert policies.usage._returns.hint_trust("liar") == trust[-1]
+
+
+def test_a_hint_that_came_true_is_not_taken_back_later():
+    policies = make_policies("cost")
+    for number in range(10):
+        hinted(policies, number, comes=True)
+    assert policies.usage._returns.hint_trust("liar") > 0.8

@@ -70,6 +70,13 @@ def test_a_conversation_that_the_engine_still_has_computes_its_new_tokens_only()
     assert cluster.tally.total().gpu == 4096
 
 
+def test_an_engine_that_keeps_nothing_loads_what_the_one_that_does_still_has():
+    forgetful = changed(ONE, worker=changed(ONE.worker, keeps_idle=False))
+    turns = [turn(0, 4000, 96), turn(60, 5000, ref=0, number=1, shared=4096)]
+    found = [run(scenario, turns).tally.total() for scenario in (ONE, forgetful)]
+    assert [(counts.gpu, counts.host) for counts in found] == [(4096, 0), (0, 4096)]
+
+
 def filler(count, at_s=60.0, tokens=30_000, first=100):
     """Other conversations, which need the pool, and host memory, for themselves."""
     return [turn(at_s + i, tokens, conversation=first + i) for i in range(count)]

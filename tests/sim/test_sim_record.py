@@ -25,12 +25,13 @@ from kvtier.node import journal
 from kvtier.node.core import NodeCore
 from kvtier.node.events import Received
 from kvtier.policy.defaults import make_policies
+from kvtier.sim.calibration import Calibration, Speed, calibrate
 from kvtier.sim.cluster import core_node, engine
 from kvtier.sim.cluster.cluster import Cluster
 from kvtier.sim.cluster.costs import FlopsCost
 from kvtier.sim.cluster.links import Link
-from kvtier.sim.cluster.scenario import Disk, Host, Nodes, Scenario, Worker, changed
-from kvtier.sim.open_loop import Calibration, Speed, calibrate, compare
+from kvtier.sim.cluster.scenario import Disk, Host, Nodes, Scenario, Worker, changed, read_scenario
+from kvtier.sim.open_loop import compare
 from kvtier.sim.stimuli import load_of_log, replay_log
 from kvtier.sim.workload.turns import Turn, TurnStream
 from kvtier.sim.workload.write import kvtrace_lines
@@ -190,6 +191,26 @@ def test_parks_without_plans_and_fronts_by_key_are_requests_too():
     assert [x.conversation for x in turns] == [0, 0, -1, 1]
 
 
+def test_a_request_that_comes_before_the_one_before_it_is_parked_is_one_request():
+    geometry = Geometry(4, 2, (GroupGeometry("full", token_bytes=8),))
+    attach = m.Attach(fingerprint=b"m" * 32, model="m", geometry=geometry, shard="s", layout="l")
+    told = {"worker": "w", "conversation": "a", "tenant": "t"}
+
+    def plan(count):
+        return m.MakePlan(tokens=pack_tokens(list(range(count))), **told)
+
+    def park(count):
+        return m.Park(request=1, tokens=pack_tokens(list(range(count))), **told)
+
+    entries = [entry(1.0, attach), entry(2.0, plan(8)), entry(3.0, plan(16)), entry(4.0, park(12))]
+    # What is parked of the second one ends before its prompt does.
+    entries += [entry(5.0, park(14)), entry(6.0, park(40))]
+    turns = list(load_of_log(io.BytesIO(b"".join(msgpack.packb(e) for e in entries))).turns)
+    assert [(x.t_s, x.tokens_in, x.tokens_out, x.service_s) for x in turns] == [
+        (0.0, 8, 4, 2.0), (1.0, 16, 0, 2.0), (4.0, 40, 0, -1.0)
+    ]  # fmt: skip
+
+
 def test_the_command_checks_a_log_and_makes_a_trace(logged, tmp_path, capsys):
     trace, secret = tmp_path / "day.kvt", tmp_path / "secret"
     secret.write_bytes(logged.secret)
@@ -203,6 +224,12 @@ def test_the_command_checks_a_log_and_makes_a_trace(logged, tmp_path, capsys):
     capsys.readouterr()
     assert run(["record", str(logged.path), "--no-check", "--trace", str(trace), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"] == str(len(TURNS) * CHATS)
+    speeds = tmp_path / "speeds.toml"
+    assert (
+        run(["record", str(logged.path), *settings, "--no-check", "--scenario", str(speeds), "--json"]) == 0
+    )
+    assert int(json.loads(capsys.readouterr().out)["speeds"]) >= 3
+    assert read_scenario(speeds.read_text()).disk.read_bytes_per_s != Disk().read_bytes_per_s
     assert run(["simulate", str(trace), "--policy", "lru", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"] == len(TURNS) * CHATS
 
@@ -294,8 +321,8 @@ def virtual_log(monkeypatch, seed, jitter):
     return LoggedCore.logs.pop()
 
 
-def test_decisions_of_simulated_services_differ_in_two_percent_at_most(monkeypatch):
-    first, second = (virtual_log(monkeypatch, seed, 0.5) for seed in (1, 2))
+def test_decisions_of_simulated_services_differ_in_two_percent_at_most(virtual_day):
+    first, second = (virtual_day(seed, 0.5).entries for seed in (1, 2))
     log = b"".join(msgpack.packb(e) for e in first)
     assert replay_log(io.BytesIO(log), make_policies, core_node.SECRET).stimuli == len(first) - 1
     speeds = calibrate(second, make_policies, core_node.SECRET)
@@ -310,10 +337,10 @@ def test_decisions_of_simulated_services_differ_in_two_percent_at_most(monkeypat
     assert sum(decision.misplaced_tokens for decision in decisions) <= 0.15 * loaded
 
 
-def test_services_that_are_far_too_slow_lead_to_other_decisions(monkeypatch):
+def test_services_that_are_far_too_slow_lead_to_other_decisions(virtual_day):
     snail = Speed(30.0, 1e3)
     decisions = compare(
-        virtual_log(monkeypatch, 1, 0.5),
+        virtual_day(1, 0.5).entries,
         make_policies,
         core_node.SECRET,
         Calibration(snail, snail, snail, snail),

@@ -1,13 +1,17 @@
 """Tables, plots and files of simulations; the sweep; the commands."""
 
+import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
+from kvtier.cli.commands.simulate import progress_bar
 from kvtier.cli.main import run
 from kvtier.errors import ConfigError
+from kvtier.sim.cluster import cluster
 from kvtier.sim.cluster.scenario import read_scenario
 from kvtier.sim.cluster.simulate import simulate
 from kvtier.sim.cluster.sweep import Offer, marked, sweep
@@ -139,6 +143,31 @@ def test_a_sweep_tries_every_size_and_each_policy(simulation):
     assert page.open == [] and page.fetched == []
     with pytest.raises(ConfigError):
         sweep(scenario, [], [0])
+
+
+def test_a_sweep_says_how_far_each_size_is(monkeypatch):
+    monkeypatch.setattr(cluster, "_ROWS_PER_REPORT", 10)
+    scenario = read_scenario(TOML.replace("hours = 6", "hours = 2"))
+    seen = {}
+
+    def report(name, rows):
+        seen.setdefault(name, []).append(rows)
+
+    sweep(scenario, [8 << 30], [0, 1 << 40], progress=report)
+    assert list(seen) == ["none, 0B host, 0B disk", "lru, 8GiB host, 0B disk", "lru, 8GiB host, 1TiB disk"]
+    assert all(rows == sorted(rows) and rows[0] == 10 for rows in seen.values())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_person_at_a_terminal_sees_a_bar_for_each_run(monkeypatch, terminal):
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with progress_bar(read_scenario(TOML)) as progress:
+        assert (progress is not None) == terminal
+        for rows in (1000, 2000) if progress is not None else ():
+            progress("lru, 8GiB host", rows)
+    assert ("lru, 8GiB host" in stderr.getvalue()) == terminal
 
 
 @pytest.mark.parametrize(

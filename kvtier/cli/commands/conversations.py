@@ -130,6 +130,10 @@ def _facts(info: ConversationInfo, now_s: float) -> list[tuple[str, str]]:
         facts.append(("expected", f"in {output.duration(info.returns_at_s - now_s)}"))
     if info.keep_until_s is not None:
         facts.append(("worth keeping", f"for {output.duration(info.keep_until_s - now_s)}"))
+    if info.cost_per_hour is not None:
+        facts.append(("cost", f"{info.cost_per_hour:.3g} an hour, by the node's prices"))
+    if info.saves_gpu_s is not None:
+        facts.append(("saves", f"{info.saves_gpu_s:.3g} GPU-seconds, expected"))
     return facts
 
 

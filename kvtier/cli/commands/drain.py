@@ -34,7 +34,8 @@ def drain(
 ) -> None:
     """Take NODE, by its name or the begin of Ray's id, out of service; run it on any node of the cluster.
 
-    The node takes no park from then on, writes to disk what only its memory holds, and ends its tiers.
+    The node takes no park from then on, writes to disk what only its memory holds, gives what it has in
+    memory to other nodes, the most worth first, and ends its tiers.
     `kvtier up` on that node takes it back. Exit code 1 when something was lost, or may have been.
     """
     from kvtier.cli import output
@@ -52,6 +53,7 @@ def drain(
                 ("state", str(report.get("phase", "not known"))),
                 ("because", str(report.get("reason", ""))),
                 ("written to disk", output.size(report.get("flushed_bytes", 0))),
+                ("moved to other nodes", output.size(report.get("moved_bytes", 0))),
                 ("lost", "not known" if lost is None else output.size(lost)),
             )
         )

@@ -24,6 +24,7 @@ _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
 @options.set_option
 @click.option("--check/--no-check", default=True, help="Replay the log and compare every instruction.")
 @click.option("--trace", type=click.File("w", lazy=True), help="Write its requests as kvtrace/1, no text.")
+@click.option("--scenario", type=click.File("w", lazy=True), help="Write how fast it was as a scenario.")
 @click.option("--against", type=_PATH, help="Simulate its services as fast as in this log of another run.")
 @options.json_option
 def record(
@@ -32,6 +33,7 @@ def record(
     settings: tuple[str, ...],
     check: bool,
     trace: TextIO | None,
+    scenario: TextIO | None,
     against: Path | None,
     as_json: bool,
 ) -> None:
@@ -50,6 +52,8 @@ def record(
         facts += _checked(path, config)
     if against is not None:
         facts += _compared(path, against, config)
+    if scenario is not None:
+        facts += _measured(path, config, scenario)
     if trace is not None:
         facts.append(("requests", str(_written(path, trace))))
     if as_json:
@@ -69,7 +73,8 @@ def _checked(path: Path, config: Config) -> list[tuple[str, str]]:
 
 def _compared(path: Path, against: Path, config: Config) -> list[tuple[str, str]]:
     from kvtier.config_secrets import tenant_secret
-    from kvtier.sim.open_loop import calibrate, compare
+    from kvtier.sim.calibration import calibrate
+    from kvtier.sim.open_loop import compare
     from kvtier.sim.stimuli import entries_of
 
     secret = tenant_secret(config)
@@ -85,6 +90,18 @@ def _compared(path: Path, against: Path, config: Config) -> list[tuple[str, str]
         ("simulated otherwise", f"{differ} ({share:.1f} %)"),
         ("tokens in another tier", f"{misplaced:.1f} %"),
     ]
+
+
+def _measured(path: Path, config: Config, scenario: TextIO) -> list[tuple[str, str]]:
+    from kvtier.config_secrets import tenant_secret
+    from kvtier.sim.machine import machine_of, scenario_text
+    from kvtier.sim.stimuli import entries_of
+
+    with open(path, "rb") as stream:
+        machine = machine_of(entries_of(stream), _policies(config), tenant_secret(config))
+    text = scenario_text(machine)
+    scenario.write(text)
+    return [("speeds", str(text.count(" = ")))]
 
 
 def _written(path: Path, trace: TextIO) -> int:

@@ -83,8 +83,8 @@ def read_scenario(load: Path, policy: str | None, seed: int | None) -> Scenario:
 
 
 @contextmanager
-def progress_bar(scenario: Scenario, runs: int = 1) -> Iterator[Callable[[str, int], object] | None]:
-    """For a person at a terminal: a bar for each policy, on stderr. runs: how often each is run."""
+def progress_bar(scenario: Scenario) -> Iterator[Callable[[str, int], object] | None]:
+    """For a person at a terminal: a bar for each run, on stderr."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -96,10 +96,10 @@ def progress_bar(scenario: Scenario, runs: int = 1) -> Iterator[Callable[[str, i
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks = {}
 
-        def report(policy: str, rows: int) -> None:
-            if policy not in tasks:
-                tasks[policy] = bar.add_task(policy, total=total * runs or None)
-            bar.update(tasks[policy], completed=rows)
+        def report(run: str, rows: int) -> None:
+            if run not in tasks:
+                tasks[run] = bar.add_task(run, total=total or None)
+            bar.update(tasks[run], completed=rows)
 
         yield report
 

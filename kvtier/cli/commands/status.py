@@ -70,6 +70,27 @@ def models(as_json: bool, **where: Any) -> None:
     )
 
 
+@click.command()
+@click.argument("fingerprint")
+@options.node_options
+@options.json_option
+def retire(fingerprint: str, as_json: bool, **where: Any) -> None:
+    """Say that no worker will serve a model again, by its FINGERPRINT or the beginning of it.
+
+    With policy.eviction = "cost" its KV is worth nothing from then on: it leaves each tier first, and is not
+    written to disk any more. That ends when a worker attaches with it, or the daemon restarts.
+    """
+    from kvtier.cli import output
+
+    with options.open_client(**where) as kv:
+        model = kv.retire(fingerprint)
+    if as_json:
+        output.print_json(model)
+    else:
+        held = f"{output.size(model.host_bytes)} in host memory, {output.size(model.disk_bytes)} on disk"
+        output.print_line(f"retired {model.model or 'a model'} {model.fingerprint[:16]}: {held}")
+
+
 def _disk_facts(counters: dict[str, float]) -> Iterator[tuple[str, str]]:
     from kvtier.cli import output
 
@@ -94,6 +115,7 @@ def _print_report(report: StatusReport) -> None:
             ("conversations", str(report.conversations)),
             ("waiting parks", str(report.waiting_parks)),
             *((("metrics", f"{report.metrics_url}/metrics"),) if report.metrics_url else ()),
+            *((("other nodes", report.transport),) if report.transport else ()),
             *_disk_facts(report.counters),
             *(("warning", warning) for warning in report.warnings),
         )
@@ -120,9 +142,21 @@ def _print_report(report: StatusReport) -> None:
     if report.workers:
         output.print_line(" ")
         output.print_table(
-            ("WORKER", "MODEL", "SHARD", "MODE", "PID", "JOBS"),
-            ((w.worker, w.model, w.shard, w.mode, str(w.pid), str(w.running_jobs)) for w in report.workers),
-            numbers=("PID", "JOBS"),
+            ("WORKER", "MODEL", "SHARD", "MODE", "COPIES", "GPU BYTES", "PID", "JOBS"),
+            (
+                (
+                    w.worker,
+                    w.model,
+                    w.shard,
+                    w.mode,
+                    w.place,
+                    output.size(w.gpu_bytes),
+                    str(w.pid),
+                    str(w.running_jobs),
+                )
+                for w in report.workers
+            ),
+            numbers=("GPU BYTES", "PID", "JOBS"),
         )
     if report.counters:
         output.print_line(" ")

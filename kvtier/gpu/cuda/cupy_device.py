@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda import driver
-from kvtier.gpu.cuda.device import Event, Kernel, Stream, Words
+from kvtier.gpu.cuda.device import CODED, Event, Kernel, Stream, Words
 from kvtier.gpu.tensors import Bytes
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ TILES_PER_BLOCK = THREADS // 32
 # Blocks of a gather or scatter: what keeps a link busy several times over, on an eighth of a large GPU.
 COPY_BLOCKS = 16
 CHECKSUM_BLOCKS = 32
+# Codecs compute between their loads, and so need more threads to keep a link busy.
+CODEC_BLOCKS = 64
 NOT_READY = 600
 HOST_REGISTER_PORTABLE, HOST_REGISTER_MAPPED = 1, 2
 
@@ -83,7 +86,7 @@ class CudaDevice:
     def _compile(self) -> dict[Kernel, int]:
         options = ("-std=c++17", f"-I{KERNELS}")
         self._module = self._cupy.RawModule(code=(KERNELS / "kv_copy.cu").read_text(), options=options)
-        names: tuple[Kernel, ...] = ("gather", "scatter", "checksum")
+        names: tuple[Kernel, ...] = ("gather", "scatter", "checksum", *CODED)
         try:
             self._kernels = [self._module.get_function(f"kv_{name}") for name in names]
         except self._cupy.cuda.compiler.CompileException as error:
@@ -109,6 +112,21 @@ class CudaDevice:
         self._run.setDevice(self.number)
 
     # -- streams and events
+
+    @_device_errors
+    def current_stream(self) -> Stream:
+        """See Device. torch is asked only where the process has loaded it and it runs on GPUs."""
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            return int(torch.cuda.current_stream(self.number).cuda_stream)
+        with self._current():
+            return int(self._cupy.cuda.get_current_stream().ptr)
+
+    @_device_errors
+    def capturing(self, stream: Stream) -> bool:
+        """See Device."""
+        with self._current():
+            return bool(self._run.streamIsCapturing(stream))
 
     @_device_errors
     def stream(self) -> Stream:
@@ -140,12 +158,15 @@ class CudaDevice:
     @_device_errors
     def record(self, event: Event, stream: Stream) -> None:
         """See Device."""
-        self._run.eventRecord(event, stream)
+        # The default stream's handle names the one of the thread's device.
+        with self._current():
+            self._run.eventRecord(event, stream)
 
     @_device_errors
     def wait(self, stream: Stream, event: Event) -> None:
         """See Device."""
-        self._run.streamWaitEvent(stream, event)
+        with self._current():
+            self._run.streamWaitEvent(stream, event)
 
     @_device_errors
     def done(self, event: Event) -> bool:
@@ -234,17 +255,27 @@ class CudaDevice:
 
     @_device_errors
     def launch(
-        self, kernel: Kernel, segments: int, count: int, tiles: int, base: int, stream: Stream
+        self,
+        kernel: Kernel,
+        segments: int,
+        count: int,
+        tiles: int,
+        base: int,
+        stream: Stream,
+        more: tuple[int, int] = (0, 0),
     ) -> None:
         """See Device."""
-        blocks = min(tiles, CHECKSUM_BLOCKS) if kernel == "checksum" else -(-tiles // TILES_PER_BLOCK)
-        blocks = max(1, min(blocks, CHECKSUM_BLOCKS if kernel == "checksum" else COPY_BLOCKS))
-        values = (
+        hashes = kernel in ("checksum", "hash")
+        most = CHECKSUM_BLOCKS if hashes else CODEC_BLOCKS if kernel in CODED else COPY_BLOCKS
+        blocks = max(1, min(tiles if hashes else -(-tiles // TILES_PER_BLOCK), most))
+        values: list[Any] = [
             ctypes.c_uint64(segments),
             ctypes.c_uint32(count),
             ctypes.c_uint32(tiles),
             ctypes.c_uint64(base),
-        )
+        ]
+        if kernel in CODED:
+            values += [ctypes.c_uint64(word) for word in more]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         launch = self._cupy.cuda.driver.launchKernel
         launch(self._functions[kernel], blocks, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(pointers), 0)

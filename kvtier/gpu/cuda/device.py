@@ -20,7 +20,9 @@ from kvtier.gpu.tensors import Bytes
 Stream: TypeAlias = int
 Event: TypeAlias = int
 Words: TypeAlias = npt.NDArray[np.uint64]
-Kernel: TypeAlias = Literal["gather", "scatter", "checksum"]
+Kernel: TypeAlias = Literal["gather", "scatter", "checksum", "encode", "decode", "hash"]
+# They take one segment, and two words more.
+CODED: tuple[Kernel, ...] = ("encode", "decode", "hash")
 
 TILE_BYTES = 4096
 """What one warp of the gather and scatter kernels moves at a time (KV_TILE in kv_copy.cu)."""
@@ -41,6 +43,12 @@ class Device(Protocol):
         """Make this device the thread's own. To be called first in each thread."""
 
     # -- streams and events
+
+    def current_stream(self) -> Stream:
+        """What the caller's thread queues its work on: torch's where torch uses the device, else cupy's."""
+
+    def capturing(self, stream: Stream) -> bool:
+        """Whether the stream is being captured into a graph."""
 
     def stream(self) -> Stream:
         """A new stream of the lowest priority that does not wait for the default stream."""
@@ -104,11 +112,19 @@ class Device(Protocol):
         """Many copies in one call, in any order among themselves. Where can_batch is False, one by one."""
 
     def launch(
-        self, kernel: Kernel, segments: int, count: int, tiles: int, base: int, stream: Stream
+        self,
+        kernel: Kernel,
+        segments: int,
+        count: int,
+        tiles: int,
+        base: int,
+        stream: Stream,
+        more: tuple[int, int] = (0, 0),
     ) -> None:
         """Run a kernel over `count` segments at address `segments` that have `tiles` tiles in all.
 
-        base: what a segment's `linear` counts from; for 'checksum' the address of the results.
+        base: what a segment's `linear` counts from; for 'checksum' the address of the results.  more: of
+        those in CODED, (what codec of what values, see work.form_of; address of losses, scales or results).
         """
 
     # -- other processes

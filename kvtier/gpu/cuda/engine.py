@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from kvtier.errors import GeometryError, TierUnavailable
-from kvtier.geometry import EXACT
-from kvtier.gpu.cuda.device import Device, Stream
-from kvtier.gpu.cuda.events import mark
+from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.lane import COPY_ERRORS, Lane, Run, Settings, result_of
 from kvtier.gpu.cuda.memory import BlobPool, PinnedArena
 from kvtier.gpu.cuda.ways import WayTable
@@ -31,7 +29,6 @@ from kvtier.gpu.engine import (
     Direction,
     Done,
     SlotMemory,
-    StreamEvent,
     check_batch,
 )
 from kvtier.gpu.tensors import Bytes
@@ -91,19 +88,13 @@ class CudaCopyEngine(CopyEngine):
         for lane in self._lanes.values():
             lane.table = table
 
-    def mark(self, stream: Stream) -> StreamEvent:
-        """See CopyEngine. Not while the stream is being captured into a graph."""
-        return mark(self._device, stream)
-
     def submit(self, batch: CopyBatch, on_done: Done) -> None:
-        """See CopyEngine. Raises GeometryError for a lossy fidelity too: bytes are copied as they are."""
+        """See CopyEngine."""
         check_batch(batch)
         layers = sum(len(group.layers) for group in batch.binding.layout.groups)
         where = {view.location for views in batch.binding.views for view in views}
         if where != {self._device.location}:
             raise GeometryError(f"the pool is on {sorted(where)}, the engine on {self._device.location}")
-        if batch.fidelity != EXACT:
-            raise GeometryError(f"the CUDA engine has no codec {batch.fidelity}", fix="park with 'exact'")
         if batch.after_layers and len(batch.after_layers) != layers:
             raise GeometryError(f"{len(batch.after_layers)} events for {layers} layers")
         run = Run(batch, on_done, [], [])

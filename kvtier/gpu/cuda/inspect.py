@@ -181,9 +181,9 @@ def _namespaces(facts: Facts) -> Finding:
     return Finding(
         "ipc",
         "note",
-        f"in a {names} namespace of its own: CUDA IPC, and so gpu.mode 'shared', works only among processes "
-        "in the same one",
-        "leave gpu.mode at 'worker', or run both in the host's (--pid=host --ipc=host)",
+        f"in a {names} namespace of its own: CUDA IPC, and so an IpcPool, works only among processes in "
+        "the same one",
+        "attach plain pools, or run both in the host's (--pid=host --ipc=host)",
     )
 
 
@@ -193,7 +193,7 @@ def _allocator(facts: Facts) -> Finding:
             "allocator",
             "note",
             "torch allocates expandable segments, which cannot be mapped by another process",
-            "leave gpu.mode at 'worker', or unset expandable_segments in PYTORCH_ALLOC_CONF",
+            "attach plain pools, or unset expandable_segments in PYTORCH_ALLOC_CONF",
         )
     return Finding("allocator", "good", "torch's allocator is one that CUDA IPC can share")
 

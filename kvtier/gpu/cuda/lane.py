@@ -24,17 +24,19 @@ import numpy as np
 
 from kvtier.checksum import combine
 from kvtier.errors import KvtierError, TierUnavailable
+from kvtier.geometry import EXACT, SCALE_BYTES
 from kvtier.gpu.cuda.device import Device, Event, Stream
 from kvtier.gpu.cuda.events import EventPool, mark
 from kvtier.gpu.cuda.memory import Blob, BlobPool, PinnedArena, StagingRing
-from kvtier.gpu.cuda.movers import MOVERS, Track, segments_address
+from kvtier.gpu.cuda.movers import MOVERS, CodedMover, Track, segments_address
 from kvtier.gpu.cuda.shapes import ShapeCache
 from kvtier.gpu.cuda.ways import DEFAULT_TABLE, WayTable
-from kvtier.gpu.cuda.work import Descriptors, Live, Load, Step, cut, describe_batch
+from kvtier.gpu.cuda.work import LOSS, Descriptors, Live, Load, Step, cut, describe_batch, form_of
 from kvtier.gpu.engine import (
     CANCELLED,
     CORRUPT,
     ERROR,
+    NO_LOSS,
     STALE,
     CopyBatch,
     CopyItem,
@@ -43,6 +45,7 @@ from kvtier.gpu.engine import (
     Done,
     SlotMemory,
 )
+from kvtier.gpu.quantise import Loss
 from kvtier.gpu.tensors import Bytes
 
 COPY_ERRORS = (KvtierError, OSError, ValueError, IndexError, BufferError, MemoryError)
@@ -86,6 +89,8 @@ class Run:
     blob: Blob | None = None
     results: int = 0
     done: Event | None = None
+    coded: CodedMover | None = None
+    loss: Loss = NO_LOSS
 
 
 class Lane:
@@ -158,20 +163,34 @@ class Lane:
                 continue
             rows = (item.group, item.start, item.tokens, item.first_valid)
             shape = self._shapes.shape(binding, *rows)
-            run.live.append(Live(index, item.group, shape, binding.page_ids(*rows), int(view.ctypes.data)))
-        run.bytes_left = [live.shape.nbytes for live in run.live]
+            ids, host = binding.page_ids(*rows), int(view.ctypes.data)
+            scale_bytes = self._scale_bytes(run.batch, shape.nbytes)
+            run.live.append(Live(index, item.group, shape, ids, host, item.nbytes, scale_bytes))
+        run.bytes_left = [live.stored for live in run.live]
+
+    @staticmethod
+    def _scale_bytes(batch: CopyBatch, exact_bytes: int) -> int:
+        values = batch.binding.layout.values
+        if values is None or batch.fidelity == EXACT or batch.direction == "gather":
+            return 0
+        return SCALE_BYTES * (exact_bytes // (values.itemsize * values.vector))
 
     def _queue(self, run: Run) -> None:
         batch, track, device = run.batch, self._track, self._device
         steps = cut(batch, run.live, self.table, self._ring.slot_bytes)
         work = describe_batch(run.live, steps, [device.device_address(live.host) for live in run.live])
         run.blob, run.results = self._blobs.take(work.nbytes), work.results
+        run.coded = _coded_mover(run, work)
         work.write(run.blob.host, run.blob.address)
-        device.copy(run.blob.address, int(run.blob.host.ctypes.data), work.nbytes, track.kernels)
+        device.copy(run.blob.address, int(run.blob.host.ctypes.data), work.described, track.kernels)
         if batch.after is not None:
             batch.after.wait(track.copies)
             batch.after.wait(track.kernels)
         early = batch.verify and batch.direction == "gather" and not batch.after_layers
+        if run.coded is not None:
+            self._step(run, steps[0], work)
+            self._fetch(run, len(run.live) * (8 + LOSS.itemsize))
+            return
         if early:
             self._checksums(run, work)
         for step in steps:
@@ -200,7 +219,8 @@ class Lane:
         self._hold_back(load.nbytes)
         assert run.blob is not None
         segments = segments_address(run.blob.address, work.moves, load)
-        event = MOVERS[load.way].move(self._track, load, run.live, segments, run.used)
+        mover = run.coded or MOVERS[load.way]
+        event = mover.move(self._track, load, run.live, segments, run.used)
         for part in load.parts:
             run.bytes_left[part.live] -= part.hi - part.lo
         self._ahead.append((run.ended, event, load.nbytes))
@@ -220,8 +240,13 @@ class Lane:
         device, kernels, base = self._device, self._track.kernels, run.blob.address
         results = base + work.results
         device.launch("checksum", base + work.checks, len(run.live), work.check_tiles, results, kernels)
-        host = int(run.blob.host.ctypes.data) + work.results
-        device.copy(host, results, 8 * len(run.live), kernels)
+        self._fetch(run, 8 * len(run.live))
+
+    def _fetch(self, run: Run, nbytes: int) -> None:
+        """Bring what the kernels found out to the host."""
+        assert run.blob is not None
+        host, there = int(run.blob.host.ctypes.data) + run.results, run.blob.address + run.results
+        self._device.copy(host, there, nbytes, self._track.kernels)
 
     def _finish(self, run: Run) -> None:
         """One event after all that the batch queued, on either stream."""
@@ -241,6 +266,8 @@ class Lane:
         for number, live in enumerate(run.live):
             failure = run.failures[live.index] or (CANCELLED if run.bytes_left[number] else "") or lost
             failure = failure or self.changed(run.batch.items[live.index])
+            if not failure and run.coded is not None and run.batch.direction == "gather":
+                failure = self._lost(run, number)
             if not failure and run.batch.verify:
                 failure, sums[live.index] = self._judge(run, number)
             run.failures[live.index] = failure
@@ -273,10 +300,20 @@ class Lane:
         assert run.blob is not None
         live = run.live[number]
         words = run.blob.host[run.results : run.results + 8 * len(run.live)].view(np.uint64)
-        found = combine([int(words[number])], live.shape.nbytes)
+        found = combine([int(words[number])], live.stored)
         if run.batch.direction == "gather":
             return "", found
         return ("", None) if found == run.batch.items[live.index].checksum else (CORRUPT, None)
+
+    def _lost(self, run: Run, number: int) -> str:
+        """Book what the codec lost of an item, or say why it does not take it."""
+        assert run.blob is not None
+        at = run.results + 8 * len(run.live)
+        found = run.blob.host[at : at + LOSS.itemsize * len(run.live)].view(LOSS)[number]
+        if found["not_finite"]:
+            return f"{ERROR}the KV holds values that are not finite (park it with fidelity 'exact')"
+        run.loss += Loss(float(found["error_squares"]), float(found["value_squares"]))
+        return ""
 
     def _recycle(self, run: Run, lost: str) -> None:
         run.ended.yes = True
@@ -304,4 +341,20 @@ def result_of(run: Run, sums: Sequence[int | None], seconds: float) -> CopyResul
     moved = sum(
         item.nbytes for item, failure in zip(run.batch.items, run.failures, strict=True) if not failure
     )
-    return CopyResult(run.batch.job, run.batch.batch, not failed, tuple(sums), failed, moved, seconds)
+    batch = run.batch
+    return CopyResult(batch.job, batch.batch, not failed, tuple(sums), failed, moved, seconds, run.loss)
+
+
+def _coded_mover(run: Run, work: Descriptors) -> CodedMover | None:
+    """What moves a batch under a lossy codec; None for an exact one."""
+    batch, values = run.batch, run.batch.binding.layout.values
+    if batch.fidelity == EXACT or values is None or run.blob is None:
+        return None
+    base = run.blob.address
+    return CodedMover(
+        form_of(values, batch.fidelity),
+        batch.verify,
+        base + work.results,
+        base + work.losses,
+        [base + at for at in work.scales],
+    )

@@ -5,18 +5,18 @@ Not run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from kvtier.errors import GeometryError
 from kvtier.gpu.cuda.cupy_device import CudaDevice
-from kvtier.gpu.cuda.device import Device
-from kvtier.gpu.cuda.engine import CudaCopyEngine
+from kvtier.gpu.cuda.device import Device, Stream
+from kvtier.gpu.cuda.engine import DIRECTIONS, CudaCopyEngine
+from kvtier.gpu.cuda.events import borrowed_event, mark, stream_handle
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.measure import fit
-from kvtier.gpu.engine import SlotMemory
+from kvtier.gpu.engine import Place, SlotMemory, StreamEvent
 from kvtier.gpu.tensors import Bytes
 
 
@@ -32,23 +32,69 @@ class SubArenas(Protocol):
         """See SlotMemory."""
 
 
-def cuda_engine(
-    device: Device | int = 0, settings: Settings | None = None
-) -> Callable[[SlotMemory], CudaCopyEngine]:
-    """Makes the engine of a pool on this device once the arena is mapped, which it registers then.
+class CudaPlace(Place):
+    """A GPU: makes the engine of a pool on it once the arena is mapped, which it registers then.
+
+    What it is called with raises TierUnavailable for an arena that the driver cannot lock, GeometryError for
+    slots that are not an arena's.
+    """
+
+    engine = "cuda"
+
+    def __init__(self, device: Device, settings: Settings) -> None:
+        self._device, self._settings = device, settings
+        self.location, self.device = device.location, device.name
+
+    def __call__(self, slots: SlotMemory) -> CudaCopyEngine:
+        """See Place."""
+        return CudaCopyEngine(self._device, slots, mappings_of(slots), settings=self._settings)
+
+    @property
+    def gpu(self) -> Device:
+        """The device itself."""
+        return self._device
+
+    @property
+    def device_bytes(self) -> int:
+        """See Place: the staging rings; descriptors come with the batches, some kilobytes each."""
+        return len(DIRECTIONS) * self._settings.staging_slots * self._settings.staging_slot_bytes
+
+    def stream(self, stream: Any) -> Stream:
+        """See Place."""
+        return stream_handle(self._device, stream)
+
+    def mark(self, stream: Any = None) -> StreamEvent:
+        """See Place."""
+        handle = stream_handle(self._device, stream)
+        if self._device.capturing(handle):
+            raise GeometryError(
+                "the stream is being captured into a graph", fix="park and restore outside of the capture"
+            )
+        return mark(self._device, handle)
+
+    def event(self, event: Any) -> StreamEvent:
+        """See Place."""
+        return event if isinstance(event, StreamEvent) else borrowed_event(self._device, event)
+
+
+def cuda_engine(device: Device | int = 0, settings: Settings | None = None) -> CudaPlace:
+    """The place of pools on this device, for `attach(..., make_engine=...)`.
 
     device: its number as CUDA counts visible devices.  settings: without them the ways to move pages are
     measured now, which takes about a quarter of a second.  Raises TierUnavailable where there is no device.
-    What it answers raises TierUnavailable for an arena that the driver cannot lock, GeometryError for slots
-    that are not an arena's.
     """
     used = CudaDevice(device) if isinstance(device, int) else device
-    chosen = settings or Settings(table=fit(used))
+    return CudaPlace(used, settings or Settings(table=fit(used)))
 
-    def make(slots: SlotMemory) -> CudaCopyEngine:
-        return CudaCopyEngine(used, slots, mappings_of(slots), settings=chosen)
 
-    return make
+def device_of(identity: str) -> CudaDevice:
+    """The device with this identity, whatever its number is here. Raises TierUnavailable."""
+    number = 0
+    while True:
+        device = CudaDevice(number)
+        if device.identity == identity:
+            return device
+        number += 1
 
 
 def mappings_of(slots: SlotMemory) -> list[Bytes]:

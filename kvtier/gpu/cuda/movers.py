@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.gpu.cuda.device import Device, Event, Stream, Words
+from kvtier.checksum import PIECE_BYTES
+from kvtier.gpu.cuda.device import Device, Event, Kernel, Stream, Words
 from kvtier.gpu.cuda.events import EventPool
 from kvtier.gpu.cuda.memory import StagingRing
 from kvtier.gpu.cuda.shapes import pieces_of
@@ -129,6 +130,60 @@ class DirectMover:
         """See Mover."""
         track.device.launch(track.direction, segments, len(load.parts), load.tiles, 0, track.kernels)
         return _end(track, track.kernels, used)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedMover:
+    """Quantises between pages and staging; one large copy of the encoded bytes, which are hashed in staging.
+
+    form: see work.form_of.  verify: whether to hash.  results, losses: where they go on the device.  scales:
+    room there for each item's.
+    """
+
+    form: int
+    verify: bool
+    results: int
+    losses: int
+    scales: Sequence[int]
+
+    def move(
+        self, track: Track, load: Load, items: Sequence[Live], segments: int, used: list[Event]
+    ) -> Event:
+        """See Mover. The load is a part of one item."""
+        slot, part = track.ring.take(), load.parts[0]
+        device, there = track.device, slot.address
+        if slot.used:
+            device.wait(track.first, slot.free)
+        host, nbytes = items[part.live].host + part.lo, part.hi - part.lo
+        if track.direction == "gather":
+            self._launch(track, "encode", load, segments, there, self.losses)
+            self._hash(track, load, segments, there)
+            track.join(used)
+            device.copy(host, there, nbytes, track.copies)
+        else:
+            device.copy(there, host, nbytes, track.copies)
+            track.join(used)
+            kept = min(part.hi, items[part.live].scale_bytes) - part.lo
+            if kept > 0:
+                # They come first in an object; later loads need them when this staging is another's.
+                device.copy(self.scales[part.live] + part.lo, there, kept, track.kernels)
+            self._hash(track, load, segments, there)
+            self._launch(track, "decode", load, segments, there, self.scales[part.live])
+        device.record(slot.free, track.last)
+        slot.used = True
+        return _end(track, track.last, used)
+
+    def _hash(self, track: Track, load: Load, segments: int, there: int) -> None:
+        if self.verify:
+            pieces = -(-load.nbytes // PIECE_BYTES)
+            more = (self.form, self.results)
+            track.device.launch("hash", segments, 1, pieces, there, track.kernels, more)
+
+    def _launch(
+        self, track: Track, kernel: Kernel, load: Load, segments: int, there: int, extra: int
+    ) -> None:
+        more = (self.form, extra)
+        track.device.launch(kernel, segments, 1, load.tiles, there, track.kernels, more)
 
 
 MOVERS: dict[Way, Mover] = {"batch": BatchMover(), "staged": StagedMover(), "direct": DirectMover()}

@@ -17,15 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.checksum import PIECE_BYTES
+from kvtier.errors import GeometryError
+from kvtier.geometry import EXACT
 from kvtier.gpu.cuda.device import TILE_BYTES
 from kvtier.gpu.cuda.shapes import PLANE, Records, Shape
 from kvtier.gpu.cuda.ways import Way, WayTable
 from kvtier.gpu.engine import CopyBatch
 from kvtier.gpu.layout import PoolLayout
+from kvtier.gpu.quantise import Values
 from kvtier.gpu.tensors import Bytes
 
 MAX_LAYERS_AT_ONCE = 4
 ALIGNMENT = 256
+LOSS = np.dtype([("error_squares", "<f8"), ("value_squares", "<f8"), ("not_finite", "<u8")])
+_DTYPES, _CODECS = ("bf16", "fp16", "fp32"), ("int8", "fp8")
 
 SEGMENT = np.dtype(
     [
@@ -47,13 +52,19 @@ SEGMENT = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """An item that is going to be copied. index: in its batch. host: address of its slot."""
+    """An item that is going to be copied.
+
+    index: in its batch.  host: address of its slot.  stored: bytes there, fewer than in the pool's pages
+    under a lossy codec.  scale_bytes: those that a decoder has to keep on the device.
+    """
 
     index: int
     group: int
     shape: Shape
     ids: npt.NDArray[np.intp]
     host: int
+    stored: int
+    scale_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,8 @@ def layer_steps(layout: PoolLayout, groups: Sequence[int]) -> list[list[_Cell]]:
 def cut(batch: CopyBatch, items: Sequence[Live], table: WayTable, load_bytes: int) -> list[Step]:
     """The batch's steps. load_bytes: a load's most, a multiple of TILE_BYTES."""
     loads = _Loads(batch, items, table, load_bytes)
+    if batch.fidelity != EXACT:
+        return [_coded(batch, items, loads)]
     if not batch.after_layers and batch.on_layer is None:
         for number, live in enumerate(items):
             loads.add(number, 0, live.shape.nbytes)
@@ -137,6 +150,21 @@ def cut(batch: CopyBatch, items: Sequence[Live], table: WayTable, load_bytes: in
         layers = tuple(sorted(layer for cell in cells for layer in cell.layers))
         steps.append(Step(layers, loads.take()))
     return steps
+
+
+def _coded(batch: CopyBatch, items: Sequence[Live], loads: _Loads) -> Step:
+    """All at once: a scale comes before what it belongs to, whatever the layer."""
+    for number, live in enumerate(items):
+        loads.add_coded(number, live.stored)
+    groups = {live.group for live in items}
+    layers = [layer for group in groups for layer in batch.binding.layout.groups[group].layers]
+    asked = batch.after_layers or batch.on_layer is not None
+    return Step(tuple(sorted(layers)) if asked else (), loads.take())
+
+
+def form_of(values: Values, codec: str) -> int:
+    """Values and codec as the kernels take them (kv_form in kernels/codec.cuh)."""
+    return values.vector | _DTYPES.index(values.dtype) << 32 | _CODECS.index(codec) << 40
 
 
 class _Loads:
@@ -164,6 +192,18 @@ class _Loads:
             self._room += -(-count // ALIGNMENT) * ALIGNMENT
             lo += count
 
+    def add_coded(self, live: int, nbytes: int) -> None:
+        """All of an encoded object: loads of their own, of whole pieces of its checksum."""
+        most = self._limit - self._limit % PIECE_BYTES
+        if not most:
+            raise GeometryError(f"a staging slot for a lossy codec has {PIECE_BYTES} bytes or more")
+        for lo in range(0, nbytes, most):
+            self._close()
+            self._way = "staged"
+            hi = min(lo + most, nbytes)
+            self._parts.append(Part(live, lo, hi, 0))
+            self._tiles = -(-(hi - lo) // TILE_BYTES)
+
     def take(self) -> tuple[Load, ...]:
         """What was filled since the last time."""
         self._close()
@@ -183,11 +223,15 @@ class _Loads:
 class Descriptors:
     """What the kernels read, as one run of bytes, and where in it each thing begins.
 
-    results: u64 for each live item, 0 at first.  checks, moves: SEGMENT records.  Then tables and page ids.
+    results: u64 for each live item, 0 at first.  losses: LOSS records, likewise.  checks, moves: SEGMENT
+    records.  Then tables and page ids; then, beyond what is described, room for each item's scales.
     """
 
     nbytes: int
+    described: int
     results: int
+    losses: int
+    scales: list[int]
     checks: int
     moves: int
     check_tiles: int
@@ -214,7 +258,8 @@ def describe_batch(items: Sequence[Live], steps: Sequence[Step], direct: Sequenc
     """Descriptors of a batch. direct: for each item the address of its slot as kernels see it."""
     loads = [load for step in steps for load in step.loads]
     segments = sum(len(load.parts) for load in loads)
-    checks_at = 8 * len(items)
+    losses_at = 8 * len(items)
+    checks_at = losses_at + LOSS.itemsize * len(items)
     moves_at = checks_at + SEGMENT.itemsize * len(items)
     at = moves_at + SEGMENT.itemsize * segments
     tables: dict[int, tuple[int, Records]] = {}
@@ -238,9 +283,14 @@ def describe_batch(items: Sequence[Live], steps: Sequence[Step], direct: Sequenc
     checks["item"] = np.arange(len(items))
     counts = -(-checks["hi"].astype(np.int64) // PIECE_BYTES)
     checks["first_tile"][1:] = np.cumsum(counts)[:-1]
+    described, scales = at, []
+    for live in items:
+        at = -(-at // ALIGNMENT) * ALIGNMENT
+        scales.append(at)
+        at += live.scale_bytes
     return Descriptors(
-        at, 0, checks_at, moves_at, int(counts.sum()), checks, _moves(checks, loads, direct),
-        list(tables.values()), ids,
+        at, described, 0, losses_at, scales, checks_at, moves_at, int(counts.sum()), checks,
+        _moves(checks, loads, direct), list(tables.values()), ids,
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ class Cluster:
     def _route(self, home: int) -> tuple[int, bool]:
         """(Node, whether the conversation moved to it)."""
         rules = self._scenario.nodes
-        if home >= 0 and rules.route == "sticky" and self.nodes[home].load()[0] <= rules.overload_s:
+        if home >= 0 and rules.route == "sticky" and self.nodes[home].begins_within(rules.overload_s):
             return home, False
         node = min(range(len(self.nodes)), key=lambda index: self.nodes[index].load())
         return node, home >= 0 and node != home

@@ -1,8 +1,9 @@
 """A serving worker: one prefill after the other, decoding beside them, a finite pool of KV.
 
 Idle conversations stay in the pool until their room is needed, least recently used first and whole, as an
-engine's own prefix cache has them; a branch from an earlier turn does not find them.  Decoding does not slow
-prefills down, and a decode step is as long as the batch at the request's first token makes it.
+engine's own prefix cache has them, unless `keeps_idle` is off; a branch from an earlier turn does not find
+them.  Decoding does not slow prefills down, and a decode step is as long as the batch at the request's first
+token makes it.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Engine:
     def _decoded(self, job: Job) -> None:
         self.running -= 1
         self._reserved -= job.pool_tokens
-        if job.last is not None:
+        if job.last is not None and self._settings.keeps_idle:
             tokens = job.last.end
             self._idle_tokens += tokens - self._idle.pop(job.last.number, 0)
             self._idle[job.last.number] = tokens

@@ -56,6 +56,11 @@ class Node(ABC):
             sum(engine.running for engine in self.engines),
         )
 
+    def begins_within(self, limit_s: float) -> bool:
+        """Whether some worker has no longer backlog than that."""
+        now_s = self._events.now_s
+        return any(engine.backlog_s(now_s) <= limit_s for engine in self.engines)
+
     @abstractmethod
     def take(self, job: Job, home: Node | None) -> None:
         """Load what the policy wants for it, then queue it. home: where it was, when that is not here."""
@@ -73,9 +78,12 @@ class Node(ABC):
         self._job_ended(job)
 
     def _engine(self, job: Job) -> Engine:
-        """The worker that has the conversation still; otherwise the one with the shortest backlog."""
-        warm = max(self.engines, key=lambda engine: engine.idle_tokens(job))
-        if warm.idle_tokens(job):
-            return warm
+        """The worker that has the conversation still; otherwise the one with the shortest backlog.
+
+        Where several have the end of one chain, they have equally much of it.
+        """
+        for engine in self.engines if job.front is not None else ():
+            if engine.idle_tokens(job):
+                return engine
         now_s = self._events.now_s
         return min(self.engines, key=lambda engine: (engine.backlog_s(now_s), engine.running))

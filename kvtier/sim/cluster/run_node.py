@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvtier.policy.interfaces import RestoreWish
 from kvtier.policy.usage import ParkedBlock, Turn
 from kvtier.sim.cluster.costs import ServingCost
-from kvtier.sim.cluster.deciders import capacity_of, policies_of
+from kvtier.sim.cluster.deciders import capacity_of, compiled_policies_of
 from kvtier.sim.cluster.engine import Engine
 from kvtier.sim.cluster.events import Events
 from kvtier.sim.cluster.job import Job
@@ -39,7 +39,7 @@ class RunNode(Node):
             capacity_of(policy, scenario.host.capacity_bytes),
             disk,
             self.drive,
-            policies_of(policy),
+            compiled_policies_of(policy),
             write_through=scenario.level == "disk",
         )
         # The load has one model, which has no name here.
@@ -132,11 +132,11 @@ class RunNode(Node):
     def _park(self, job: Job, engine: Engine) -> None:
         now_s, usage = self._events.now_s, self.store.policies.usage
         self._pass(now_s)
-        chain = _chain(job)
-        for block in chain:
-            usage.stored(_name(job), block, now_s)
-        nbytes, _ = self.store.park(job.last, now_s)
-        usage.parked(_name(job), chain, Turn(job.turn.stop), now_s)
+        name, new = _name(job), self.store.lacks(job.last)
+        for run in new:
+            usage.stored(name, run.parked, now_s)
+        nbytes, _ = self.store.park(job.last, new, now_s)
+        usage.parked(name, _chain(job), Turn(job.turn.stop), now_s)
         engine.from_gpu.send(now_s, nbytes)
 
     def _pass(self, now_s: float) -> None:
@@ -150,11 +150,11 @@ def _name(job: Job) -> tuple[str, str]:
     return f"{turn.tenant}", f"{turn.conversation}" if turn.conversation >= 0 else f"row {job.row}"
 
 
-def _chain(job: Job) -> list[ParkedBlock]:
-    """The runs that the job leaves behind, the front first."""
+def _chain(job: Job) -> Iterator[ParkedBlock]:
+    """The runs that the job leaves behind, the front first; gathered for a policy that looks at them."""
     chain: list[ParkedBlock] = []
     run = job.last
     while run is not None:
-        chain.append(ParkedBlock(run.key, run.start, run.end, run.nbytes))
+        chain.append(run.parked)
         run = run.parent
-    return chain[::-1]
+    yield from reversed(chain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Final
 
+from kvtier.policy.usage import ParkedBlock
 from kvtier.sim.workload.turns import Turn
 
 # A long prompt is several runs, so that it can be kept in part.
@@ -12,9 +13,12 @@ RUN_TOKENS: Final = 8192
 
 
 class Run:
-    """Tokens [start, end) on a parent. Where it lies is for each store to know, by `number`."""
+    """Tokens [start, end) on a parent. Where it lies is for each store to know, by `number`.
 
-    __slots__ = ("end", "key", "nbytes", "number", "parent", "start", "tenant")
+    parked: as the policies are told of it; made once, since every later turn tells of it again.
+    """
+
+    __slots__ = ("end", "key", "nbytes", "number", "parent", "parked", "start", "tenant")
 
     def __init__(
         self, number: int, parent: Run | None, start: int, end: int, token_bytes: float, tenant: int
@@ -23,6 +27,7 @@ class Run:
         self.start, self.end = start, end
         self.nbytes = int((end - start) * token_bytes)
         self.key = number.to_bytes(8, "big")
+        self.parked = ParkedBlock(self.key, start, end, self.nbytes)
 
     @property
     def parent_key(self) -> bytes:

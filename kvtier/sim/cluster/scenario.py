@@ -55,9 +55,10 @@ class Worker(_Part, frozen=True):
 
     device: by whose price a GPU's seconds are paid.  gpus: that it computes on, together.  flops_per_s:
     achieved in a prefill, by each GPU.  prefill_start_s: of each prefill.  pool_bytes: KV that its GPUs hold.
-    batch: requests that decode at once.  mixed: whether it can compute the front of a prompt while the rest
-    is loaded.  token_s and token_s_per_request: a decode step takes the first, and the second for each
-    request in the batch.  link_bytes_per_s: host to GPU and back, each.
+    keeps_idle: whether conversations stay there until their room is needed, as in an engine with a prefix
+    cache of its own.  batch: requests that decode at once.  mixed: whether it can compute the front of a
+    prompt while the rest is loaded.  token_s and token_s_per_request: a decode step takes the first, and the
+    second for each request in the batch.  link_bytes_per_s: host to GPU and back, each.
     """
 
     device: str = "h100"
@@ -65,6 +66,7 @@ class Worker(_Part, frozen=True):
     flops_per_s: float = 4e14
     prefill_start_s: float = 0.01
     pool_bytes: int = 40 << 30
+    keeps_idle: bool = True
     batch: int = 64
     mixed: bool = False
     token_s: float = 0.008

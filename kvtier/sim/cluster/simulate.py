@@ -18,7 +18,7 @@ from kvtier.sim.workload.generate import Generator
 from kvtier.sim.workload.recorded import recorded_turns
 from kvtier.sim.workload.turns import TurnStream
 
-# Told the policy and how many rows of it were taken in.
+# Told the name of a run, and how many rows of it were taken in.
 Progress = Callable[[str, int], object]
 
 
@@ -44,13 +44,13 @@ def simulate(scenario: Scenario, progress: Progress | None = None) -> Simulation
 
 
 def simulate_one(
-    scenario: Scenario, policy: str, progress: Progress | None = None
+    scenario: Scenario, policy: str, progress: Progress | None = None, name: str = ""
 ) -> tuple[PolicyResult, list[Distance]]:
-    """One policy over the load, which is read or generated again for each."""
+    """One policy over the load, which is read or generated again for each. name: of the run; the policy's."""
 
     def report(rows: int) -> None:
         if progress is not None:
-            progress(policy, rows)
+            progress(name or policy, rows)
 
     cost = FlopsCost(scenario.model, scenario.worker)
     with load_of(scenario) as stream:

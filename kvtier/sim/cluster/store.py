@@ -48,14 +48,11 @@ class RunStore:
 
     def find(self, front: Run | None, known: int) -> Found:
         """What of the known front is here. Host memory holds fronts: leaves go first."""
-        missing: list[Run] = []
-        run = front
-        while run is not None and run not in self.host:
-            missing.append(run)
-            run = run.parent
-        tip, host_tokens = run, min(run.end, known) if run is not None else 0
+        missing = self.lacks(front)
+        tip = missing[0].parent if missing else front
+        host_tokens = min(tip.end, known) if tip is not None else 0
         on_disk: list[Run] = []
-        for below in reversed(missing):
+        for below in missing:
             if below not in self.disk:
                 break
             on_disk.append(below)
@@ -78,16 +75,24 @@ class RunStore:
             if run.start >= upto or not self._take_in(run, now_s):
                 return
 
-    def park(self, last: Run | None, now_s: float) -> tuple[int, float]:
-        """Keep a whole chain. (Bytes that had to come from the GPU, when it is as durable as was asked.)"""
+    def lacks(self, last: Run | None) -> list[Run]:
+        """What of a chain host memory does not hold, the front first."""
         new: list[Run] = []
         run = last
         while run is not None and run not in self.host:
             new.append(run)
             run = run.parent
-        tip = self._disk_tips.pop(run.number, None) if run is not None else None
+        return new[::-1]
+
+    def park(self, last: Run | None, new: list[Run], now_s: float) -> tuple[int, float]:
+        """Keep a whole chain, of which host memory lacks `new`.
+
+        Answers the bytes that had to come from the GPU, and when it is as durable as was asked.
+        """
+        held = new[0].parent if new else last
+        tip = self._disk_tips.pop(held.number, None) if held is not None else None
         nbytes, done_s = 0, now_s
-        for run in reversed(new):
+        for run in new:
             if not self._take_in(run, now_s):
                 break
             nbytes += run.nbytes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final, Literal
 
+from kvtier.config_units import format_bytes
 from kvtier.errors import ConfigError
 from kvtier.sim.cluster.deciders import NONE, UNBOUNDED, policies_of
 from kvtier.sim.cluster.result import PolicyResult
@@ -65,7 +66,8 @@ def sweep(
                 host=changed(scenario.host, capacity_bytes=host),
                 disk=changed(scenario.disk, capacity_bytes=disk),
             )
-            result, _ = simulate_one(tried, policy, progress)
+            name = f"{policy}, {format_bytes(host)} host, {format_bytes(disk)} disk"
+            result, _ = simulate_one(tried, policy, progress, name)
             offers.append(_offer(result, host, disk, aim))
     return marked(offers)
 

@@ -52,12 +52,22 @@ unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 
+double atomicAdd(double* at, double value) {
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&lock);
+  const double before = *at;
+  *at = before + value;
+  pthread_mutex_unlock(&lock);
+  return before;
+}
+
 }  // namespace
 
 #include "kv_copy.cu"
 
-// kernel: 0 gather, 1 scatter, 2 checksum. base: as in the launch.
-extern "C" void kv_simt_launch(u32 kernel, const KvSegment* segments, u32 count, u32 tiles, u64 base, u32 blocks) {
+// kernel: 0 gather, 1 scatter, 2 checksum, 3 encode, 4 decode, 5 hash. The rest as in the launch.
+extern "C" void kv_simt_launch(u32 kernel, const KvSegment* segments, u32 count, u32 tiles, u64 base, u32 blocks,
+                               u64 form, u64 extra) {
   gridDim.x = blocks;
   for (u32 block = 0; block < blocks; block++) {
     std::vector<std::thread> threads;
@@ -68,6 +78,9 @@ extern "C" void kv_simt_launch(u32 kernel, const KvSegment* segments, u32 count,
         if (kernel == 0) kv_gather(segments, count, tiles, base);
         if (kernel == 1) kv_scatter(segments, count, tiles, base);
         if (kernel == 2) kv_checksum(segments, count, tiles, reinterpret_cast<u64*>(base));
+        if (kernel == 3) kv_encode(segments, count, tiles, base, form, extra);
+        if (kernel == 4) kv_decode(segments, count, tiles, base, form, extra);
+        if (kernel == 5) kv_hash(segments, count, tiles, base, form, extra);
       });
     for (std::thread& thread : threads) thread.join();
   }

@@ -1,0 +1,314 @@
+"""Conversations of other nodes that this one is asked to keep: read there, and named as if parked here.
+
+The answer goes out when all of a conversation is here and its branch is known by name, so that a plan finds
+it although the node that it was parked at is gone.  Few are read at once, the others wait in turn; each has
+a deadline of its own.  What has come of one that failed is a cache, like all that is read for a restore.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from kvtier.cluster_messages import DIRECTORY, Erase, Keep, Kept
+from kvtier.errors import KvtierError, ObjectExists, SlotLeased
+from kvtier.node import limits, usage, wire
+from kvtier.node.blocks import ConversationId, Stored
+from kvtier.node.conversations import Head
+from kvtier.node.counters import count
+from kvtier.node.disk_side import DiskSide
+from kvtier.node.graves import Burials
+from kvtier.node.naming import drop_tails
+from kvtier.node.peer_reads import PeerReads
+from kvtier.node.replicas import wanted_bytes
+from kvtier.node.room import Room
+from kvtier.node.state import NodeState
+from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta
+from kvtier.tier import Slot
+
+# Nobody waits longer for an answer.
+_KEEP_MOST_S = 600.0
+# Read at once; others wait their turn, up to a number of them.
+_AT_ONCE, _WAITING_MOST = 2, 256
+# No conversation takes more of host memory than this share of it while it comes.
+_SHARE = 2
+# How often what others took meanwhile is read again.
+_ROUNDS_MOST = 2
+# What is held for one is let go this long after its time, should nobody come round to it before.
+_MORE_S = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One Keep. todo: objects that are not known to be here.  held: those that are, kept from leaving."""
+
+    id: str
+    peer: str
+    message: Keep
+    metas: list[ObjectMeta]
+    until_s: float
+    todo: deque[ObjectMeta]
+    held: dict[ObjectId, Stored] = field(default_factory=dict)
+    reading: int = 0
+    rounds: int = 0
+    bytes: int = 0
+    failure: str = ""
+
+    @property
+    def name(self) -> ConversationId:
+        """(tenant, conversation)."""
+        return (self.message.tenant, self.message.conversation)
+
+
+class Keeping:
+    """See the module's text. reads: from other nodes."""
+
+    def __init__(
+        self, state: NodeState, reads: PeerReads, disk: DiskSide, room: Room, burials: Burials
+    ) -> None:
+        self._state = state
+        self._reads = reads
+        self._disk = disk
+        self._room = room
+        self._burials = burials
+        self._jobs: dict[str, _Job] = {}
+
+    def keep(self, peer: str, message: Keep) -> None:
+        """Answer Keep, when all of it is here or it is known that it will not be."""
+        metas = self._trusted(message)
+        refusal = self._refusal(message, metas)
+        if refusal:
+            self._state.send(peer, Kept(reason=refusal))
+            return
+        timeout_s = min(message.timeout_s, _KEEP_MOST_S)
+        until_s = self._state.now_s + timeout_s
+        job = _Job(self._state.next_id("k"), peer, message, metas, until_s, deque(metas))
+        self._jobs[job.id] = job
+
+    def advance_all(self) -> None:
+        """Something ended, somewhere; the first ones go on."""
+        for job in list(self._jobs.values())[:_AT_ONCE]:
+            self._advance(job)
+
+    def tick(self) -> None:
+        """The time of some is over."""
+        for job in [job for job in self._jobs.values() if job.until_s <= self._state.now_s]:
+            job.failure = job.failure or "deadline"
+            if not job.reading:
+                self._finish(job)
+
+    # --- what is asked for ------------------------------------------------------------------------------
+
+    def _trusted(self, message: Keep) -> list[ObjectMeta]:
+        """The objects. Raises KvtierError for what no honest node sends."""
+        limits.check_seconds("timeout_s", message.timeout_s)
+        metas = wire.unpack_metas(message.roots, message.metas)
+        for root in {meta.root for meta in metas}:
+            own = self._state.root(message.tenant, root.fingerprint, root.fidelity, root.block_tokens)
+            if own != root:
+                raise KvtierError("its keys begin elsewhere", fix="give all nodes the same tenant secret")
+        sound = all(
+            len(meta.object_id.block_key) == KEY_BYTES
+            and meta.checksum is not None
+            and meta.nbytes > 0
+            and 0 <= meta.first_valid < meta.tokens
+            for meta in metas
+        )
+        if not (metas and sound and _end_of(metas) == message.tokens):
+            raise KvtierError(f"node '{message.owner}' names objects that no conversation has")
+        return metas
+
+    def _refusal(self, message: Keep, metas: list[ObjectMeta]) -> str:
+        state = self._state
+        name = (message.tenant, message.conversation)
+        if self._is_forgotten(message):
+            return "forgotten"
+        if self._erases_first(name, message):
+            return "busy"
+        if state.draining:
+            return "draining"
+        if wanted_bytes(metas) > sum(state.arena_bytes) // _SHARE:
+            return "too_large"
+        full = len(state.tree) + len(metas) > limits.MOST_BLOCKS
+        many = name not in state.conversations and len(state.conversations) >= limits.MOST_CONVERSATIONS
+        late = state.now_s < state.serves_from_s
+        return "busy" if full or many or late or len(self._jobs) >= _WAITING_MOST else ""
+
+    def _erases_first(self, name: ConversationId, message: Keep) -> bool:
+        """Whether what is here is from before a tombstone that this node has yet to carry out: it goes."""
+        state = self._state
+        carried_out = self._burials.carried_out(name)
+        unknown = [stone for stone in message.stones if stone.id not in carried_out]
+        known = name in state.conversations or name in state.ended or bool(state.tree.named(name))
+        unread = state.settings.disk_expected and not state.disk.ready
+        if not unknown or not (known or unread):
+            return False
+        for stone in unknown:
+            self._burials.on_erase(DIRECTORY, Erase(stone=stone))
+        return True
+
+    def _is_forgotten(self, message: Keep) -> bool:
+        known = self._state.stones_of((message.tenant, message.conversation))
+        return not set(known) <= set(message.after)
+
+    # --- moving on --------------------------------------------------------------------------------------
+
+    def _advance(self, job: _Job) -> None:
+        if not job.failure and self._is_forgotten(job.message):
+            job.failure = "forgotten"
+        stuck = ""
+        in_flight = self._state.settings.batches_in_flight
+        while not (job.failure or stuck) and job.todo and job.reading < in_flight:
+            read_id = self._state.next_id("x")
+            pairs, stuck = self._next_read(job, read_id)
+            if pairs:
+                self._read(job, read_id, pairs)
+        if stuck == "full" and not (job.reading or self._reads.running() or self._disk.reads.running()):
+            job.failure = "busy"
+        if not job.reading and (job.failure or not job.todo):
+            self._all_there(job)
+
+    def _next_read(self, job: _Job, read_id: str) -> tuple[list[tuple[ObjectMeta, Slot]], str]:
+        """Slots for the next objects, and what stopped it from taking more."""
+        pairs: list[tuple[ObjectMeta, Slot]] = []
+        nbytes = 0
+        while job.todo and (not pairs or nbytes < self._state.settings.batch_bytes):
+            meta = job.todo[0]
+            if not self._hold(job, meta):
+                try:
+                    slot = self._room.reserve(meta, read_id)
+                except ObjectExists:
+                    return pairs, "filling"
+                if not isinstance(slot, Slot):
+                    return pairs, slot
+                pairs.append((meta, slot))
+                nbytes += meta.nbytes
+            job.todo.popleft()
+        return pairs, ""
+
+    def _hold(self, job: _Job, meta: ObjectMeta) -> bool:
+        """Whether the object is here, with as many rows; if so it is held for the job."""
+        state = self._state
+        stored = state.tree.stored(meta.object_id)
+        if stored is None:
+            return False
+        slot = state.host.find(meta.object_id)
+        if stored.meta.first_valid > meta.first_valid:
+            block = state.tree.get(meta.object_id.block_key)
+            if slot is not None and block is not None and not stored.writing:
+                # In use: the job waits until it is not.
+                with suppress(SlotLeased):
+                    state.remove_from_host(block, stored)
+            return False
+        if state.source_of(stored) is None:
+            return False
+        if slot is not None:
+            state.host.lease(slot, job.id, job.until_s + _MORE_S)
+        if job.held.get(meta.object_id) is not stored:
+            self._let_go(job, meta.object_id)
+            stored.pins += 1
+            job.held[meta.object_id] = stored
+        return True
+
+    @staticmethod
+    def _let_go(job: _Job, object_id: ObjectId) -> None:
+        stored = job.held.pop(object_id, None)
+        if stored is not None:
+            stored.pins -= 1
+
+    def _read(self, job: _Job, read_id: str, pairs: list[tuple[ObjectMeta, Slot]]) -> None:
+        job.reading += 1
+
+        def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
+            job.reading -= 1
+            forgotten = self._is_forgotten(job.message)
+            for index, (meta, slot) in enumerate(pairs):
+                if index in failed:
+                    count(self._state.counters.errors, f"peer_{failed[index]}")
+                    job.failure = job.failure or _FAILURES.get(failed[index], "peer_lost")
+                elif forgotten:
+                    # On its way while it was forgotten: it does not come back.
+                    self._state.host.abort(slot, quiet=True)
+                else:
+                    self._arrived(job, meta, slot)
+
+        message, state = job.message, self._state
+        timeout_s = max(job.until_s - state.now_s, 0.01)
+        self._reads.start(read_id, message.owner, message.epoch, pairs, timeout_s, done, behind=True)
+
+    def _arrived(self, job: _Job, meta: ObjectMeta, slot: Slot) -> None:
+        state = self._state
+        assert meta.checksum is not None, "only such are asked for"
+        state.host.commit([(slot, meta.checksum)])
+        state.stored_in_host(meta)
+        block = state.tree.get(meta.object_id.block_key)
+        if block is not None:
+            state.tree.name([block], job.name, job.message.private)
+        state.counters.kept_bytes += meta.nbytes
+        job.bytes += meta.nbytes
+        if job.id in self._jobs:
+            self._hold(job, meta)
+
+    # --- ends -------------------------------------------------------------------------------------------
+
+    def _all_there(self, job: _Job) -> None:
+        """All of it is held, or it has failed: answer; unless something went again meanwhile."""
+        if not job.failure:
+            lost = [meta for meta in job.metas if not self._hold(job, meta)]
+            if lost and job.rounds < _ROUNDS_MOST:
+                job.rounds += 1
+                job.todo = deque(lost)
+                return
+            if lost or not self._set_head(job):
+                job.failure = "incomplete"
+        self._finish(job)
+
+    def _set_head(self, job: _Job) -> bool:
+        """The conversation has a branch that ends here now."""
+        state, message = self._state, job.message
+        last = job.metas[-1].object_id.block_key
+        chain = state.tree.chain(last)
+        if not chain or chain[-1].end != message.tokens:
+            return False
+        for fingerprint, model, width in message.models:
+            state.models.setdefault(fingerprint, model)
+            state.item_bytes.setdefault(fingerprint, width)
+        conversation = state.conversation(job.name)
+        conversation.after = tuple(dict.fromkeys((*conversation.after, *message.after)))
+        state.tree.name(chain, job.name, message.private)
+        for block in chain:
+            block.kept = True
+        root = job.metas[-1].root
+        head = Head(last, message.tokens, root.key, root.fingerprint, message.private, message.parked_at_s)
+        replaces = {block.key for block in chain[:-1]} | set(message.replaces)
+        continued = (h for h in conversation.heads if h.tokens > message.tokens)
+        if not any(block.key == last for h in continued for block in state.tree.chain(h.key)):
+            conversation.set_head(head, replaces, state.settings.max_heads)
+        conversation.returns_at_s = message.returns_at_s
+        conversation.keep_until_s = message.keep_until_s
+        conversation.codec = message.codec or conversation.codec
+        state.name_changed(job.name)
+        usage.kept(state, conversation, root.fingerprint, chain)
+        tails = [tail for key in message.replaces if (tail := state.tree.get(key)) is not None]
+        drop_tails(state, self._disk, chain, tails)
+        return True
+
+    def _finish(self, job: _Job) -> None:
+        state = self._state
+        tier = ""
+        if not job.failure:
+            durable = all(stored.durable for stored in job.held.values())
+            tier = "disk" if durable and state.disk.ready else "host"
+        state.send(job.peer, Kept(tier=tier, reason=job.failure, bytes=job.bytes))
+        self._jobs.pop(job.id, None)
+        for object_id in list(job.held):
+            self._let_go(job, object_id)
+        state.host.holder_ended(job.id)
+
+
+_FAILURES = {"deadline": "deadline", "busy": "busy", "missing": "incomplete"}
+
+
+def _end_of(metas: list[ObjectMeta]) -> int:
+    return metas[-1].start + metas[-1].tokens

@@ -1,0 +1,119 @@
+"""One service of a node in the chaos run: `python chaos_service.py PLAN NAME SETTINGS`.
+
+PLAN is a JSON file: 'routes', through which link another node's address is reached, and 'faults', that are
+planted here so that the run shows that it would notice them.  SIGUSR2 makes the node go out of service.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import ssl
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtier.cluster_messages import Erase, Erased
+from kvtier.config import Config
+from kvtier.daemon.node_service import NodeService
+from kvtier.daemon.peer_lender import PeerLender
+from kvtier.disk.tier import DiskTier
+from kvtier.errors import KvtierError
+from kvtier.node.graves import Burials
+from kvtier.peer_messages import Sending
+from kvtier.peers import client
+from kvtier.peers.stream import Stream, connect
+from kvtier.testing import run_service
+from kvtier.tier import Slot
+
+_DRAIN_S = 3.0
+
+
+def reach_through(routes: Mapping[str, str]) -> None:
+    """Whoever this process connects to, it does so through the link of its own."""
+
+    def connected(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float) -> Stream:
+        host, _, port = routes.get(f"{address[0]}:{address[1]}", f"{address[0]}:{address[1]}").rpartition(":")
+        return connect((host, int(port)), tls, until_s)
+
+    client.connect = connected  # type: ignore[attr-defined]  # what the module itself calls
+
+
+# --- what the run has to notice -----------------------------------------------------------------------------
+
+
+def unchecked_flips() -> None:
+    """A byte of what a peer sends is wrong, and nobody compares it with its checksum."""
+    view = PeerLender._view
+
+    def flipped(self: PeerLender, slot: Slot) -> Any:
+        sent = np.array(view(self, slot))
+        sent[sent.size // 2] ^= 16
+        return sent
+
+    def unchecked(self: Any, stream: Stream, wanted: Any) -> str:
+        head = stream.receive(Sending, self._until_s)
+        if head.reason:
+            return "missing"
+        stream.receive_object(memoryview(wanted.into), self._until_s)
+        return ""
+
+    PeerLender._view = flipped  # type: ignore[method-assign]
+    client._Fetch._receive = unchecked  # type: ignore[method-assign,assignment]
+
+
+def no_index_row() -> None:
+    """Objects are written, and said to be on disk, but the index never hears of them."""
+    commit = DiskTier.commit_with_records
+
+    def without(self: DiskTier, objects: Sequence[Any], *rest: Any, **options: Any) -> Any:
+        return commit(self, [], *rest, **options)
+
+    DiskTier.commit_with_records = without  # type: ignore[method-assign,assignment]
+
+
+def erased_by_word_alone() -> None:
+    """A node that is told to forget says that it did."""
+
+    def lie(self: Burials, peer: str, message: Erase) -> None:
+        self._state.send(peer, Erased(stone=message.stone))
+
+    Burials.on_erase = lie  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "unchecked_flips": unchecked_flips,
+    "no_index_row": no_index_row,
+    "erased_by_word_alone": erased_by_word_alone,
+}
+
+
+def main(plan: str, name: str, settings: str) -> int:
+    """See run_service."""
+    said = json.loads(Path(plan).read_text())
+    reach_through(said["routes"])
+    for fault in said["faults"]:
+        FAULTS[fault]()
+    made: list[Any] = []
+    make = run_service.make_service
+
+    def make_service(name: str, config: Config, gates: str) -> Any:
+        made.append(make(name, config, gates))
+        return made[-1]
+
+    def drain(number: int, frame: object) -> None:
+        if made and isinstance(made[-1], NodeService):
+            with suppress(KvtierError):
+                made[-1].drain(_DRAIN_S)
+
+    run_service.make_service = make_service
+    signal.signal(signal.SIGUSR2, drain)
+    return run_service.main(name, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

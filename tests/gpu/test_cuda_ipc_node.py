@@ -1,0 +1,199 @@
+"""The second mode through a node: the GPU service maps a worker's pool on a fake GPU, and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvtier
+from kvtier.daemon.embedded import Embedded
+from kvtier.daemon.gpu_maps import GpuMaps
+from kvtier.daemon.gpu_service import GpuService
+from kvtier.errors import GeometryError, TierUnavailable
+from kvtier.gpu.cuda import ipc
+from kvtier.gpu.cuda.ipc_pool import IpcPool
+from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.make import cuda_engine
+from kvtier.gpu.cuda.ways import always
+from kvtier.gpu.pool import Pool
+from kvtier.testing.fake_device import FakeDevice
+from kvtier.testing.fake_device_gpu import FakeGpu
+from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_of
+from kvtier.waiting import wait_until
+from kvtier.worker import Worker
+
+COUNT = 200
+PAGES, OTHER, SCRATCH = pages_for(COUNT), pages_for(COUNT, 20), [62, 63]
+SETTINGS = Settings(always("staged"), 2, 16384)
+
+
+class World:
+    """A GPU, a worker's view of it and the service's, a node, and a pool."""
+
+    def __init__(self, kind: str = "device") -> None:
+        self.gpu = FakeGpu(3)
+        self.mine, self.theirs = FakeDevice(gpu=self.gpu), FakeDevice(gpu=self.gpu)
+        # Messages go both ways all the time: what one process has waited for has happened for the other.
+        self.theirs._host = self.mine._host
+        self.memory = KvMemory()
+        for plane in self.memory.planes:
+            self.mine.adopt(plane.reshape(-1).view(np.uint8), kind=kind)
+        self.daemon = Embedded({})
+        self.daemon.gpu = GpuService(self.daemon.config, make_maps=self.maps)
+        self.found: Callable[[str], FakeDevice] = lambda identity: self.theirs
+        self.daemon.start()
+        self.kv = kvtier.connect(str(self.daemon.socket_path))
+        pool = self.memory.pool
+        assert isinstance(pool, Pool)
+        self.pool = IpcPool(pool, cuda_engine(self.mine, SETTINGS), SCRATCH)
+
+    def maps(self, slots: Any) -> GpuMaps:
+        return GpuMaps(slots, lambda identity: self.found(identity), SETTINGS)
+
+    def attach(self) -> Worker:
+        return self.kv.attach(self.memory.model, self.pool, shard=SHARD)
+
+    def mode(self) -> str:
+        return self.kv.status().workers[0].mode
+
+    def compute(self, stream: int, layers: range = range(LAYERS)) -> None:
+        other = KvMemory()
+        other.put(1, PAGES, COUNT)
+        for plane in range(2 * layers.start, 2 * layers.stop):
+            for page in PAGES:
+                self.mine.write(self.memory.planes[plane][page], other.planes[plane][page], stream)
+
+    def turn(self, worker: Worker, **how: Any) -> None:
+        """Park and restore, bits compared."""
+        assert worker.park("chat", tokens_of(1, COUNT), PAGES, **how).result(20).ok
+        self.memory.poison(OTHER)
+        got = worker.restore_async(worker.plan("chat", tokens_of(1, COUNT)), OTHER, deadline_s=20)
+        assert got.result(20).tokens == COUNT
+        assert self.memory.front(1, OTHER, COUNT) == COUNT
+        assert got.layer_ready(0)
+
+    def end(self) -> None:
+        self.kv.close()
+        self.daemon.close()
+        self.pool.close()
+        assert not self.theirs.leaks() and not self.mine.leaks() and not self.gpu.fault
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.end()
+
+
+def test_the_service_copies_after_the_worker_s_stream(world: World) -> None:
+    with world.attach() as worker:
+        world.compute(world.mine.current)
+        world.turn(worker)
+        assert world.mode() == "shared" and world.theirs.leaks().count("mapping") == 2 * LAYERS
+        assert "gather" in world.theirs.launched and not world.mine.launched
+        info = world.kv.status().workers[0]
+        assert (info.engine, info.place, info.gpu_bytes) == ("cuda", "cpu fake", 0)
+    assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 10)
+    assert not world.gpu.races
+
+
+def test_the_service_follows_the_layers_of_a_park(world: World) -> None:
+    with world.attach() as worker:
+        events = []
+        for layer in range(LAYERS):
+            world.compute(world.mine.current, range(layer, layer + 1))
+            events.append(worker.mark())
+        world.turn(worker, layer_events=events)
+        assert world.mode() == "shared"
+    assert not world.gpu.races
+
+
+def test_control_without_the_worker_s_events_it_is_a_race(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtier.worker_inputs.WorkerPool.event_numbers", lambda pool, order: [])
+    with world.attach() as worker:
+        world.compute(world.mine.current)
+        worker.park("chat", tokens_of(1, COUNT), PAGES).result(20)
+        world.mine.run_all()
+    assert world.gpu.races
+
+
+def falls_back(world: World) -> None:
+    """The worker notices, attaches again, and copies by itself."""
+    worker = world.attach()
+    assert wait_until(lambda: worker.attached and world.mode() == "worker", 20)
+    world.memory.put(1, PAGES, COUNT)
+    world.turn(worker)
+    assert "gather" in world.mine.launched and not world.theirs.launched
+    worker.close()
+
+
+def test_a_service_without_the_device_leaves_the_copies_to_the_worker(world: World) -> None:
+    def nothing(identity: str) -> FakeDevice:
+        raise TierUnavailable("there is no CUDA device")
+
+    world.found = nothing
+    falls_back(world)
+
+
+def test_a_mapping_of_other_memory_is_not_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's answer is right for the memory that the service sees, which is not the pool's."""
+    real = ipc.Prober._read
+
+    def elsewhere(self: Any, challenge: Any) -> bytes:
+        return b"another memory's" if self._device is world.theirs else real(self, challenge)
+
+    monkeypatch.setattr(ipc.Prober, "_read", elsewhere)
+    falls_back(world)
+
+
+def test_events_that_cannot_be_opened_leave_nothing_mapped(world: World) -> None:
+    open_event = world.theirs.open_event
+    world.theirs.open_event = _refuse  # type: ignore[method-assign]
+    falls_back(world)
+    world.theirs.open_event = open_event  # type: ignore[method-assign]
+    assert not world.theirs.leaks().count("mapping")
+
+
+def _refuse(handle: bytes) -> int:
+    raise TierUnavailable("no such event")
+
+
+def test_memory_without_a_handle_is_refused_at_attach() -> None:
+    world = World("virtual")
+    with pytest.raises(GeometryError, match="expandable segments"):
+        world.attach()
+    world.end()
+
+
+def test_a_pool_elsewhere_or_without_scratch_pages_is_refused(world: World) -> None:
+    other = type("Other", (FakeDevice,), {})()
+    other.location = "cuda:1"
+    pool = world.memory.pool
+    assert isinstance(pool, Pool)
+    with pytest.raises(GeometryError, match="not on cuda:1"):
+        IpcPool(pool, cuda_engine(other, SETTINGS), SCRATCH)
+    with pytest.raises(GeometryError, match="scratch"):
+        IpcPool(pool, cuda_engine(world.mine, SETTINGS), [])
+
+
+def test_a_lost_service_maps_again_when_it_is_back(world: World) -> None:
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        world.daemon.gpu.stop(5)
+        again = GpuService(world.daemon.config, make_maps=world.maps)
+        world.daemon._started[world.daemon._started.index(world.daemon.gpu)] = again
+        world.daemon.gpu = again
+        again.start()
+
+        def parks() -> bool:
+            return bool(worker.park("chat-2", tokens_of(2, COUNT), PAGES).result(5).ok)
+
+        assert wait_until(parks, 30)
+        assert world.mode() == "shared" and world.theirs.leaks().count("mapping") == 2 * LAYERS
