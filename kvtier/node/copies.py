@@ -110,7 +110,7 @@ class Copies:
         return True
 
     def proven_quiet(self, job: CopyJob) -> None:
-        """No copy of a job that is over runs or will: its slots are free of it, limbo included."""
-        if job.over:
+        """No copy of a job that was given up runs or will: once it is over, its slots are free of it."""
+        if job.over or job.cancelled:
             job.running.clear()
             self.settle(job)

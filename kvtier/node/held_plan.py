@@ -20,20 +20,22 @@ class SharedPlan:
     """One plan of several ranks, of which each restores its part.
 
     worker: that made it.  answer: what it was told.  left: shards of the parts that no rank has taken, by the
-    parts' ids.  lost: why the whole cannot be restored any more, in words; '' while it can.
+    parts' ids.  took: names of the workers that have taken theirs.  lost: why the whole cannot be restored
+    any more, in words; '' while it can.
     """
 
     plan_id: str
     worker: Worker
     answer: Planned
     left: dict[str, str] = field(default_factory=dict)
+    took: set[str] = field(default_factory=set)
     lost: str = ""
 
-    def part_of(self, shard: str) -> str:
-        """The id of a part that a rank with this shard may take; '' for none."""
-        if self.lost:
+    def part_of(self, worker: Worker) -> str:
+        """The id of the part that a rank may take; '' for none, also once it has one."""
+        if self.lost or worker.name in self.took:
             return ""
-        return next((part for part, whose in self.left.items() if whose == shard), "")
+        return next((part for part, whose in self.left.items() if whose == worker.shard), "")
 
 
 @dataclass(frozen=True, slots=True)

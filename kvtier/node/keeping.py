@@ -3,6 +3,8 @@
 The answer goes out when all of a conversation is here and its branch is known by name, so that a plan finds
 it although the node that it was parked at is gone.  Few are read at once, the others wait in turn; each has
 a deadline of its own.  What has come of one that failed is a cache, like all that is read for a restore.
+It is said to be on disk once the disk has a record, too, that names its end: then it counts here like an end
+that was parked to the disk.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from kvtier.node import limits, usage, wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Head
 from kvtier.node.counters import count
+from kvtier.node.disk_requests import Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.graves import Burials
 from kvtier.node.naming import drop_tails
@@ -41,7 +44,11 @@ _MORE_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One Keep. todo: objects that are not known to be here.  held: those that are, kept from leaving."""
+    """One Keep. todo: objects that are not known to be here.  held: those that are, kept from leaving.
+
+    head: its end, once all is here; replaces: keys of blocks where earlier ends are continued by it.
+    recording, recorded: the record that names the end is on its way to disk, or there.
+    """
 
     id: str
     peer: str
@@ -52,8 +59,12 @@ class _Job:
     held: dict[ObjectId, Stored] = field(default_factory=dict)
     reading: int = 0
     rounds: int = 0
-    bytes: int = 0
+    read_bytes: int = 0
     failure: str = ""
+    head: Head | None = None
+    replaces: set[bytes] = field(default_factory=set)
+    recording: bool = False
+    recorded: bool = False
 
     @property
     def name(self) -> ConversationId:
@@ -94,7 +105,8 @@ class Keeping:
     def tick(self) -> None:
         """The time of some is over."""
         for job in [job for job in self._jobs.values() if job.until_s <= self._state.now_s]:
-            job.failure = job.failure or "deadline"
+            if not job.recording:
+                job.failure = job.failure or "deadline"
             if not job.reading:
                 self._finish(job)
 
@@ -166,7 +178,7 @@ class Keeping:
                 self._read(job, read_id, pairs)
         if stuck == "full" and not (job.reading or self._reads.running() or self._disk.reads.running()):
             job.failure = "busy"
-        if not job.reading and (job.failure or not job.todo):
+        if not (job.reading or job.recording) and (job.failure or not job.todo):
             self._all_there(job)
 
     def _next_read(self, job: _Job, read_id: str) -> tuple[list[tuple[ObjectMeta, Slot]], str]:
@@ -246,7 +258,7 @@ class Keeping:
         if block is not None:
             state.tree.name([block], job.name, job.message.private)
         state.counters.kept_bytes += meta.nbytes
-        job.bytes += meta.nbytes
+        job.read_bytes += meta.nbytes
         if job.id in self._jobs:
             self._hold(job, meta)
 
@@ -262,7 +274,30 @@ class Keeping:
                 return
             if lost or not self._set_head(job):
                 job.failure = "incomplete"
+            elif self._disk.usable() and all(stored.durable for stored in job.held.values()):
+                self._record(job)
+                return
         self._finish(job)
+
+    def _record(self, job: _Job) -> None:
+        """The disk has all of it: have it name the end, too, before anybody is told so."""
+        conversation, head = self._state.conversations[job.name], job.head
+        assert head is not None, "its end is known"
+        conversation.keep_end(head)
+        job.recording = True
+
+        def done(result: Written) -> None:
+            job.recording = False
+            if job.id not in self._jobs:
+                return
+            if result.ok:
+                job.recorded = True
+                conversation.reached_disk(head, job.replaces)
+            if self._is_forgotten(job.message):
+                job.failure = "forgotten"
+            self._finish(job)
+
+        self._disk.write([], [conversation], "record", done)
 
     def _set_head(self, job: _Job) -> bool:
         """The conversation has a branch that ends here now."""
@@ -281,30 +316,30 @@ class Keeping:
             block.kept = True
         root = job.metas[-1].root
         head = Head(last, message.tokens, root.key, root.fingerprint, message.private, message.parked_at_s)
-        replaces = {block.key for block in chain[:-1]} | set(message.replaces)
+        job.head, job.replaces = head, {block.key for block in chain[:-1]} | set(message.replaces)
         continued = (h for h in conversation.heads if h.tokens > message.tokens)
         if not any(block.key == last for h in continued for block in state.tree.chain(h.key)):
-            conversation.set_head(head, replaces, state.settings.max_heads)
+            conversation.set_head(head, job.replaces, state.settings.max_heads)
         conversation.returns_at_s = message.returns_at_s
         conversation.keep_until_s = message.keep_until_s
         conversation.codec = message.codec or conversation.codec
         state.name_changed(job.name)
         usage.kept(state, conversation, root.fingerprint, chain)
-        tails = [tail for key in message.replaces if (tail := state.tree.get(key)) is not None]
-        drop_tails(state, self._disk, chain, tails)
         return True
 
     def _finish(self, job: _Job) -> None:
         state = self._state
         tier = ""
         if not job.failure:
-            durable = all(stored.durable for stored in job.held.values())
-            tier = "disk" if durable and state.disk.ready else "host"
-        state.send(job.peer, Kept(tier=tier, reason=job.failure, bytes=job.bytes))
+            tier = "disk" if job.recorded else "host"
+        state.send(job.peer, Kept(tier=tier, reason=job.failure, bytes=job.read_bytes))
         self._jobs.pop(job.id, None)
         for object_id in list(job.held):
             self._let_go(job, object_id)
         state.host.holder_ended(job.id)
+        if tier and job.head is not None:
+            tails = [tail for key in job.message.replaces if (tail := state.tree.get(key)) is not None]
+            drop_tails(state, self._disk, state.tree.chain(job.head.key), tails)
 
 
 _FAILURES = {"deadline": "deadline", "busy": "busy", "missing": "incomplete"}

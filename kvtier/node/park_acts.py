@@ -42,7 +42,8 @@ class ParkActs:
             return
         key = (job.name, ranks, job.metas[-1].object_id.block_key)
         act = self._acts.get(key)
-        if act is None:
+        if act is None or act.lost:
+            # Whoever tries again does not end with those who still stop.
             slices = tuple(dict.fromkeys(ranks))
             act = self._acts[key] = ParkAct(self._state.next_id("a"), key, slices)
         act.jobs.append(job)
@@ -99,6 +100,8 @@ class ParkActs:
             if not act.over:
                 self._hold(act, job.held.values(), job)
                 act.covered.add(job.worker.shard)
+                # Who is to bring everything to disk has this on his hands now.
+                self._changed = True
         elif not act.whole and job.worker.shard not in act.covered and not act.lost:
             others = {one.worker.shard for one in act.jobs if one.ready or one.failure is None}
             if job.ready or job.worker.shard not in others:
@@ -127,7 +130,8 @@ class ParkActs:
                 self._state.host.lease(slot, act.id, job.started_s + 2 * job.message.timeout_s)
 
     def _end(self, act: ParkAct) -> None:
-        self._acts.pop(act.key, None)
+        if self._acts.get(act.key) is act:
+            del self._acts[act.key]
         for stored in act.others:
             stored.pins -= 1
         act.others.clear()

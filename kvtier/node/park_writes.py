@@ -73,12 +73,13 @@ class ParkWrites:
     def _may_record(self, job: ParkJob) -> bool:
         """Whether what its other ranks park is on disk too: only then the record may say so, and once.
 
-        What nobody holds but their act is written by this job.
+        What nobody holds but their act is written by this job: also the parts of those who asked for host
+        memory only, once they have left.
         """
         act = job.act
         if act is None:
             return True
-        fellows = [one for one in act.jobs if one.ready and one.message.level != "host"]
+        fellows = [one for one in act.jobs if one.ready]
         others = [stored for stored in act.others if not stored.durable]
         if act.recording or not all(one.durable for one in fellows):
             return False
@@ -93,7 +94,8 @@ class ParkWrites:
 
     def _copy(self, job: ParkJob) -> None:
         """Have other nodes keep it, once; with the parts of its other ranks, so that one node has all."""
-        fellows = [one for one in job.act.jobs if one.ready and one.others] if job.act is not None else [job]
+        there = [one for one in job.act.jobs if one.ready] if job.act is not None else [job]
+        fellows = [one for one in there if one.others]
         for one in fellows:
             if one.copies is not None:
                 job.copies, job.short = one.copies, one.short
@@ -101,7 +103,7 @@ class ParkWrites:
             return
         chain = self._state.tree.chain(job.head.key)
         own = {block.key for block in chain}
-        whole = {meta.object_id: one.held[meta.object_id] for one in fellows for meta in one.metas}
+        whole = {meta.object_id: one.held[meta.object_id] for one in there for meta in one.metas}
         whole |= {stored.meta.object_id: stored for stored in (job.act.others if job.act is not None else ())}
         objects = sorted(whole.values(), key=lambda stored: stored.meta.start)
         keep = keep_of(self._state, job.name, job.head, objects, job.replaces - own)

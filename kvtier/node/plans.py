@@ -85,7 +85,9 @@ class Plans:
         """Hand a plan over to its restore, with what it holds; None when it is unknown or has ended."""
         shared = self._shared.get(plan_id)
         if shared is not None and of_same_ranks(shared.worker, worker):
-            return self._pop(shared.part_of(worker.shard))
+            part = shared.part_of(worker)
+            shared.took.add(worker.name)
+            return self._pop(part)
         held = self._held.get(plan_id)
         if held is None or held.worker is not worker or held.shared is not None:
             return None
@@ -94,7 +96,7 @@ class Plans:
     def join(self, peer: str, message: JoinPlan, worker: Worker) -> None:
         """Tell a rank the plan that another one made for all of them."""
         shared = self._shared.get(message.plan_id)
-        if shared is None or not (of_same_ranks(shared.worker, worker) and shared.part_of(worker.shard)):
+        if shared is None or not (of_same_ranks(shared.worker, worker) and shared.part_of(worker)):
             why = "no plan of this name waits for this rank"
             nothing = Plan("", "", "", 0, (), reason="lease_expired", detail=why)
             self._state.send(peer, Planned(id=message.id, plan=nothing))
@@ -146,13 +148,13 @@ class Plans:
         for part in [p for p, held in self._held.items() if held.worker is worker]:
             self._drop(part)
         for shared in list(self._shared.values()):
-            if shared.part_of(worker.shard) and not self._may_come(shared, worker.shard):
+            if shared.part_of(worker) and not self._may_come(shared, worker.shard):
                 self.drop(shared.plan_id)
 
     def _may_come(self, shared: SharedPlan, shard: str) -> bool:
         """Whether a rank with this shard is there, which may have its part still to take."""
-        workers = self._state.workers.values()
-        return any(w.connected and w.shard == shard and of_same_ranks(shared.worker, w) for w in workers)
+        workers = [w for w in self._state.workers.values() if w.connected and w.shard == shard]
+        return any(of_same_ranks(shared.worker, w) and shared.part_of(w) for w in workers)
 
     def tick(self) -> None:
         """End the plans that were not used in time."""

@@ -107,6 +107,8 @@ class Restores:
 
     def _queue(self, job: RestoreJob, piece: Piece) -> None:
         """Copy it from host memory when it is there, else read it."""
+        if job.reason:
+            return
         state = self._state
         slot = state.host.find(piece.stored.meta.object_id)
         if slot is None:

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import ssl
 import struct
+import threading
 import time
 from typing import TypeVar
 
@@ -44,6 +45,8 @@ class Stream:
         if self._plain:
             # Who waits, waits in the kernel, for all that is wanted: one call for many packets.
             sock.settimeout(None)
+        # Held by who sends or receives: under TLS nobody else may take the socket apart meanwhile.
+        self._in_use = threading.Lock()
         self.epoch = 0
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -58,9 +61,10 @@ class Stream:
 
     def _send_all(self, part: memoryview, until_s: float) -> None:
         at = 0
-        while at < len(part):
-            self._bound(socket.SO_SNDTIMEO, until_s)
-            at += self._sock.send(part[at:])
+        with self._in_use:
+            while at < len(part):
+                self._bound(socket.SO_SNDTIMEO, until_s)
+                at += self._sock.send(part[at:])
 
     def receive(self, kind: type[M], until_s: float, most_bytes: int = MAX_BODY_BYTES) -> M:
         """The next frame, which has to be of this kind. Raises StreamLost, MalformedMessage."""
@@ -84,12 +88,13 @@ class Stream:
         """Receive exactly as many bytes. Raises StreamLost."""
         at = 0
         try:
-            while at < len(into):
-                self._bound(socket.SO_RCVTIMEO, until_s)
-                got = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL if self._plain else 0)
-                if not got:
-                    raise StreamLost("the other end closed the connection")
-                at += got
+            with self._in_use:
+                while at < len(into):
+                    self._bound(socket.SO_RCVTIMEO, until_s)
+                    got = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL if self._plain else 0)
+                    if not got:
+                        raise StreamLost("the other end closed the connection")
+                    at += got
         except OSError as error:
             raise StreamLost(f"receiving: {error}") from error
 
@@ -118,10 +123,12 @@ class Stream:
 
     def close(self) -> None:
         """From any thread: whoever sends or receives gets StreamLost. Twice is no harm."""
-        # The other end may have closed it before.
+        # The other end may have closed it before.  Not the TLS socket's own way: that ends TLS first, and who
+        # sends just then would send in clear.
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+        with self._in_use:
+            self._sock.close()
 
 
 def connect(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float) -> Stream:

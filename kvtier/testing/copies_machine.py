@@ -7,6 +7,7 @@ of a node until n - 1 of them were lost.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -80,22 +81,47 @@ class CopiesMachine(RuleBasedStateMachine):
             finish(job, level)
 
         rig.core._parks._finish = checked  # type: ignore[method-assign]
+        finish_keep = rig.core.cluster.keeping._finish
+
+        def kept(job: Any) -> None:
+            if job.recorded and not job.failure:
+                self._kept_on_disk(rig, job)
+            finish_keep(job)
+
+        rig.core.cluster.keeping._finish = kept  # type: ignore[method-assign]
+
+    def _kept_on_disk(self, rig: NodeRig, job: Any) -> None:
+        """After power loss the conversation ends at that node where it said so."""
+        known = rig.restarted().core.state.conversations.get(job.name)
+        if known is None or all(end.key != job.metas[-1].object_id.block_key for end in known.ends):
+            rig.violations.append(f"{job.name} is said to be kept on disk and is not")
 
     def _promised(self, rig: NodeRig, job: ParkJob, nodes: int) -> None:
         tokens = rig.requests[job.message.request].pages.text.tokens
         lost = self.losses - self.began.get((rig.name, job.id), self.losses)
-        having = {DOMAINS[name] or name for name in self._holders(job, tokens)}
+        # The copy of a turn that goes on from it, and was over there first, has taken its place.
+        turns = [turn for turn in self.turns.get(job.name, ()) if turn[: len(tokens)] == tokens]
+        holders = [name for turn in turns for name in self._holders(job, turn, len(tokens))]
+        having = {DOMAINS[name] or name for name in holders}
         if len(having) + lost < nodes:
             rig.violations.append(f"{job.name} is said to be at {nodes} nodes and is at {having}")
         # A later turn that goes on from it may have begun before it was over.
-        later = (turn for turn in self.turns.get(job.name, ()) if len(turn) > len(tokens))
-        if all(turn[: len(tokens)] != tokens for turn in later):
+        if all(turn == tokens for turn in turns) and self._has_heard(rig, job.name):
             self.promises.append(_Promise(job, tokens, nodes, lost))
 
-    def _holders(self, job: ParkJob, tokens: tuple[int, ...]) -> list[str]:
-        """Nodes that restore all of it from what they have themselves."""
+    def _has_heard(self, rig: NodeRig, name: ConversationId) -> bool:
+        """Whether the node knows of every forgetting of the name: if not, what it parks is forgotten too."""
+        graves = [
+            *(other.graves for other in self.cluster.rigs.values()),
+            *(g for _, g in self.gone.values()),
+        ]
+        stones = {stone.id for some in graves for stone in some if (stone.tenant, stone.conversation) == name}
+        return stones <= rig.core.cluster.burials.carried_out(name)
+
+    def _holders(self, job: ParkJob, turn: tuple[int, ...], tokens: int) -> list[str]:
+        """Nodes that restore so many tokens of a turn, or more, from what they have themselves."""
         rigs = self.cluster.rigs.items()
-        return [name for name, rig in rigs if restored_end(pieces_of(rig, job, tokens)) >= len(tokens)]
+        return [name for name, rig in rigs if restored_end(pieces_of(rig, job, turn)) >= tokens]
 
     def _rig(self, pick: int) -> NodeRig:
         rigs = list(self.cluster.rigs.values())
@@ -211,7 +237,8 @@ class CopiesMachine(RuleBasedStateMachine):
             assert not rig.violations, "\n".join(rig.violations)
         for promise in self.promises:
             if promise.lost < promise.nodes:
-                assert self._holders(promise.job, promise.tokens), f"{promise} is at no node any more"
+                tokens = promise.tokens
+                assert self._holders(promise.job, tokens, len(tokens)), f"{promise} is at no node any more"
 
     def teardown(self) -> None:
         if not hasattr(self, "cluster"):

@@ -148,10 +148,17 @@ class NodeRig(CoreRig):
     def run(self) -> None:
         """All copies, disk jobs and reads from peers, until none is left; also of who keeps copies of it."""
         super().run()
-        while pulling := [rig for rig in self.cluster.rigs.values() if rig.pulls]:
-            for rig in pulling:
-                rig.finish_pull(rig.pulls[0])
+        while busy := [rig for rig in self.cluster.rigs.values() if rig.pulls or rig.recording()]:
+            for rig in busy:
+                if rig.pulls:
+                    rig.finish_pull(rig.pulls[0])
+                else:
+                    rig.run_disk()
             super().run()
+
+    def recording(self) -> bool:
+        """Whether it keeps something for another node, which waits for its disk."""
+        return bool(self.keeps) and any(not op.executor.stopped for op in self.disk_ops())
 
     def prove(self, stone: c.Stone) -> None:
         """The core has carried it out: it is noted, with its nodes, and the directory hears of it."""

@@ -87,7 +87,7 @@ def test_a_node_that_answers_too_early_is_caught(
 ) -> None:
     """The control: erased is said, and the files still say otherwise."""
 
-    def too_early(self: DiskSide, objects: Any, name: Any, done: Any) -> None:
+    def too_early(self: DiskSide, objects: Any, name: Any, done: Any, stone: str = "") -> None:
         done(True, "")
 
     monkeypatch.setattr(DiskSide, "erase", too_early)

@@ -174,6 +174,46 @@ def test_a_rank_that_dies_ends_the_wait_at_once(rig, taken):
     at_rest(rig, died=True)
 
 
+def test_a_rank_that_dies_while_others_copy_keeps_no_memory(rig):
+    """Its end is known before its act is over."""
+    ranks = ranks_of(rig)
+    park_all(rig, ranks)
+    _, got = resume_all(rig, ranks)
+    for op in rig.copies():
+        rig.begin(op)
+    rig.kill(ranks[1].proc)
+    assert not got[0].receipts, "a copy still runs"
+    rig.run()
+    assert (got[0].receipt.tokens, got[0].receipt.reason) == (0, "shard_missing")
+    at_rest(rig, died=True)
+
+
+def test_a_rank_takes_one_part_only(rig):
+    """Its own call again: the part of another rank with an equal slice is not its to take."""
+    ranks = ranks_of(rig, [PAIR[0]] * 2)
+    park_all(rig, ranks)
+    planned = rig.plan(ranks[0], "chat", range(10))
+    first = rig.restore(ranks[0], planned, range(10))
+    again = rig.restore(ranks[0], planned, range(10))
+    assert (again.receipt.tokens, again.receipt.reason) == (0, "lease_expired")
+    other = rig.restore(ranks[1], planned, range(10))
+    rig.run()
+    assert tokens_of([first, other]) == [10, 10]
+    at_rest(rig)
+
+
+def test_equal_slices_do_not_hide_that_a_rank_has_died(rig):
+    """The one that is there has taken its own part, and cannot come for the other one."""
+    ranks = ranks_of(rig, [PAIR[0]] * 2)
+    park_all(rig, ranks)
+    planned = rig.plan(ranks[0], "chat", range(10))
+    got = rig.restore(ranks[0], planned, range(10))
+    rig.run()
+    rig.kill(ranks[1].proc)
+    assert (got.receipt.tokens, got.receipt.reason) == (0, "shard_missing")
+    at_rest(rig, died=True)
+
+
 def test_a_plan_that_is_dropped_is_dropped_for_all(rig):
     ranks = ranks_of(rig)
     park_all(rig, ranks)

@@ -82,6 +82,24 @@ def test_a_rank_that_dies_while_it_copies_ends_the_wait_at_once(rig):
     at_rest(rig, died=True)
 
 
+def test_who_tries_again_does_not_end_with_those_who_still_stop(rig):
+    one, two = ranks_of(rig)
+    parks = [rig.park(rank, "chat", range(10)) for rank in (one, two)]
+    theirs = next(op for op in rig.copies() if op.executor is two.proc)
+    rig.begin(theirs)
+    while ours := [op for op in rig.copies() if op.executor is one.proc]:
+        rig.finish(ours[0], "error: of the device")
+    assert levels(parks[:1]) == [("none", "copy_failed")]
+    again = [rig.park(one, "chat", range(10))]
+    rig.run()
+    assert levels(parks[1:]) == [("none", "shard_missing")]
+    assert not again[0].receipts, "the other one may try again, too"
+    again.append(rig.park(two, "chat", range(10)))
+    rig.run()
+    assert levels(again) == [("host", "")] * 2
+    at_rest(rig)
+
+
 @pytest.mark.parametrize("level", ["host", "disk"])
 def test_a_rank_that_dies_after_its_part_is_there_takes_nothing_away(rig, level):
     one, two = ranks_of(rig)
@@ -160,6 +178,22 @@ def test_what_is_shared_with_nobody_has_one_salt(rig):
     _, got = resume_all(rig, ranks)
     rig.run()
     assert tokens_of(got) == [10, 10]
+    at_rest(rig)
+
+
+def test_who_is_told_of_the_disk_may_count_on_those_who_asked_for_less(rig):
+    """Power loss right after the receipt: the other slices were asked to be in host memory only."""
+    shards = [f"L0+2.H{i}+1" for i in range(3)]
+    parks = []
+    for rank, level in zip(ranks_of(rig, shards), ("disk", "host", "host"), strict=True):
+        parks.append(rig.park(rank, "chat", range(10), level=level))
+        rig.run_copies()
+        while not parks[0].receipts and rig.disk_ops():
+            rig.finish(rig.disk_ops()[0])
+    assert levels(parks) == [("disk", ""), ("host", ""), ("host", "")]
+    reborn = rig.restarted()
+    assert reborn.plan(ranks_of(reborn, shards)[0], "chat", range(10)).plan.load_tokens == 10
+    at_rest(reborn)
     at_rest(rig)
 
 
@@ -251,6 +285,26 @@ def test_copies_of_all_slices_go_to_one_node():
     assert levels(parks) == [("copies=2", "")] * 2
     assert parks[0].receipt.copies == parks[1].receipt.copies
     (other,) = parks[0].receipt.copies
+    cluster.lose("a")
+    there = cluster.rigs[other]
+    _, got = resume_all(there, ranks_of(there))
+    there.run()
+    assert tokens_of(got) == [10, 10]
+    end_well(*cluster.rigs.values())
+
+
+@pytest.mark.parametrize("asked", [("copies=2", "host"), ("host", "copies=2")])
+def test_copies_are_of_all_slices_whoever_asked_for_them(asked):
+    cluster = RigCluster("a", "b", "d")
+    cluster.announce()
+    here = cluster.rigs["a"]
+    ranks = ranks_of(here)
+    parks = [
+        here.park(rank, "chat", range(10), level=level) for rank, level in zip(ranks, asked, strict=True)
+    ]
+    here.run()
+    assert sorted(levels(parks)) == [("copies=2", ""), ("host", "")]
+    (other,) = parks[asked.index("copies=2")].receipt.copies
     cluster.lose("a")
     there = cluster.rigs[other]
     _, got = resume_all(there, ranks_of(there))

@@ -1,5 +1,7 @@
 """Plans and restores: leases, deadlines, what is wrong in memory or on disk, and what two want at once."""
 
+import dataclasses
+
 import pytest
 
 from kvtier.geometry import Geometry
@@ -55,6 +57,21 @@ def test_a_miss_is_a_value_with_its_reason(rig, worker, name, tokens, reason):
     plan = rig.plan(worker, name, tokens).plan
     assert (plan.plan_id, plan.load_tokens, plan.reason, plan.lease_s) == ("", 0, reason, 0.0)
     assert rig.core.status().counters[f"misses.{reason}"] == 1
+
+
+def test_a_block_that_has_fewer_rows_by_now_ends_the_restore_at_once(rig, worker):
+    rig.park(worker, "chat", range(12))
+    rig.run()
+    planned = rig.plan(worker, "chat", range(12))
+    # As when it was to come from another node, and was parked here meanwhile.
+    block = rig.core.state.tree.named(("acme", "chat"))[0]
+    [(part, planned_as)] = block.parts.items()
+    less = dataclasses.replace(planned_as.meta, first_valid=1)
+    block.parts[part] = dataclasses.replace(planned_as, meta=less)
+    restore = rig.restore(worker, planned, range(12), deadline_s=1000.0)
+    rig.run()
+    block.parts[part] = planned_as
+    assert (restore.receipt.tokens, restore.receipt.reason) == (0, "incomplete")
 
 
 @pytest.mark.parametrize("wrong", [{"lease_s": float("nan")}, {"tokens": b"123"}, {"worker": "worker:9"}])

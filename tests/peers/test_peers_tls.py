@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from kvtier.errors import ConfigError, KvtierError
 from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import PeerServer, ServerSettings
-from kvtier.peers.stream import StreamLost
+from kvtier.peers.stream import Stream, StreamLost
 from kvtier.peers.tls import TlsFiles, client_side, server_side
 from kvtier.testing.certificates import make_authority, make_certificate
 
@@ -89,6 +91,36 @@ def test_a_server_ends_at_once_although_a_peer_is_connected(files: TlsFiles) -> 
     ended.join(30.0)
     assert not ended.is_alive(), "it waits for a connection that nobody closes"
     client.close()
+
+
+def test_nothing_goes_in_clear_while_another_thread_cuts_the_connection(
+    files: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    accepted: list[ssl.SSLSocket] = []
+    accepting = threading.Thread(
+        target=lambda: accepted.append(server_side(files).wrap_socket(theirs, server_side=True))
+    )
+    accepting.start()
+    secured = client_side(files).wrap_socket(ours, server_hostname="127.0.0.1")
+    accepting.join(30.0)
+    # What is not read when a socket closes takes away what the other end has not read.
+    accepted[0].send(b"hello")
+    assert secured.recv(5) == b"hello"
+    cut = socket.socket.shutdown
+
+    def sends_meanwhile(sock: socket.socket, how: int) -> None:
+        sock.send(b"what is private")
+        cut(sock, how)
+
+    monkeypatch.setattr(socket.socket, "shutdown", sends_meanwhile)
+    Stream(secured).close()
+    monkeypatch.undo()
+    sent = b""
+    while more := os.read(accepted[0].fileno(), 1 << 16):
+        sent += more
+    assert sent and b"private" not in sent
+    accepted[0].close()
 
 
 def test_who_says_nothing_is_cut_off(files: TlsFiles) -> None:
