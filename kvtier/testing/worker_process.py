@@ -215,16 +215,15 @@ class WorkerProcess:
         return answer["is"]
 
 
-def _answer(station: _Station, order: dict[str, Any]) -> dict[str, Any]:
+def _answer(station: object, order: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"is": getattr(station, order.pop("do"))(**order)}
     except KvtierError as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Answer until standard input ends."""
-    station = _Station(*arguments)
+def serve(station: object) -> int:
+    """Have the station's methods carry out what comes, and answer, until standard input ends."""
     print(json.dumps({"is": "ready"}), flush=True)
     for line in sys.stdin:
         print(json.dumps(_answer(station, json.loads(line))), flush=True)
@@ -232,4 +231,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(_Station(*sys.argv[1:])))

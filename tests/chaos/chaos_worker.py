@@ -26,6 +26,7 @@ from kvtier.errors import KvtierError
 from kvtier.handles import ParkHandle
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import SHARD
+from kvtier.testing.worker_process import serve
 
 FAST = Backoff(first_s=0.01, limit_s=0.2)
 PAGES = 96
@@ -199,21 +200,5 @@ class WorkerProcess:
         return answer
 
 
-def _answer(station: _Station, order: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return {"is": getattr(station, order.pop("do"))(**order)}
-    except KvtierError as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Answer until standard input ends."""
-    station = _Station(*arguments)
-    print(json.dumps({"is": "ready"}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(_answer(station, json.loads(line))), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(_Station(*sys.argv[1:])))

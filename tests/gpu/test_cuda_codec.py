@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from kvtier.checksum import PIECE_BYTES, checksum
-from kvtier.errors import GeometryError, TierUnavailable
+from kvtier.errors import GeometryError
 from kvtier.geometry import LOSSY
-from kvtier.gpu.cuda.cupy_device import CudaDevice
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.events import mark
@@ -25,7 +24,7 @@ from kvtier.gpu.engine import CORRUPT, CopyBatch, CopyItem, CopyResult
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.quantise import Values, decode, encode
 from kvtier.gpu.tensors import DeviceBytes
-from kvtier.testing.fake_device import FakeDevice
+from kvtier.testing.either_device import either_device
 from kvtier.testing.fake_device_host import Prepared, compiled
 from kvtier.testing.fake_device_pools import Uploaded
 from kvtier.testing.fake_device_rig import Rig
@@ -212,17 +211,7 @@ def test_control_values_that_are_not_finite_are_said(simt: ctypes.CDLL) -> None:
 
 @pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param == "fake":
-        fake = FakeDevice(5)
-        yield fake
-        assert not fake.races and not fake.leaks() and not fake.gpu.fault
-        return
-    try:
-        made = CudaDevice(0)
-    except TierUnavailable as error:
-        pytest.skip(str(error))
-    made.enter()
-    yield made
+    yield from either_device(request.param)
 
 
 def batch(direction: Any, binding: Any, items: list[CopyItem], codec: str, **more: Any) -> CopyBatch:

@@ -10,7 +10,6 @@ import pytest
 
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
-from kvtier.gpu.cuda.cupy_device import CudaDevice
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.events import mark
@@ -23,24 +22,14 @@ from kvtier.gpu.engine import CopyBatch, CopyItem, CopyResult, StreamEvent
 from kvtier.gpu.layers import LayerEvents
 from kvtier.gpu.places import location_of, place_of
 from kvtier.gpu.pool import Pool
-from kvtier.testing.fake_device import FakeDevice
+from kvtier.testing.either_device import either_device
 from kvtier.testing.fake_device_pools import Uploaded
 from kvtier.testing.pool_cases import BUILDERS, GEOMETRIES, PAGES, Case, Slots
 
 
 @pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param == "fake":
-        fake = FakeDevice(5)
-        yield fake
-        assert not fake.races and not fake.leaks() and not fake.gpu.fault
-        return
-    try:
-        made = CudaDevice(0)
-    except TierUnavailable as error:
-        pytest.skip(str(error))
-    made.enter()
-    yield made
+    yield from either_device(request.param)
 
 
 @pytest.mark.parametrize("way", WAYS)

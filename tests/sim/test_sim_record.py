@@ -1,12 +1,8 @@
 """The log of a live daemon in the simulator: the identical instructions, and one wrong measurement seen."""
 
-import dataclasses
-import hashlib
 import io
 import json
-import random
 from dataclasses import dataclass
-from typing import ClassVar
 
 import msgpack
 import msgspec
@@ -22,18 +18,13 @@ from kvtier.errors import KvtierError
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.keys import pack_tokens
 from kvtier.node import journal
-from kvtier.node.core import NodeCore
 from kvtier.node.events import Received
 from kvtier.policy.defaults import make_policies
 from kvtier.sim.calibration import Calibration, Speed, calibrate
-from kvtier.sim.cluster import core_node, engine
-from kvtier.sim.cluster.cluster import Cluster
-from kvtier.sim.cluster.costs import FlopsCost
-from kvtier.sim.cluster.links import Link
-from kvtier.sim.cluster.scenario import Disk, Host, Nodes, Scenario, Worker, changed, read_scenario
+from kvtier.sim.cluster import core_node
+from kvtier.sim.cluster.scenario import Disk, Worker, read_scenario
 from kvtier.sim.open_loop import compare
 from kvtier.sim.stimuli import load_of_log, replay_log
-from kvtier.sim.workload.turns import Turn, TurnStream
 from kvtier.sim.workload.write import kvtrace_lines
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.node_bench import SETTINGS
@@ -257,68 +248,6 @@ def test_every_decision_of_a_live_run_is_simulated_too(logged, other):
     assert kinds.count("plan") == kinds.count("park") == len(TURNS) * CHATS
     assert kinds.count("restore") >= CHATS
     assert sum(decision.same for decision in decisions) > len(decisions) / 4
-
-
-class LoggedCore(NodeCore):
-    """Writes the log that a daemon would write."""
-
-    logs: ClassVar[list] = []
-
-    def __init__(self, settings, host, policies, secret, rng, *, epoch, arena_bytes, generation_slots):
-        super().__init__(
-            settings,
-            host,
-            policies,
-            secret,
-            rng,
-            epoch=epoch,
-            arena_bytes=arena_bytes,
-            generation_slots=generation_slots,
-        )
-        sha = hashlib.sha256(secret).hexdigest()
-        origin = journal.Origin(settings, sha, 1, epoch, tuple(arena_bytes), generation_slots)
-        self.entries = [{"origin": msgspec.to_builtins(dataclasses.asdict(origin))}]
-        self.logs.append(self.entries)
-
-    def handle(self, now_s, stimulus):
-        sends = super().handle(now_s, stimulus)
-        self.entries.append({"at_s": now_s, **journal.pack(stimulus), "sends": journal.digest(sends)})
-        return sends
-
-
-def virtual_log(monkeypatch, seed, jitter):
-    """The log of a node in virtual time, whose copies and reads take now more and now less."""
-    chance = random.Random(seed)
-
-    class Shaky(Link):
-        def send(self, now_s, nbytes):
-            return super().send(now_s, int(nbytes * (1 + jitter * (chance.random() - 0.5))))
-
-    monkeypatch.setattr(core_node, "NodeCore", LoggedCore)
-    monkeypatch.setattr(engine, "Link", Shaky)
-    scenario = changed(
-        Scenario(),
-        fidelity="core",
-        nodes=Nodes(workers=2),
-        host=Host(capacity_bytes=1 << 30),
-        disk=Disk(capacity_bytes=8 << 30, read_bytes_per_s=2e9),
-        worker=Worker(pool_bytes=1 << 30),
-    )
-    turns, t_s, stored = [], 0.0, {}
-    for row in range(150):
-        t_s += chance.expovariate(0.5)
-        chat = chance.randrange(12)
-        ref, tokens = stored.get(chat, (-1, 0))
-        if tokens > 3000:
-            ref, tokens = -1, 0
-        tokens_in = tokens + chance.randrange(100, 900)
-        stored[chat] = (row, tokens_in + 50)
-        turns.append(Turn(t_s, chat, 0, 1, tokens_in, 50, "u", "", -1.0, ref, tokens))
-    Cluster(scenario, "lru", FlopsCost(scenario.model, scenario.worker), 64).run(
-        TurnStream("test", 64, iter(turns))
-    )
-    monkeypatch.undo()
-    return LoggedCore.logs.pop()
 
 
 def test_decisions_of_simulated_services_differ_in_two_percent_at_most(virtual_day):
