@@ -16,6 +16,7 @@ import msgspec
 from kvtier.cluster.reconciler import TierRole
 from kvtier.cluster.services import load_service
 from kvtier.config_schema import Config
+from kvtier.daemon.collector import set_survivors_aside
 
 # One copy engine's threads are set by its own settings; libraries that open a pool of threads per core
 # would take the cores from the serving engine.
@@ -65,6 +66,7 @@ class TierActor:
         """service: 'module:Class'.  config_text: the Config as JSON.  grace_s: for a SIGTERM."""
         for name in _ONE_THREAD:
             os.environ[name] = "1"
+        set_survivors_aside()
         self._path = service
         self._config_text = config_text
         self._epoch = epoch
