@@ -34,9 +34,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from benchmarks.lines import Line, alternate, table
-from benchmarks.memory import Bytes, faulted
 from benchmarks.real_kv import DIM, bf16_blocks
+from kvtier.bench.lines import Line, alternate, table
+from kvtier.bench.memory import Bytes, faulted
 from kvtier.checksum import checksum
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.coder import Coder

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
-from benchmarks.lines import Line, table
+from kvtier.bench.lines import Line, table
 
 GROUPS = ("copies", "decisions", "daemon", "up")
 
@@ -38,7 +38,7 @@ def main() -> int:
 
 def _figures(chosen: list[str], nbytes: int) -> Iterator[Line]:
     if "copies" in chosen:
-        from benchmarks.copies import copies
+        from kvtier.bench.copies import copies
 
         yield from copies(nbytes)
     if "decisions" in chosen:

@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.awake import CoresAwake
 from benchmarks.echo import Echo
-from benchmarks.lines import Line, alternate, micros_line, rate_line, seconds
-from benchmarks.llama import (
+from kvtier.bench.lines import Line, alternate, micros_line, rate_line, seconds
+from kvtier.bench.llama import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
     HEADS,
@@ -21,7 +21,7 @@ from benchmarks.llama import (
     contiguous_pool,
     scattered_pool,
 )
-from benchmarks.memory import CopyLimits, faulted
+from kvtier.bench.memory import CopyLimits, faulted
 from kvtier.client import Client, connect
 from kvtier.fingerprint import Fingerprint
 from kvtier.gpu.describe import paged

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.lines import Line, micros_line, seconds
-from benchmarks.llama import BLOCK_TOKENS, PAGE_TOKENS
+from kvtier.bench.lines import Line, micros_line, seconds
+from kvtier.bench.llama import BLOCK_TOKENS, PAGE_TOKENS
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
 from kvtier.messages import Attach, Attached, DropPlan, MakePlan, Message, Park, Ping, Planned

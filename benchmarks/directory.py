@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import Line, micros_line, seconds, table
+from kvtier.bench.lines import Line, micros_line, seconds, table
 from kvtier.directory.announcements import HINT_BYTES, Announcement, End, Layout, Part, Phase, Record, Run
 from kvtier.directory.locate import Choice, NodeState, rank
 from kvtier.directory.locate import Line as Path_

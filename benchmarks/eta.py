@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.policy.load_cost import LOADS, Load, LoadCosts, LoadEstimate, Path
 
 # Path, start in seconds, bytes per second: unlike the guesses that the learner starts from.

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.eta import Outcome, report
-from benchmarks.lines import Line, table
-from benchmarks.memory import faulted
+from kvtier.bench.lines import Line, table
+from kvtier.bench.memory import faulted
 from kvtier.client import Client, connect
 from kvtier.fingerprint import Fingerprint
 from kvtier.gpu.describe import paged

@@ -1,13 +1,17 @@
 """Whether the simulator foretells times to first token: live runs against simulations of them, turn by turn.
 
-    python -m benchmarks.fidelity [--turns 60] [--folder /var/tmp] [--only host] [--slower 1]
+    python -m benchmarks.fidelity [--turns 120] [--folder /var/tmp] [--only host] [--slower 1]
 
 Three configurations of a node (three service processes) and its workers (fidelity_worker.py: a real model on
 the CPU through kvtier.integrations.transformers): host memory alone; little host memory and a disk; two
-workers with a disk, between which requests go to the one that has less to do.  Each is run twice, with other
-requests.  The first run calibrates (kvtier.sim.machine, and seconds of a decoded token); the second one's log
-gives the requests and their times, and nothing else: the simulator's node, driven by the daemon's own core,
-serves them in virtual time.  Compared is |simulated - measured| / measured, over all turns.
+workers with a disk, between which requests go to the one that has less to do.  Each runs once, some 100 s.
+
+A run is cut into pieces of 5 s.  Every second one calibrates (kvtier.sim.machine, and the seconds from a
+first token until the worker is free); the turns that came in the others are judged, so that what else the
+machine does slows both alike, and no turn that is judged has calibrated anything: 2 s between the two belong
+to neither.  Of all turns the log gives the requests and their times, and nothing else: the simulator's node,
+driven by the daemon's own core, serves them in virtual time.  Compared is |simulated - measured| / measured;
+bias is the median of simulated / measured, less 1, by where a turn's tokens came from.
 
 Turns end where a block ends: the simulator knows no tails, so that it would compute up to a block more.
 """
@@ -24,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -34,8 +38,8 @@ import msgspec
 import numpy as np
 
 from benchmarks.fidelity_worker import BLOCK_TOKENS, CONFIG
-from benchmarks.lines import Line
 from kvtier import messages as m
+from kvtier.bench.lines import Line
 from kvtier.client import connect
 from kvtier.config_secrets import tenant_secret
 from kvtier.daemon.policies import configured_policies
@@ -56,6 +60,7 @@ _CHATS, _MOST_TOKENS, _OUTPUTS = 12, 2200, 5
 # Nobody reads faster; and a turn that is simulated a little later still finds the one before it.
 _LEAST_PAUSE_S = 1.5
 _MEDIAN_LIMIT, _P90_LIMIT = 0.15, 0.40
+_PIECE_S, _BETWEEN_S = 5.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,41 +250,73 @@ def _packed(entries: list[Entry]) -> io.BytesIO:
     return io.BytesIO(b"".join(msgspec.msgpack.encode(entry) for entry in entries))
 
 
-def compare(setup: Setup, turns: int, folder: str, seed: int) -> Iterator[Line]:
-    """One configuration."""
-    first, second = (live(setup, number, turns, folder) for number in (seed, seed + 1))
-    yield from judge(setup, first, second, folder)
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Which times of a run's log calibrate, and which turns are judged. begin_s: of the first piece."""
+
+    begin_s: float
+
+    def calibrates(self, at_s: float) -> bool:
+        """Whether what ends then does."""
+        return self._into(at_s) >= _PIECE_S + _BETWEEN_S
+
+    def judges(self, at_s: float, ttft_s: float) -> bool:
+        """Whether a turn of that time is judged: nothing of it may have calibrated."""
+        return self._into(at_s) < _PIECE_S and self._into(at_s) + ttft_s < _PIECE_S + _BETWEEN_S
+
+    def _into(self, at_s: float) -> float:
+        return (at_s - self.begin_s) % (2 * _PIECE_S + _BETWEEN_S)
 
 
-def judge(setup: Setup, first: Run, second: Run, folder: str) -> Iterator[Line]:
-    """The second run, simulated with what the first one says of the machine."""
-    machine = machine_of(first.entries, lambda: configured_policies(first.config), first.secret)
-    token_s = statistics.median(turn["token_s"] for turn in first.served.values())
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Of one turn, to its first token. kind: where what was restored came from; alike: as far in both."""
+
+    simulated_s: float
+    measured_s: float
+    kind: str
+    alike: bool
+
+    @property
+    def error(self) -> float:
+        return abs(self.simulated_s / self.measured_s - 1)
+
+
+def judge(setup: Setup, run: Run, folder: str) -> Iterator[Line]:
+    """The run, simulated with what every second piece of it says of the machine."""
+    asked = list(_asked_for(run.entries))
+    pieces = Pieces(asked[0][0])
+    machine = machine_of(run.entries, lambda: configured_policies(run.config), run.secret, pieces.calibrates)
+    after_s = [run.served[name]["token_s"] for at_s, name in asked if pieces.calibrates(at_s)]
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        rows = simulated(setup, second, machine, token_s, place)
-    pairs: list[tuple[float, float, bool, bool]] = []
-    for row, name in enumerate(_asked_for(second.entries)):
-        measured = second.served[name]
-        foretold_s, job = rows[row]
-        same = job.past == measured["restored"]
-        pairs.append((foretold_s, measured["ttft_s"], bool(measured["restored"]), same))
-    errors = [abs(a - b) / b for a, b, _, _ in pairs]
-    resumed = [abs(a - b) / b for a, b, restored, _ in pairs if restored]
+        rows = simulated(setup, run, machine, statistics.median(after_s), place)
+    pairs = []
+    for row, (at_s, name) in enumerate(asked):
+        measured, (foretold_s, job) = run.served[name], rows[row]
+        if pieces.judges(at_s, measured["ttft_s"]):
+            kind = "+".join(sorted(measured["sources"])) if measured["restored"] else "computed"
+            alike = job.past == measured["restored"]
+            pairs.append(_Pair(foretold_s, measured["ttft_s"], kind, alike))
+    errors, resumed = [p.error for p in pairs], [p.error for p in pairs if p.kind != "computed"]
+    kinds = sorted({pair.kind for pair in pairs})
     detail = {
         "turns": len(pairs),
-        "resumed": len(resumed),
-        "from_disk": sum("disk" in turn["sources"] for turn in second.served.values()),
+        "of": len(asked),
+        "kinds": {kind: sum(pair.kind == kind for pair in pairs) for kind in kinds},
+        "bias": {kind: _bias(pair for pair in pairs if pair.kind == kind) for kind in kinds},
         "load_average": round(os.getloadavg()[0], 1),
-        "measured_p50_s": round(statistics.median(b for _, b, _, _ in pairs), 4),
-        "simulated_p50_s": round(statistics.median(a for a, _, _, _ in pairs), 4),
-        "bias": round(statistics.median(a / b for a, b, _, _ in pairs) - 1, 3),
-        "restored_alike_percent": round(100 * statistics.fmean(same for *_, same in pairs), 1),
+        "measured_p50_s": round(statistics.median(pair.measured_s for pair in pairs), 4),
+        "restored_alike_percent": round(100 * statistics.fmean(pair.alike for pair in pairs), 1),
         "machine": {k: float(f"{v:.3g}") for k, v in _figures(machine).items()},
     }
     yield _line(f"{setup.name}: median error", errors, 50, _MEDIAN_LIMIT, detail)
     yield _line(f"{setup.name}: p90 of errors", errors, 90, _P90_LIMIT, {})
     if resumed:
         yield _line(f"{setup.name}: median error, resumed turns", resumed, 50, _MEDIAN_LIMIT, {})
+
+
+def _bias(pairs: Iterable[_Pair]) -> float:
+    return round(statistics.median(pair.simulated_s / pair.measured_s for pair in pairs) - 1, 3)
 
 
 def _line(name: str, errors: list[float], percent: int, limit: float, detail: dict[str, Any]) -> Line:
@@ -295,20 +332,23 @@ def _figures(machine: Machine) -> dict[str, float]:
     return found | {"read_start_s": read.start_s, "read_bytes_per_s": read.bytes_per_s}
 
 
-def _asked_for(entries: list[Entry]) -> Iterator[tuple[str, int]]:
-    """(Conversation, tokens of the prompt) of each row: a plan is for all of it but the last token."""
+def _asked_for(entries: list[Entry]) -> Iterator[tuple[float, tuple[str, int]]]:
+    """(Time, (conversation, tokens of the prompt)) of each row; a plan is for all but its last token."""
     for entry in entries:
         if entry.get("kind") == "Received":
             stimulus = journal.unpack(entry)
             message = stimulus.message if isinstance(stimulus, Received) else None
             if isinstance(message, m.MakePlan):
-                yield message.conversation, message.after_tokens + len(message.tokens) // 4 + 1
+                yield (
+                    entry["at_s"],
+                    (message.conversation, message.after_tokens + len(message.tokens) // 4 + 1),
+                )
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=120)
     parser.add_argument("--folder", default="/var/tmp")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="")
@@ -317,7 +357,8 @@ def main() -> None:
     for setup in SETUPS:
         if options.only in ("", setup.name):
             paced = replace(setup, pace_s=setup.pace_s * options.slower)
-            for line in compare(paced, options.turns, options.folder, options.seed):
+            run = live(paced, options.seed, options.turns, options.folder)
+            for line in judge(paced, run, options.folder):
                 print(line.json(), flush=True)
 
 

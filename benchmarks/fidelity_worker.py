@@ -85,7 +85,6 @@ class Server:
         outputs = [chosen]
         while len(outputs) < request["outputs"]:
             outputs.append(self._forward(outputs[-1:], found.cache))
-        decoded_s = time.perf_counter() - first_s
         sequence += outputs
         self._kv.park(request["conversation"], sequence, found.cache, level=self._level)
         return {
@@ -95,7 +94,8 @@ class Server:
             "sources": found.receipt.sources,
             "computed": len(feed),
             "prefill_s": first_s - begun_s,
-            "token_s": decoded_s / max(len(outputs) - 1, 1),
+            # What is parked has to be gathered before the next prefill.
+            "token_s": (time.perf_counter() - first_s) / max(len(outputs) - 1, 1),
             "outputs": outputs,
         }
 

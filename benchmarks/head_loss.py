@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def _lose(config: Config, client: Client, down_s: float, storage: str) -> Iterat
         yield about | {"phase": "before"} | load_.run(5.0)
         before = range(1, load_.seed + 1)
         roles = _roles(config)
-        gcs = _Gcs(_record(config))
+        gcs = Gcs(_record(config))
         gcs.kill()
         yield about | {"phase": "head away"} | load_.run(down_s)
         gcs.start(_record(config))
@@ -170,23 +170,27 @@ def _until_whole(config: Config, load_: Load, back_s: float) -> dict[str, Any]:
     return told | dict(load_.seen) | {"slowest_s": round(load_.slowest_s, 3)}
 
 
-class _Gcs:
-    """The head's process, and how to start it again."""
+class Gcs:
+    """The head's process, and how to start it again. within: the command that runs it, if any."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, within: Sequence[str] = ()) -> None:
         self.process = dict(record.processes)["gcs_server"]
         proc = Path(f"/proc/{self.process.pid}")
-        self._command = proc.joinpath("cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        words = proc.joinpath("cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        self._command = [*map(os.fsencode, within), *words]
         pairs = proc.joinpath("environ").read_bytes().rstrip(b"\0").split(b"\0")
         self._environment = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
         self._folder = os.readlink(proc / "cwd")
         self._child: subprocess.Popen[bytes] | None = None
 
     def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
         send(self.process, signal.SIGKILL)
         wait_ended([self.process], 10)
 
     def start(self, record: Record) -> None:
+        """By the same command, with the same state; the record of `up` names it from then on."""
+        self.end()
         self._child = subprocess.Popen(
             self._command,
             env=self._environment,
@@ -197,6 +201,7 @@ class _Gcs:
         )
         process = identify(self._child.pid)
         assert process is not None, "the head does not start again"
+        self.process = process
         records.save(records.with_process(record, "gcs_server", process))
 
     def end(self) -> None:

@@ -24,8 +24,8 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.lines import Line
 from benchmarks.perturbations import chosen
+from kvtier.bench.lines import Line
 from kvtier.policy.defaults import make_policies
 from kvtier.policy.usage import Name, ParkedBlock, Turn
 from kvtier.sim.hitratio import Size, sizes_of_shares

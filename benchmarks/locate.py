@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 
-from benchmarks.lines import Line, micros_line, seconds, table
+from kvtier.bench.lines import Line, micros_line, seconds, table
 from kvtier.client import connect
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.service_processes import ServiceProcesses

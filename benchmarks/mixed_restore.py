@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.policy.achieved_rate import AchievedRate
 from kvtier.policy.devices import DEVICES
 from kvtier.policy.load_cost import LoadLine

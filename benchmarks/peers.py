@@ -1,7 +1,9 @@
-"""A conversation from one node's memory into another's over loopback, against plain TCP of as many streams.
+"""A conversation from one node's memory into another's, against plain TCP of as many streams.
 
-The sender is a process of its own.  The limit sends the same bytes from the same memory into the same memory
-over as many connections, without frames, keys or sums.
+Over loopback, or with --link-mbit, as root, over a link of that rate; there once with bytes that no codec
+makes smaller, and once with numbers like those of KV in bfloat16, encoded where that pays.  The sender is a
+process of its own.  The limit sends the same bytes from the same memory into the same memory over as many
+connections, without frames, keys or sums.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ import multiprocessing
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 
 import numpy as np
 
-from benchmarks.lines import Line, alternate, rate_line, table
+from benchmarks import shaped
+from kvtier.bench.lines import Line, alternate, rate_line, table
 from kvtier.checksum import checksum
+from kvtier.disk.codecs import CODECS
 from kvtier.objects import ObjectId
-from kvtier.peers.client import ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
+from kvtier.peers.coding import Codings, measured
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
 from kvtier.peers.stream import BUFFER_BYTES
@@ -28,12 +33,21 @@ _TOKEN = b"a token of a benchmark"
 _MIB = 1 << 20
 
 
+def _codings() -> Codings:
+    return {"planes-zstd": measured(CODECS["planes-zstd"])}
+
+
 class _Memory:
     """The sender's: `count` objects, one after the other."""
 
-    def __init__(self, count: int, nbytes: int) -> None:
-        self.data = np.random.default_rng(1).integers(0, 256, count * nbytes, np.uint8)
+    def __init__(self, count: int, nbytes: int, *, like_kv: bool) -> None:
         self._nbytes = nbytes
+        random = np.random.default_rng(1)
+        self.data = random.integers(0, 256, count * nbytes, np.uint8)
+        if like_kv:
+            for index in range(count):
+                numbers = random.standard_normal(nbytes // 2, np.float32).view(np.uint32) >> 16
+                self._object(index)[:] = numbers.astype(np.uint16).view(np.uint8)
         self._sums = [checksum(self._object(index)) for index in range(count)]
 
     def _object(self, index: int) -> np.ndarray:
@@ -60,18 +74,26 @@ def _send(connected: socket.socket, data: memoryview) -> None:
         connected.sendall(data)
 
 
-def _sender(pipe: Connection, count: int, nbytes: int, streams: int) -> None:
-    memory = _Memory(count, nbytes)
-    server = PeerServer(Identity("sender", 1, _TOKEN), memory, ServerSettings(streams=streams))
-    plain = socket.create_server(("127.0.0.1", 0))
+def _sender(pipe: Connection, count: int, nbytes: int, streams: int, mbit: int, like_kv: bool) -> None:
+    host = "127.0.0.1"
+    if mbit:
+        shaped.leave()
+        pipe.send("alone")
+        pipe.recv()
+        shaped.join(mbit)
+        host = shaped.THERE
+    memory = _Memory(count, nbytes, like_kv=like_kv)
+    settings = ServerSettings(host=host, streams=streams, codecs=_codings())
+    server = PeerServer(Identity("sender", 1, _TOKEN), memory, settings)
+    plain = socket.create_server((host, 0))
     threading.Thread(target=_send_plainly, args=(plain, memory.data.data, streams), daemon=True).start()
     pipe.send((server.port, plain.getsockname()[1]))
     pipe.recv()
     server.close()
 
 
-def _receive(port: int, into: memoryview, which: int) -> None:
-    with socket.create_connection(("127.0.0.1", port)) as connected:
+def _receive(address: tuple[str, int], into: memoryview, which: int) -> None:
+    with socket.create_connection(address) as connected:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         connected.send(bytes([which]))
         at = 0
@@ -79,44 +101,61 @@ def _receive(port: int, into: memoryview, which: int) -> None:
             at += connected.recv_into(into[at:])
 
 
-def _plain(port: int, into: memoryview, streams: int) -> None:
+def _plain(address: tuple[str, int], into: memoryview, streams: int) -> None:
     share = len(into) // streams
     parts = [into[index * share : (index + 1) * share] for index in range(streams)]
-    threads = [threading.Thread(target=_receive, args=(port, part, n)) for n, part in enumerate(parts)]
+    threads = [threading.Thread(target=_receive, args=(address, part, n)) for n, part in enumerate(parts)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def pulls(mib: int, object_mib: int, streams: int, rounds: int) -> Iterator[Line]:
-    """GB/s of a conversation of `mib`, in objects of `object_mib`."""
+def pulls(mib: int, object_mib: int, streams: int, rounds: int, mbit: int, like_kv: bool) -> Iterator[Line]:
+    """GB/s of a conversation of `mib`, in objects of `object_mib`. mbit: rate of the link; 0: loopback."""
     count, nbytes = mib // object_mib, object_mib * _MIB
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
-    sender = context.Process(target=_sender, args=(other, count, nbytes, streams))
+    sender = context.Process(target=_sender, args=(other, count, nbytes, streams, mbit, like_kv))
     sender.start()
-    peer_port, plain_port = pipe.recv()
-    into = np.zeros(count * nbytes, np.uint8)
-    client = PeerClient(
-        Identity("receiver", 1, _TOKEN), "sender", ("127.0.0.1", peer_port), ClientSettings(streams=streams)
-    )
-    wanted = [
-        Wanted(ObjectId(index.to_bytes(32, "big"), 0, "s"), into[index * nbytes : (index + 1) * nbytes], None)
-        for index in range(count)
-    ]
+    with ExitStack() as stack:
+        stack.callback(sender.join)
+        stack.callback(pipe.send, None)
+        host = "127.0.0.1"
+        if mbit:
+            pipe.recv()
+            stack.enter_context(shaped.lay(sender.pid or 0, mbit))
+            pipe.send("laid")
+            host = shaped.THERE
+        peer_port, plain_port = pipe.recv()
+        into = np.zeros(count * nbytes, np.uint8)
+        settings = ClientSettings(streams=streams, codecs=_codings())
+        client = PeerClient(Identity("receiver", 1, _TOKEN), "sender", (host, peer_port), settings)
+        stack.callback(client.close)
+        wanted = [
+            Wanted(ObjectId(n.to_bytes(32, "big"), 0, "s"), into[n * nbytes : (n + 1) * nbytes], None, 2)
+            for n in range(count)
+        ]
 
-    def pull() -> None:
-        assert client.fetch(wanted, 120.0) == [""] * count
+        came = Came()
 
-    try:
-        limits, works = alternate([lambda: _plain(plain_port, into.data, streams)], pull, rounds)
-        name = f"pull of {mib} MiB in objects of {object_mib} MiB over {streams} streams"
-        yield rate_line(name, count * nbytes, limits, works, limit_is="plain TCP of as many streams")
-    finally:
-        client.close()
-        pipe.send(None)
-        sender.join()
+        def pull() -> None:
+            assert client.fetch(wanted, 120.0, came=came) == [""] * count
+
+        limits, works = alternate([lambda: _plain((host, plain_port), into.data, streams)], pull, rounds)
+        way = f"a link of {mbit} Mbit/s" if mbit else "loopback"
+        what = "like KV" if like_kv else "of chance"
+        name = f"pull of {mib} MiB {what} in objects of {object_mib} MiB over {way}, {streams} streams"
+        yield rate_line(
+            name,
+            count * nbytes,
+            limits,
+            works,
+            limit_is="plain TCP of as many streams",
+            mbit=[round(count * nbytes * 8e-6 / took_s) for took_s in works],
+            wire_of_kv=round(came.wire_bytes / came.bytes, 3),
+            coded=round(came.coded_bytes / came.bytes, 3),
+        )
 
 
 def main() -> None:
@@ -125,11 +164,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--mib", type=int, default=1024, help="of the conversation; as much memory, twice")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--link-mbit", type=int, default=0, help="rate of the link; 0: loopback")
     arguments = parser.parse_args()
+    # Loopback is no slower than any codec.
+    kinds = (False, True) if arguments.link_mbit else (False,)
     lines = [
         line
-        for object_mib, streams in ((8, 1), (8, 2), (8, 4))
-        for line in pulls(arguments.mib, object_mib, streams, arguments.rounds)
+        for streams in (1, 2, 4)
+        for like_kv in kinds
+        for line in pulls(arguments.mib, 8, streams, arguments.rounds, arguments.link_mbit, like_kv)
     ]
     print("\n".join(line.json() for line in lines) if arguments.json else table(lines))
 

@@ -22,7 +22,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.sim.hitratio import Size, sizes_of_lru_points
 from kvtier.sim.read_trace import read_trace
 from kvtier.sim.registry import POLICIES, Objective, Setup, make_policy

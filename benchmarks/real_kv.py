@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.memory import Bytes
+from kvtier.bench.memory import Bytes
 
 LAYERS, HEADS, DIM = 8, 8, 128
 BLOCK_TOKENS = 256

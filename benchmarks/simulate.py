@@ -13,7 +13,7 @@ import resource
 import time
 from collections.abc import Iterator
 
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.sim.cluster.cluster import Cluster
 from kvtier.sim.cluster.costs import FlopsCost
 from kvtier.sim.cluster.scenario import Host, Nodes, Scenario, changed

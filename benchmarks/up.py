@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.cluster import record
 
 _STARTS = 3

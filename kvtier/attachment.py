@@ -48,9 +48,8 @@ class Attachment:
 
     def close(self) -> None:
         """Once it is quiet: end the engine's threads and unmap the arena."""
-        if self.engine is not None:
-            self.engine.close()
-        if self.arena is not None:
+        ended = self.engine is None or self.engine.close()
+        if self.arena is not None and ended:
             self.arena.close()
 
 

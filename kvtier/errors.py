@@ -21,6 +21,7 @@ KvtierError
     ├── SlotLeased
     ├── CorruptObject
     └── TierUnavailable
+        └── CopiesHang          a device does not end copies that are bounded; raised by who waits for layers
 
 Serving calls do not raise for capacity, degradation or policy: receipts say it.  What is raised is a
 caller's mistake or a protocol fault, always before anything changed.
@@ -128,3 +129,7 @@ class CorruptObject(TierError):
 
 class TierUnavailable(TierError):
     """The tier's memory, device or directory does not work at present."""
+
+
+class CopiesHang(TierUnavailable):
+    """Copies have not ended long after their deadline. Their pages stay in use until they do."""

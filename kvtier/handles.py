@@ -74,6 +74,7 @@ class RestoreHandle(_Handle[RestoreReceipt]):
     def __init__(self, use: PageUse[RestoreReceipt], cancel: Callable[[], None], layers: LayerEvents) -> None:
         super().__init__(use, cancel)
         self._layers = layers
+        layers.limit_s = use.limit_s + QUIET_S
         use.when_finished(self._finish)
 
     @property
@@ -92,7 +93,8 @@ class RestoreHandle(_Handle[RestoreReceipt]):
 
         stream: as in `Worker.park`; on the CPU the caller waits for the copies themselves.  False when they
         are not queued within the time, or never will be: the receipt then says why.  timeout_s: by default
-        until the restore is over.  Raises GeometryError, TierUnavailable.
+        until the restore is over.  Raises GeometryError, TierUnavailable; CopiesHang when the restore's
+        deadline is long past, and copies that were bounded still run.
         """
         return self._layers.wait(
             layer, stream, None if timeout_s is None else seconds("timeout_s", timeout_s)

@@ -117,6 +117,18 @@ class PoolLeft(Message, frozen=True, tag="pool_left"):
     worker: str
 
 
+class GpuUsage(Message, frozen=True, tag="gpu_usage"):
+    """Sent by the GPU service when it changes, of the pools on GPUs that it maps.
+
+    workers: GPU bytes that copying takes, for each.  context_bytes: of the service's CUDA contexts, on top; 0
+    where nothing tells it.  late: workers with a copy that should have ended long ago.
+    """
+
+    workers: dict[str, int] = {}
+    context_bytes: int = 0
+    late: list[str] = []
+
+
 class TierHello(Message, frozen=True, tag="tier_hello"):
     """A tier service is ready. address: the GPU service's socket. pid: of its process."""
 
@@ -127,10 +139,14 @@ class TierHello(Message, frozen=True, tag="tier_hello"):
 
 
 class Arenas(Message, frozen=True, tag="arenas"):
-    """To a tier service; descriptors beside it: the arenas in order, then the generation table."""
+    """To a tier service; descriptors beside it: the arenas in order, then the generation table.
+
+    takes_gpu_usage: the node understands GpuUsage.
+    """
 
     arena_bytes: list[int]
     generation_slots: int
+    takes_gpu_usage: bool = False
 
 
 # --- disk: node <-> disk service ---------------------------------------------------------------------

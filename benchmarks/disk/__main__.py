@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.disk.async_files import async_files
-from benchmarks.disk.large import BLOCK_BYTES, CONVERSATIONS, large
 from benchmarks.disk.many import many
 from benchmarks.disk.peers import peers, skipped
 from benchmarks.disk.quiet import quiet
 from benchmarks.disk.scale import scale
-from benchmarks.lines import Line, table
+from kvtier.bench.disk import BLOCK_BYTES, CONVERSATIONS, large
+from kvtier.bench.lines import Line, table
 
 GROUPS = ("large", "peers", "aiofiles", "many", "quiet", "scale")
 

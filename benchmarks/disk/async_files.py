@@ -17,10 +17,10 @@ from typing import Any
 
 import aiofiles  # type: ignore[import-untyped]
 
-from benchmarks.disk.drive import Drive, Way, forget_page_cache
-from benchmarks.disk.large import alternate_rounds
-from benchmarks.lines import Line, rate_line, seconds
-from benchmarks.memory import Bytes
+from kvtier.bench.disk import alternate_rounds
+from kvtier.bench.drive import Drive, Way, forget_page_cache
+from kvtier.bench.lines import Line, rate_line, seconds
+from kvtier.bench.memory import Bytes
 
 KiB, MiB = 1 << 10, 1 << 20
 _SIZES = {"8 MiB": 8 * MiB, "64 KiB": 64 * KiB}

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from benchmarks.disk.store import blocks_of, opened, park, sums_of
-from benchmarks.lines import Line, seconds
-from benchmarks.memory import Bytes, faulted
+from kvtier.bench.lines import Line, seconds
+from kvtier.bench.memory import Bytes, faulted
+from kvtier.bench.store import blocks_of, opened, park, sums_of
 from kvtier.disk.tier import DiskTier
 
 MiB = 1 << 20

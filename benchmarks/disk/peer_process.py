@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disk.drive import forget_page_cache
+from kvtier.bench.drive import forget_page_cache
 
 _HERE = Path(__file__).parent
 _WORKERS = 4

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.disk.drive import Drive, Way, device_read_bytes, forget_page_cache
-from benchmarks.disk.large import BLOCK_BYTES, CONVERSATIONS, delete, restore_all
 from benchmarks.disk.peer_process import LMCache, Missed, Mooncake
-from benchmarks.disk.store import blocks_of, meta_of, opened, park, sums_of
-from benchmarks.lines import Line, seconds
-from benchmarks.memory import Bytes, pages_kind
+from kvtier.bench.disk import BLOCK_BYTES, CONVERSATIONS, delete, restore_all
+from kvtier.bench.drive import Drive, Way, device_read_bytes, forget_page_cache
+from kvtier.bench.lines import Line, seconds
+from kvtier.bench.memory import Bytes, pages_kind
+from kvtier.bench.store import blocks_of, meta_of, opened, park, sums_of
 
 MiB = 1 << 20
 # The quickest of the many that the group `large` tries.

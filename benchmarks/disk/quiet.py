@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import Line, micros_line, seconds
-from benchmarks.llama import BLOCK_BYTES, BLOCK_TOKENS, HEADS, LAYERS, scattered_pool
-from benchmarks.memory import faulted
+from kvtier.bench.lines import Line, micros_line, seconds
+from kvtier.bench.llama import BLOCK_BYTES, BLOCK_TOKENS, HEADS, LAYERS, scattered_pool
+from kvtier.bench.memory import faulted
 from kvtier.client import Client, connect
 from kvtier.fingerprint import Fingerprint
 from kvtier.objects import Shard

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.disk.store import SHARD, key_of, meta_of
-from benchmarks.lines import Line, micros_line, seconds
+from kvtier.bench.lines import Line, micros_line, seconds
+from kvtier.bench.store import SHARD, key_of, meta_of
 from kvtier.disk.index import Batch, Index
 from kvtier.disk.keys import EPOCH_SHIFT
 from kvtier.disk.rows import ObjectRow

@@ -9,46 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu.rig import Bench, Conversation, conversations, pool_over, start, with_checksums
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
+from kvtier.bench.link import DIRECTIONS, Link
 from kvtier.gpu.cuda.engine import CudaCopyEngine
-from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.measure import WayRates
 from kvtier.gpu.cuda.ways import WAYS, fit_table
 from kvtier.gpu.engine import Direction, StreamEvent
 
-DIRECTIONS: tuple[Direction, ...] = ("gather", "scatter")
 NAMES = {"gather": "device to host", "scatter": "host to device"}
 
 
 def gigabytes(nbytes: float, seconds: float) -> float:
     """GB/s, of 1e9 bytes."""
     return round(nbytes / seconds / 1e9, 2)
-
-
-class Link:
-    """Plain copies between registered arena memory and the device: what the link does at best."""
-
-    def __init__(self, bench: Bench, host: int, device: int) -> None:
-        self._device, self._host, self._there = bench.device, host, device
-        self._streams = {direction: bench.device.stream() for direction in DIRECTIONS}
-
-    def seconds(self, directions: tuple[Direction, ...], nbytes: int, offset: int = 0) -> float:
-        """One copy in each of these directions, at once."""
-        begun = time.perf_counter()
-        ends = []
-        for n, direction in enumerate(directions):
-            host, there = self._host + n * offset, self._there + n * offset
-            target, source = (host, there) if direction == "gather" else (there, host)
-            self._device.copy(target, source, nbytes, self._streams[direction])
-            ends.append(mark(self._device, self._streams[direction]))
-        for end in ends:
-            end.synchronize()
-        return time.perf_counter() - begun
-
-    def close(self) -> None:
-        """Give the streams back."""
-        for stream in self._streams.values():
-            self._device.destroy_stream(stream)
 
 
 def limits(bench: Bench) -> list[Line]:
@@ -60,7 +33,7 @@ def limits(bench: Bench) -> list[Line]:
         bench.engine(arena, 2 * largest),
         bench.memory(2 * largest) as there,
     ):
-        link = Link(bench, int(arena.view((0, 0), 1).ctypes.data), there.address)
+        link = Link(bench.device, int(arena.view((0, 0), 1).ctypes.data), there.address)
         for directions in (("gather",), ("scatter",), DIRECTIONS):
             rates = {}
             for nbytes in bench.sizes.copy_bytes:
@@ -109,7 +82,7 @@ def _conversation(bench: Bench, across: bool) -> list[Line]:
     ):
         pool = pool_over(memory, sizes, across)
         one, two = conversations(pool, sizes)
-        link = Link(bench, int(arena.view((0, 0), 1).ctypes.data), memory.address)
+        link = Link(bench.device, int(arena.view((0, 0), 1).ctypes.data), memory.address)
         lines = _compare(bench, engine, link, one, two, kind)
         link.close()
     return lines

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu.rig import Bench, conversations, pool_over, start
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.gpu.engine import Direction
 
 ATTENTION_TOKENS = 4096

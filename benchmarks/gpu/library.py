@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.rig import Bench
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.measure import copy_once
 from kvtier.gpu.describe import contiguous

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from benchmarks.gpu.copies import DIRECTIONS, NAMES, gigabytes
 from benchmarks.gpu.rig import Bench, Conversation, conversations, pool_over, start, with_checksums
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.geometry import LOSSY
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.pool import Pool

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.rig import Bench, Conversation, Sizes, start, with_checksums
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.describe import paged
 from kvtier.gpu.engine import CopyItem

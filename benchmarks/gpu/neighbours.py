@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.gpu.decode import MODES, Decode
 from benchmarks.gpu.rig import Bench, conversations, pool_over, start
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 
 READY_S = 90.0
 MPS = "nvidia-cuda-mps-control"

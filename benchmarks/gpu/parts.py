@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from benchmarks.gpu import copies, decode, library, lossy, model, neighbours, processes
 from benchmarks.gpu.rig import Bench
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 
 PARTS: dict[str, Callable[[Bench], list[Line]]] = {
     "limits": copies.limits,

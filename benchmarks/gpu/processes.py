@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.copies import gigabytes
 from benchmarks.gpu.rig import DRY, Bench, conversations, pool_over, start, with_checksums
-from benchmarks.lines import Line
+from kvtier.bench.lines import Line
 from kvtier.gpu.cuda.ipc import MappedPool, Prober, export_pool
 from kvtier.gpu.shared_pool import Answer, Challenge
 from kvtier.testing.fake_device import FakeDevice

@@ -26,6 +26,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "retire": ("status", "Say that no worker will serve a model again: its KV goes first."),
     "forget": ("conversations", "Erase a conversation, every branch of it."),
     "doctor": ("doctor", "Tell what the machine can do for the GPU tier, and what is wrong."),
+    "bench": ("bench", "Measure this machine's links: pool, host memory, disk."),
     "fsck": ("fsck", "Check a directory of the disk tier while no daemon uses it."),
     "rotate": ("rotate", "Give the key store of sealed blocks another master key."),
     "size": ("size", "Tell how large a model's KV cache is."),

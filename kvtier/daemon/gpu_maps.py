@@ -5,23 +5,29 @@
     proven()    the worker read that: from now on the mapping is used
     leave()     the worker's process is gone, or it detached, and none of its copies runs
 
+Each worker's pool has an engine of its own: its streams wait for events of the worker's process, which may be
+stopped, and what another one copies must not wait behind them.  Host memory is registered once for all.
+
 Not run on a GPU yet: tests run it on two views of a fake device.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from kvtier.daemon.copy_desk import copy_item, page_tables
-from kvtier.errors import GeometryError, KvtierError, TierUnavailable
+from kvtier.errors import GeometryError, KvtierError
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
-from kvtier.gpu.cuda.ipc import MappedPool, PeerEvents, Prober
+from kvtier.gpu.cuda.ipc import MappedPool, PeerEvents, Prober, handles_of
 from kvtier.gpu.cuda.lane import Settings
-from kvtier.gpu.cuda.make import cuda_engine
-from kvtier.gpu.engine import CopyBatch, SlotMemory, StreamEvent
+from kvtier.gpu.cuda.make import CudaPlace, cuda_engine, mappings_of
+from kvtier.gpu.cuda.memory import PinnedArena
+from kvtier.gpu.engine import CLOSE_S, CopyBatch, SlotMemory, StreamEvent
 from kvtier.gpu.shared_pool import Challenge
 from kvtier.tier_messages import Copy, PoolProbed, ProbePool
 
@@ -30,15 +36,21 @@ FindDevice = Callable[[str], Device]
 
 @dataclass(slots=True)
 class _Map:
-    """A worker's mapped pool. device: its identity."""
+    """A worker's mapped pool, and its engine."""
 
-    device: str
+    device: Device
+    engine: CudaCopyEngine
     pool: MappedPool
     events: PeerEvents
 
-    def close(self) -> None:
+    def close(self, timeout_s: float) -> bool:
+        """Whether no copy runs any more within the time; only then anything is unmapped."""
+        if not self.engine.close(timeout_s):
+            return False
+        self.device.enter()
         self.events.close()
         self.pool.close()
+        return True
 
 
 class GpuMaps:
@@ -48,16 +60,22 @@ class GpuMaps:
         self._slots, self._find, self._settings = slots, find, settings
         self._said: dict[str, dict[str, Any]] = {}
         self._maps: dict[str, _Map] = {}
-        self._devices: dict[str, Device] = {}
-        self._engines: dict[str, CudaCopyEngine] = {}
+        self._left: list[_Map] = []
+        self._places: dict[str, CudaPlace] = {}
+        self._arena: PinnedArena | None = None
 
     def __contains__(self, worker: str) -> bool:
         return worker in self._said
 
     @property
-    def device_bytes(self) -> int:
-        """GPU memory that the engines take, without the process's CUDA contexts."""
-        return sum(engine.device_bytes for engine in self._engines.values())
+    def device_bytes(self) -> dict[str, int]:
+        """GPU memory that each mapped worker's engine takes, without the process's CUDA contexts."""
+        return {worker: held.engine.device_bytes for worker, held in self._maps.items()}
+
+    @property
+    def context_bytes(self) -> int:
+        """GPU memory of this process's CUDA contexts; 0 where nothing tells it."""
+        return sum(place.gpu.context_bytes for place in self._places.values())
 
     def said(self, worker: str, description: dict[str, Any]) -> None:
         """A worker attached with this pool."""
@@ -67,10 +85,9 @@ class GpuMaps:
         """Map the worker's pool, unless it is, and play this side's part; or say why that cannot be."""
         try:
             held = self._maps.get(worker) or self._map(worker)
-            device = self._devices[held.device]
-            device.enter()
+            held.device.enter()
             challenge = Challenge(tuple(message.pages), message.nonce)
-            answer = Prober(device, held.pool.pool).answer(challenge)
+            answer = Prober(held.device, held.pool.pool).answer(challenge)
         except KvtierError as error:
             return PoolProbed(ok=False, detail=str(error))
         return PoolProbed(ok=True, seen=answer.seen, written=answer.written)
@@ -96,45 +113,57 @@ class GpuMaps:
         )
 
     def engine(self, worker: str) -> CudaCopyEngine:
-        """The engine of the worker's device."""
-        return self._engines[self._maps[worker].device]
+        """The engine of the worker's pool."""
+        return self._maps[worker].engine
 
     def cancel(self, worker: str, job: str) -> None:
         """See CopyEngine."""
         if worker in self._maps:
             self.engine(worker).cancel(job)
 
-    def leave(self, worker: str) -> None:
-        """Unmap: the worker's memory is its own again, or the device's. None of its copies may run."""
+    def leave(self, worker: str, timeout_s: float = CLOSE_S) -> None:
+        """Unmap: the worker's memory is its own again, or the device's. None of its copies should run.
+
+        What still runs after the time stays mapped; see `close`.
+        """
         self._said.pop(worker, None)
         held = self._maps.pop(worker, None)
-        if held is not None:
-            self._devices[held.device].enter()
-            held.close()
+        if held is not None and not held.close(timeout_s):
+            self._left.append(held)
 
-    def close(self) -> None:
-        """End the engines, whose batches are answered, and unmap all."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """End the engines, whose batches are answered, and unmap all.
+
+        False when copies still run after the time: their memory stays mapped.  To be called again then.
+        """
+        end_s = time.monotonic() + timeout_s
         for worker in list(self._said):
-            self.leave(worker)
+            self.leave(worker, max(0.0, end_s - time.monotonic()))
+        self._left = [held for held in self._left if not held.close(max(0.0, end_s - time.monotonic()))]
+        if self._left:
+            return False
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        return True
 
     def _map(self, worker: str) -> _Map:
         said = self._said[worker]
-        identity, handles = said.get("device"), said.get("events")
-        if not isinstance(identity, str) or not isinstance(handles, list):
+        identity, handles = said.get("device"), handles_of(said, "events")
+        if not isinstance(identity, str):
             raise GeometryError("the description of a pool is malformed")
-        if identity not in self._devices:
-            self._devices[identity] = self._find(identity)
-        device = self._devices[identity]
+        if identity not in self._places:
+            self._places[identity] = cuda_engine(self._find(identity), self._settings)
+        place = self._places[identity]
+        device = place.gpu
         device.enter()
-        if identity not in self._engines:
-            self._engines[identity] = cuda_engine(device, self._settings)(self._slots)
-        pool = MappedPool.attach(device, said)
-        try:
-            self._maps[worker] = _Map(identity, pool, PeerEvents(device, [bytes(each) for each in handles]))
-        except (TierUnavailable, TypeError) as error:
-            pool.close()
-            raise GeometryError(f"the worker's events cannot be opened: {error}") from error
+        if self._arena is None:
+            self._arena = PinnedArena(device, mappings_of(self._slots))
+        with ExitStack() as undo:
+            pool = MappedPool.attach(device, said)
+            undo.callback(pool.close)
+            events = PeerEvents(device, handles)
+            undo.callback(events.close)
+            self._maps[worker] = _Map(device, place(self._slots, self._arena), pool, events)
+            undo.pop_all()
         return self._maps[worker]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,26 +15,26 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from kvtier import __version__, paths
-from kvtier.breaker import Backoff
+from kvtier.breaker import CHANCE, Backoff
 from kvtier.config import Config
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
-from kvtier.daemon.copy_desk import CopyDesk, copy_item, page_tables
+from kvtier.daemon.copy_desk import CopyDesk
+from kvtier.daemon.gpu_copies import LATE_S, GpuCopies, on_a_gpu
 from kvtier.daemon.gpu_maps import GpuMaps
 from kvtier.daemon.joining import join_node
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
-from kvtier.geometry import CUDA_IPC
 from kvtier.gpu.cpu_engine import CpuCopyEngine
 from kvtier.gpu.cuda.make import device_of
-from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyResult, SlotMemory
+from kvtier.gpu.engine import CopyEngine, CopyResult, SlotMemory
 from kvtier.gpu.schedule import Bounds
-from kvtier.gpu.shared_pool import SharedPool
 from kvtier.host.arena import ArenaView
 from kvtier.messages import Hello, Message
 from kvtier.tier_messages import (
     CancelCopies,
     Copied,
     Copy,
+    GpuUsage,
     PoolJoined,
     PoolLeft,
     PoolProven,
@@ -49,6 +48,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.05
 _CALL_S = 2.0
 _RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
+# Copies are cut off at their end by then; longer, and the service would not hear its workers meanwhile.
+_QUIET_S = 1.0
 # Jobs whose batches a worker may have at once: a restore does not wait for a park's to end.
 _JOBS = 2
 
@@ -58,12 +59,12 @@ MakeEngine: TypeAlias = Callable[[SlotMemory], CopyEngine]
 
 @dataclass(slots=True)
 class _Node:
-    """One connection to the node, and its host memory."""
+    """One connection to the node, its host memory, and what is copied here between that and pools."""
 
     channel: Channel
     arena: ArenaView
-    engine: CopyEngine
-    maps: GpuMaps
+    copies: GpuCopies
+    takes_usage: bool
 
 
 class GpuService:
@@ -84,9 +85,8 @@ class GpuService:
         self._node: _Node | None = None
         self._modes: dict[str, str] = {}
         self._workers: dict[str, Connection] = {}
-        self._pools: dict[str, SharedPool] = {}
-        self._copying: dict[str, int] = {}
-        self._leaving: set[str] = set()
+        self._lost: list[_Node] = []
+        self._said = GpuUsage()
         self._due_s = 0.0
         self._attempts = 0
         self._failure = ""
@@ -127,20 +127,27 @@ class GpuService:
     # --- the node ---------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        if self._node is not None or time.monotonic() < self._due_s:
+        if self._node is not None:
+            self._say_usage(self._node)
+            return
+        self._end_lost(0.0)
+        # That it connects again tells the node that no copy of the connection before runs.
+        if self._lost or time.monotonic() < self._due_s:
             return
         try:
             self._find_node()
         except (KvtierError, OSError) as error:
             self._failure = str(error)
             self._attempts += 1
-            self._due_s = time.monotonic() + _RECONNECT.delay_s(self._attempts, random.random())
+            self._due_s = time.monotonic() + _RECONNECT.delay_s(self._attempts, CHANCE())
 
     def _find_node(self) -> None:
         path = str(paths.node_socket(self._config.node.runtime_dir))
         greeting = TierHello(pid=os.getpid(), address=str(self._path))
-        channel, arena = join_node(path, "gpu", greeting, _CALL_S)
-        self._node = _Node(channel, arena, self._make_engine(arena), self._make_maps(arena))
+        channel, arena, said = join_node(path, "gpu", greeting, _CALL_S)
+        copies = GpuCopies(self._make_engine(arena), self._make_maps(arena), self._ended)
+        self._node = _Node(channel, arena, copies, said.takes_gpu_usage)
+        self._said = GpuUsage()
         self._failure, self._attempts = "", 0
         self._loop.watch(channel.fileno(), self._hear)
         self._hear()
@@ -185,16 +192,36 @@ class GpuService:
         self._desk = self._new_desk()
         self._modes.clear()
         self._probes.clear()
-        # Ends what is queued and waits for what runs: only then may memory be unmapped.
-        node.engine.close()
-        node.maps.close()
-        for pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
-        self._copying.clear()
-        self._leaving.clear()
         node.channel.close()
-        node.arena.close()
+        self._lost.append(node)
+        self._end_lost(_QUIET_S)
+
+    def _end_lost(self, timeout_s: float) -> None:
+        """Give back what a lost connection holds, once no copy touches it."""
+        for node in list(self._lost):
+            if node.copies.close(timeout_s):
+                node.arena.close()
+                self._lost.remove(node)
+            elif timeout_s:
+                self._failure = "copies of a lost node do not end: the streams of a worker may stand still"
+                log.error("%s; nothing is unmapped, and no node joined, until they do", self._failure)
+
+    def _say_usage(self, node: _Node) -> None:
+        """Tell the node what copying takes here, and log who is late, when it changes."""
+        late = node.copies.late(time.monotonic())
+        for worker in sorted(set(late) - set(self._said.late)):
+            log.error(
+                "a copy of %s has run for more than %g s: the stream of the worker's process that it waits "
+                "for may stand still; others' copies go on",
+                worker,
+                LATE_S,
+            )
+        maps = node.copies.maps
+        said = GpuUsage(workers=maps.device_bytes, context_bytes=maps.context_bytes, late=late)
+        if said != self._said:
+            self._said = said
+            if node.takes_usage:
+                self._tell_node(said)
 
     def _tell_node(self, message: Message) -> None:
         if self._node is None:
@@ -237,26 +264,30 @@ class GpuService:
             self._probe(worker)
         elif isinstance(message, PoolProven) and self._modes.get(worker) == "mapping":
             self._proven(worker, message.ok)
+        elif isinstance(message, PoolProven) and self._modes.get(worker) == "shared" and not message.ok:
+            # A probe that came again, over a new connection.
+            self._proven(worker, False)
 
     def _probe(self, worker: str) -> None:
         """A pool is mapped once both its worker and the node have spoken of it."""
         node, connection = self._node, self._workers.get(worker)
-        if node is None or connection is None or worker not in node.maps or worker not in self._probes:
+        if node is None or connection is None or worker not in node.copies.maps or worker not in self._probes:
             return
-        answer = node.maps.probe(worker, self._probes.pop(worker))
+        answer = node.copies.maps.probe(worker, self._probes.pop(worker))
         if not answer.ok:
-            log.warning("the pool of %s cannot be mapped: %s", worker, answer.detail)
-            self._proven(worker, False)
+            self._proven(worker, False, answer.detail)
         connection.send(answer)
 
-    def _proven(self, worker: str, ok: bool) -> None:
-        if not ok and self._node is not None:
-            self._node.maps.leave(worker)
+    def _proven(self, worker: str, ok: bool, why: str = "the worker sees other memory in it") -> None:
+        """From now on a mapped pool is used; or never again, and unmapped once no copy runs in it."""
         self._modes[worker] = "shared" if ok else "unmapped"
         if ok:
             self._desk.joined(worker, time.monotonic())
-        else:
-            self._desk.gone(worker, time.monotonic())
+            return
+        log.warning("the pool of %s is not mapped, and its process has to copy: %s", worker, why)
+        self._desk.gone(worker, time.monotonic())
+        if self._node is not None:
+            self._node.copies.leave(worker, lambda: None)
 
     def _worker_closed(self, worker: str, connection: Connection) -> None:
         if self._workers.get(worker) is connection:
@@ -265,15 +296,15 @@ class GpuService:
                 self._desk.gone(worker, time.monotonic())
 
     def _pool_joined(self, message: PoolJoined, fds: list[int]) -> None:
-        if message.mode == "shared" and message.pool.get("kind") == CUDA_IPC and self._node is not None:
+        if self._node is not None and on_a_gpu(message):
             close_all(fds)
-            self._node.maps.said(message.worker, message.pool)
+            self._node.copies.maps.said(message.worker, message.pool)
             self._modes[message.worker] = "mapping"
             self._probe(message.worker)
             return
-        if message.mode == "shared":
+        if self._node is not None and message.mode == "shared":
             try:
-                self._pools[message.worker] = SharedPool.attach(message.pool, fds)
+                self._node.copies.attach(message, fds)
             except (GeometryError, OSError) as error:
                 log.warning("the pool of %s cannot be mapped: %s", message.worker, error)
                 self._modes[message.worker] = "unmapped"
@@ -288,28 +319,14 @@ class GpuService:
     def _pool_left(self, worker: str) -> None:
         self._modes.pop(worker, None)
         self._probes.pop(worker, None)
-        if worker not in self._pools and (self._node is None or worker not in self._node.maps):
-            self._desk.gone(worker, time.monotonic())
-            connection = self._workers.pop(worker, None)
-            if connection is not None:
-                connection.close()
-            return
         self._desk.gone(worker, time.monotonic())
-        self._leaving.add(worker)
-        self._unmap_if_quiet(worker)
+        if self._node is not None:
+            self._node.copies.leave(worker, partial(self._drop, worker))
 
-    def _unmap_if_quiet(self, worker: str) -> None:
-        if worker in self._leaving and not self._copying.get(worker):
-            self._leaving.discard(worker)
-            self._copying.pop(worker, None)
-            pool = self._pools.pop(worker, None)
-            if pool is not None:
-                pool.close()
-            if self._node is not None:
-                self._node.maps.leave(worker)
-            connection = self._workers.pop(worker, None)
-            if connection is not None:
-                connection.close()
+    def _drop(self, worker: str) -> None:
+        connection = self._workers.pop(worker, None)
+        if connection is not None:
+            connection.close()
 
     # --- copies -----------------------------------------------------------------------------------------
 
@@ -325,43 +342,17 @@ class GpuService:
         node = self._node
         assert node is not None, "copies are only asked for by a node"
         try:
-            on_gpu = copy.worker in node.maps
-            batch = node.maps.batch(copy) if on_gpu else self._batch(copy)
-            engine = node.maps.engine(copy.worker) if on_gpu else node.engine
-            ended = partial(self._ended, node, copy.worker)
-            engine.submit(batch, lambda result: self._loop.call(partial(ended, result)))
-            self._copying[copy.worker] = self._copying.get(copy.worker, 0) + 1
+            node.copies.begin(copy)
         except KvtierError as error:
             self._loop.call(partial(self._finish, _failed(copy, str(error))))
 
-    def _batch(self, copy: Copy) -> CopyBatch:
-        return CopyBatch(
-            copy.job,
-            copy.batch,
-            copy.direction,
-            self._pools[copy.worker].pool.bind(page_tables(copy)),
-            tuple(copy_item(item) for item in copy.items),
-            verify=copy.verify or copy.direction == "gather",
-            fidelity=copy.fidelity,
-        )
+    def _ended(self, copies: GpuCopies, worker: str, result: CopyResult) -> None:
+        """Called from an engine's thread."""
+        self._loop.call(partial(self._over, copies, worker, result))
 
-    def _ended(self, node: _Node, worker: str, result: CopyResult) -> None:
-        if node is not self._node:
-            return
-        self._copying[worker] -= 1
-        self._unmap_if_quiet(worker)
-        answer = Copied(
-            job=result.job,
-            batch=result.batch,
-            ok=result.ok,
-            checksums=list(result.checksums),
-            failed=list(result.failed),
-            bytes=result.bytes,
-            seconds=result.seconds,
-            error_squares=result.loss.error_squares,
-            value_squares=result.loss.value_squares,
-        )
-        self._finish(answer)
+    def _over(self, copies: GpuCopies, worker: str, result: CopyResult) -> None:
+        if self._node is not None and copies is self._node.copies:
+            self._finish(copies.over(worker, result))
 
     def _finish(self, answer: Copied) -> None:
         # A worker that left is not on the desk any more, but its node waits for the end of this copy.
@@ -373,8 +364,7 @@ class GpuService:
             if worker in self._workers:
                 self._workers[worker].send(message)
         elif self._node is not None:
-            self._node.engine.cancel(message.job)
-            self._node.maps.cancel(worker, message.job)
+            self._node.copies.cancel(worker, message.job)
 
     def _cpu_engine(self, slots: SlotMemory) -> CopyEngine:
         return CpuCopyEngine(slots, threads=self._config.gpu.copy_threads)

@@ -1,4 +1,8 @@
-"""The copy engine for pools in host memory: threads that share each batch's units among them."""
+"""The copy engine for pools in host memory: threads that share each batch's units among them.
+
+Each direction has threads of its own, and those that gather step back: where processors are short, a park
+takes longer and a restore, which a user waits for, hardly does.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from kvtier.background import step_back
 from kvtier.checksum import combine
 from kvtier.errors import GeometryError, KvtierError, TierUnavailable
 from kvtier.geometry import EXACT
 from kvtier.gpu.cpu_copy import BlockCopy
 from kvtier.gpu.engine import (
     CANCELLED,
+    CLOSE_S,
     CORRUPT,
     ERROR,
     NO_LOSS,
@@ -22,6 +28,7 @@ from kvtier.gpu.engine import (
     CopyEngine,
     CopyItem,
     CopyResult,
+    Direction,
     Done,
     SlotMemory,
     check_batch,
@@ -30,8 +37,10 @@ from kvtier.gpu.lossy_copy import LossyCopy
 from kvtier.gpu.plan import Cut, Unit
 from kvtier.gpu.quantise import Loss
 from kvtier.gpu.tensors import Bytes
+from kvtier.waiting import join_all
 
 MAX_THREADS = 4
+_DIRECTIONS: tuple[Direction, ...] = ("scatter", "gather")
 # Hashed steps are copied and hashed before they leave a core's cache of 1 to 2 MiB; without hashing, longer
 # steps cost less Python and fewer hand-overs of the GIL.
 HASHED = Cut(chunk_bytes=512 << 10, merge_bytes=1 << 20, unit_bytes=4 << 20)
@@ -71,18 +80,26 @@ class _Run:
 
 
 class CpuCopyEngine(CopyEngine):
-    """slots: where the slots are. threads: how many copy at once, min(4, cores) when 0."""
+    """slots: where the slots are. threads: how many copy at once each way, min(4, cores) when 0."""
 
     def __init__(self, slots: SlotMemory, *, threads: int = 0) -> None:
         self._slots = slots
-        self._wake = threading.Condition()
-        self._queue: list[tuple[bool, int, int, _Run]] = []
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._wake: dict[Direction, threading.Condition] = {
+            d: threading.Condition(self._lock) for d in _DIRECTIONS
+        }
+        self._queues: dict[Direction, list[tuple[int, int, _Run]]] = {d: [] for d in _DIRECTIONS}
         self._open: dict[_Run, None] = {}
         self._submitted = 0
         self._closed = False
         count = threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._threads = [
-            threading.Thread(target=self._work, name=f"kvtier-copy-{i}", daemon=True) for i in range(count)
+            threading.Thread(
+                target=self._work, args=(direction,), name=f"kvtier-{direction}-{i}", daemon=True
+            )
+            for direction in _DIRECTIONS
+            for i in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -93,54 +110,65 @@ class CpuCopyEngine(CopyEngine):
         if not all(event.done() for event in (batch.after, *batch.after_layers) if event is not None):
             raise GeometryError("copies on the CPU wait for no stream", fix="use the engine of that device")
         run = self._prepare(batch, on_done)
-        with self._wake:
+        with self._lock:
             if self._closed:
                 raise TierUnavailable("the copy engine is closed")
             self._open[run] = None
             self._submitted += 1
             if run.tasks:
-                place = (batch.direction == "gather", batch.priority, self._submitted, run)
-                heapq.heappush(self._queue, place)
-                self._wake.notify(len(run.tasks))
+                place = (batch.priority, self._submitted, run)
+                heapq.heappush(self._queues[batch.direction], place)
+                self._wake[batch.direction].notify(len(run.tasks))
                 return
         self._answer(run)
 
     def cancel(self, job: str) -> None:
         """See CopyEngine."""
-        with self._wake:
+        with self._lock:
             unstarted = self._withdraw([run for run in self._open if run.batch.job == job])
         for run in unstarted:
             self._answer(run)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """See CopyEngine."""
-        with self._wake:
-            return self._wake.wait_for(lambda: not self._open, timeout_s)
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._open, timeout_s)
 
     def busy_jobs(self) -> frozenset[str]:
         """See CopyEngine."""
-        with self._wake:
+        with self._lock:
             return frozenset(run.batch.job for run in self._open)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
         """See CopyEngine."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             unstarted = self._withdraw(list(self._open))
-            self._wake.notify_all()
+            for waiting in self._wake.values():
+                waiting.notify_all()
         for run in unstarted:
             self._answer(run)
-        for thread in self._threads:
-            thread.join()
+        return join_all(self._threads, timeout_s)
 
     def _withdraw(self, runs: list[_Run]) -> list[_Run]:
         """Take no more units from these; answers those that nobody works on. Holds the lock."""
         unstarted = [run for run in runs if not run.all_taken and not run.running]
         for run in runs:
             run.cancelled = True
-        self._queue = [entry for entry in self._queue if not entry[3].cancelled]
-        heapq.heapify(self._queue)
+        for queue in self._queues.values():
+            queue[:] = [entry for entry in queue if not entry[2].cancelled]
+            heapq.heapify(queue)
+        self._let_gather()
         return unstarted
+
+    def _may_take(self, direction: Direction) -> bool:
+        """Whether there is a unit to copy; none is gathered while one waits to be scattered."""
+        return bool(self._queues[direction]) and (direction == "scatter" or not self._queues["scatter"])
+
+    def _let_gather(self) -> None:
+        """Wake those who waited for the scatters' end, if that was it. Holds the lock."""
+        if self._may_take("gather"):
+            self._wake["gather"].notify_all()
 
     def _prepare(self, batch: CopyBatch, on_done: Done) -> _Run:
         copies = [self._copy(batch, index, item) for index, item in enumerate(batch.items)]
@@ -157,29 +185,33 @@ class CpuCopyEngine(CopyEngine):
         block = _block(batch, item, slot)
         return _Copy(index, item, block, len(block.plan.units), waiting=dict(block.plan.sharers))
 
-    def _work(self) -> None:
+    def _work(self, direction: Direction) -> None:
+        if direction == "gather":
+            step_back()
         # A thread that waits must not keep the last batch's memory mapped, so a unit is a call by itself.
-        while self._do_next():
+        while self._do_next(direction):
             pass
 
-    def _do_next(self) -> bool:
+    def _do_next(self, direction: Direction) -> bool:
         """Wait for a unit and copy it; False once closed."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
+        queue = self._queues[direction]
+        with self._lock:
+            self._wake[direction].wait_for(lambda: self._may_take(direction) or self._closed)
+            if not queue:
                 return False
-            run = self._queue[0][3]
+            run = queue[0][2]
             copy, unit = run.tasks[run.next_task]
             run.next_task += 1
             run.running += 1
             if run.next_task == 1:
                 run.began_s = time.perf_counter()
             if run.all_taken:
-                heapq.heappop(self._queue)
+                heapq.heappop(queue)
+                self._let_gather()
         failure, total = self._do(run, copy, unit)
         pieces = self._finish_unit(copy, unit, failure, total, run)
         self._finish_pieces(copy, pieces)
-        with self._wake:
+        with self._lock:
             run.running -= 1
             over = run.all_taken and not run.running
         if over:
@@ -201,7 +233,7 @@ class CpuCopyEngine(CopyEngine):
 
     def _finish_unit(self, copy: _Copy, unit: Unit, failure: str, total: int, run: _Run) -> list[int]:
         """Book a unit; answers the pieces that are complete now and were shared with other units."""
-        with self._wake:
+        with self._lock:
             copy.units_left -= 1
             copy.failure = copy.failure or failure
             copy.sums.append(total)
@@ -232,9 +264,9 @@ class CpuCopyEngine(CopyEngine):
         try:
             run.on_done(result)
         finally:
-            with self._wake:
+            with self._lock:
                 del self._open[run]
-                self._wake.notify_all()
+                self._idle.notify_all()
 
     def _conclude(self, run: _Run, copy: _Copy) -> int | None:
         """Settle how an item ended; answers its checksum where one was asked for and is right."""

@@ -29,6 +29,8 @@ from kvtier.gpu.tensors import Bytes
 Direction: TypeAlias = Literal["gather", "scatter"]
 
 NO_LOSS = Loss()
+# How long an engine that is closed waits for its copies, which are bounded and end soon.
+CLOSE_S = 5.0
 STALE = "stale"
 CORRUPT = "corrupt"
 CANCELLED = "cancelled"
@@ -168,8 +170,12 @@ class CopyEngine(ABC):
         """Jobs with a batch that is not answered yet."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Cancel what is queued, wait for what runs, end the threads. A closed engine takes no batches."""
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """Cancel what is queued, wait for what runs, end the threads. A closed engine takes no batches.
+
+        False when a copy still runs after the time: it may touch the pool, the slots and the engine's own
+        memory, so nothing was given back.  To be called again then; again is no error.
+        """
 
 
 class Place(ABC):

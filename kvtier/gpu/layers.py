@@ -9,13 +9,18 @@ only if nobody was told of a layer yet.  Runs in tests against a fake device; no
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kvtier.errors import CopiesHang
 from kvtier.gpu.engine import CopyItem, Reached, StreamEvent
 from kvtier.gpu.layout import PoolLayout
+from kvtier.waiting import wait_until
 
 Handle = Callable[[object], int]
+# For who waits before it is known until when the restore may take.
+LIMIT_S = 60.0
 
 
 def _same(stream: object) -> int:
@@ -24,9 +29,13 @@ def _same(stream: object) -> int:
 
 
 class LayerEvents:
-    """Of one restore. Any thread may call. handle: of a stream as its framework has it."""
+    """Of one restore. Any thread may call. handle: of a stream as its framework has it.
+
+    limit_s: time.monotonic() by which the restore is over, whatever happens, unless its device hangs.
+    """
 
     def __init__(self, layout: PoolLayout, handle: Handle = _same) -> None:
+        self.limit_s = time.monotonic() + LIMIT_S
         self._members = [group.layers for group in layout.groups]
         count = sum(len(layers) for layers in self._members)
         self._handle = handle
@@ -96,28 +105,47 @@ class LayerEvents:
     def wait(self, layer: int, stream: object, timeout_s: float | None) -> bool:
         """Make the stream wait for the layer; the caller waits only until its copies are queued.
 
-        False when they are not queued within the time, or never will be.  Raises TierUnavailable.
+        False when they are not queued within the time, or never will be.  timeout_s: None waits until the
+        restore is over.  Raises TierUnavailable; CopiesHang when it should be over and is not.
         """
         handle = self._handle(stream)
-        events = self._await(layer, timeout_s)
-        for event in events or ():
+        with self._changed:
+            self._await(layer, self._until(timeout_s), timeout_s is None)
+            if not self._complete(layer):
+                return False
+            self._told = True
+            events = list(self._events[layer])
+        for event in events:
             event.wait(handle)
-        return events is not None
+        return True
 
     def synchronize(self, layer: int, timeout_s: float | None) -> bool:
-        """Wait for the layer. False as in wait()."""
-        events = self._await(layer, timeout_s)
-        for event in events or ():
-            event.synchronize()
-        return events is not None
-
-    def _await(self, layer: int, timeout_s: float | None) -> list[StreamEvent] | None:
+        """Wait for the layer. As wait()."""
+        until_s = self._until(timeout_s)
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or self._complete(layer), timeout_s)
-            if not self._complete(layer):
-                return None
-            self._told = True
-            return list(self._events[layer])
+            self._await(layer, until_s, timeout_s is None)
+        # A device's own wait for an event knows no bound.
+        ended = wait_until(lambda: self._failed or self.ready(layer), until_s - time.monotonic())
+        if timeout_s is None and not ended:
+            raise self._hangs(layer)
+        return self.ready(layer)
+
+    def _until(self, timeout_s: float | None) -> float:
+        return self.limit_s if timeout_s is None else time.monotonic() + timeout_s
+
+    @staticmethod
+    def _hangs(layer: int) -> CopiesHang:
+        return CopiesHang(
+            f"the copies of layer {layer} have not ended long after the restore's deadline",
+            fix="take the pages for used until the receipt is there; if it never is, end the process",
+        )
+
+    def _await(self, layer: int, until_s: float, over: bool) -> None:
+        """Until the layer's copies are queued or never will be. over: the restore is over by then."""
+        left_s = max(0.0, until_s - time.monotonic())
+        known = self._changed.wait_for(lambda: self._failed or self._complete(layer), left_s)
+        if over and not known:
+            raise self._hangs(layer)
 
     def _complete(self, layer: int) -> bool:
         return self._sealed and not self._failed and not self._pending[layer]
@@ -147,7 +175,10 @@ class LayerBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayerReady:
-    """One layer of a restore as an event. timeout_s: None waits until the restore is over."""
+    """One layer of a restore as an event.
+
+    timeout_s: None waits until the restore is over; CopiesHang is raised when it should be and is not.
+    """
 
     layer: int
     _all: LayerEvents

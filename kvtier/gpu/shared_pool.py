@@ -171,7 +171,8 @@ class SharedPool:
         self.memory.close()
 
 
-def _whole(value: object) -> int:
+def whole(value: object) -> int:
+    """A size or offset that another process sent. Raises GeometryError for anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise GeometryError(f"{value!r} is no size or offset")
     return value
@@ -182,17 +183,17 @@ def layout_from(description: Mapping[str, Any]) -> PoolLayout:
     raw = description["layout"]
     planes = tuple(tuple(_plane_from(plane) for plane in group) for group in raw["planes"])
     groups = tuple(
-        LayerGroup(g["kind"], tuple(g["layers"]), _whole(g["window_tokens"])) for g in raw["groups"]
+        LayerGroup(g["kind"], tuple(g["layers"]), whole(g["window_tokens"])) for g in raw["groups"]
     )
-    buffers = tuple(BufferSpec(_whole(b["address"]), _whole(b["nbytes"])) for b in raw["buffers"])
-    offsets = [_whole(offset) for offset in description["offsets"]]
+    buffers = tuple(BufferSpec(whole(b["address"]), whole(b["nbytes"])) for b in raw["buffers"])
+    offsets = [whole(offset) for offset in description["offsets"]]
     fits = len(offsets) == len(buffers) and all(
         offset + buffer.nbytes <= description["nbytes"]
         for offset, buffer in zip(offsets, buffers, strict=True)
     )
     if raw["style"] != "paged" or not fits or len(groups) != len(planes) or not all(planes):
         raise GeometryError("the shared pool's buffers do not fit its memory")
-    sizes = _whole(raw["block_tokens"]), _whole(raw["itemsize"])
+    sizes = whole(raw["block_tokens"]), whole(raw["itemsize"])
     return PoolLayout("paged", *sizes, groups, planes, buffers, _values_from(raw, sizes[1]))
 
 
@@ -200,7 +201,7 @@ def _values_from(raw: Mapping[str, Any], itemsize: int) -> Values | None:
     given = raw.get("values")
     if given is None:
         return None
-    values = Values(given["dtype"], _whole(given["vector"]))
+    values = Values(given["dtype"], whole(given["vector"]))
     rows = [plane["row_bytes"] for group in raw["planes"] for plane in group]
     width = values.vector * values.itemsize
     if values.dtype not in DTYPES or values.itemsize != itemsize or any(not width or r % width for r in rows):
@@ -209,7 +210,7 @@ def _values_from(raw: Mapping[str, Any], itemsize: int) -> Values | None:
 
 
 def _plane_from(raw: Mapping[str, Any]) -> Plane:
-    fields: dict[str, Any] = {name: str(raw[name]) if name == "form" else _whole(raw[name]) for name in raw}
+    fields: dict[str, Any] = {name: str(raw[name]) if name == "form" else whole(raw[name]) for name in raw}
     plane = Plane(**fields)
     # A page whose parts overlap could claim more bytes than there is memory.
     if min(plane.pages, plane.page_tokens, plane.strips, plane.row_bytes) < 1 or (

@@ -62,6 +62,7 @@ class FakeDevice:
         self.identity = "fake"
         self.location = "cpu"
         self.can_batch = can_batch
+        self.context_bytes = 0
         self.gpu = gpu or FakeGpu(seed)
         # 'registered' or 'device': the next write to such memory has a bit wrong.
         self.flip_next = ""
@@ -270,6 +271,8 @@ class FakeDevice:
         """See Device."""
         with self.gpu.lock:
             self._check("register")
+            if int(memory.ctypes.data) in self._regions:
+                raise TierUnavailable("the memory is registered already")
             self._regions[int(memory.ctypes.data)] = _Region(memory, "registered")
 
     def unregister(self, memory: Bytes) -> None:

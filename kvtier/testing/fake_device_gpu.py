@@ -106,6 +106,8 @@ class FakeGpu:
 
     def __init__(self, seed: int = 0, *, detect: bool = True) -> None:
         self.lock = threading.RLock()
+        self._moved = threading.Condition(self.lock)
+        self._still: set[int] = set()
         self.races: list[str] = []
         self.fault = ""
         self.time_s = 0.0
@@ -168,8 +170,10 @@ class FakeGpu:
         """Run one operation of a stream that may go on; False when there is none."""
         ready = [
             s
-            for s in self._streams.values()
-            if s.queue and (s.queue[0].waits is None or s.queue[0].waits.reached)
+            for number, s in self._streams.items()
+            if s.queue
+            and number not in self._still
+            and (s.queue[0].waits is None or s.queue[0].waits.reached)
         ]
         if not ready:
             return False
@@ -213,7 +217,21 @@ class FakeGpu:
         ]
 
     def run_until(self, marker: Marker) -> None:
-        """Run until the mark is reached. Raises DeviceFault when it never is."""
+        """Run until the mark is reached; waits for streams that stand. DeviceFault when it never will be."""
         while not marker.reached:
-            if not self.step():
+            if self.step():
+                continue
+            if not self._still:
                 raise DeviceFault("a stream waits for what nobody will do")
+            self._moved.wait(1.0)
+
+    def stand(self, stream: int) -> None:
+        """What is queued on the stream does not run until go_on(): as behind a kernel that waits."""
+        with self.lock:
+            self._still.add(stream)
+
+    def go_on(self) -> None:
+        """Every stream runs again."""
+        with self.lock:
+            self._still.clear()
+            self._moved.notify_all()

@@ -144,11 +144,12 @@ def test_demo_hands_on_its_options_and_its_exit_code(kv, monkeypatch):
         return 1
 
     assert set(inspect.signature(demo.main).parameters) == {
-        "as_json", "keep", "directory", "seed", "conversations", "daemon",
+        "as_json", "keep", "directory", "seed", "conversations", "daemon", "device",
     }  # fmt: skip
     monkeypatch.setattr(demo, "main", main)
-    assert kv("demo", "--json", "--conversations", "2", "--daemon", "embedded").code == 1
+    assert kv("demo", "--json", "--conversations", "2", "--daemon", "embedded", "--device", "cpu").code == 1
     assert (seen["as_json"], seen["conversations"], seen["daemon"]) == (True, 2, "embedded")
+    assert seen["device"] == "cpu"
     assert seen["seed"] == demo.DEFAULT_SEED
 
 

@@ -55,6 +55,15 @@ def test_status_says_by_its_exit_code_whether_all_is_well(kv, daemon, ready, dis
     assert kv("status", "--json").code == code
 
 
+def test_status_says_how_nodes_speak_and_what_kv_was_on_its_way(kv, daemon):
+    assert "other nodes" not in kv("status").out
+    daemon.report = dataclasses.replace(daemon.report, transport="tcp")
+    assert "of KV read" not in kv("status").out
+    came = {"peer_received_bytes": 3.0 * (1 << 20), "peer_wire_bytes": 2.0 * (1 << 20)}
+    daemon.report = dataclasses.replace(daemon.report, counters=came)
+    assert "tcp, 3.0 MiB of KV read as 2.0 MiB" in kv("status").out
+
+
 def test_ls_lists_for_people_and_as_json_lines(kv, daemon):
     people = kv("ls", "--tenant", "acme")
     assert people.code == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.run_all import DEADLINE_S, GROUPS, INI, PARTS, SANITIZER_S, TESTS, TESTS_S
 
 ROOT = Path(__file__).resolve().parents[2]
-ABSENT = {"hypothesis", "msgspec", "ray", "lz4", "pytest_asyncio"}
+ABSENT = {"click", "hypothesis", "lz4", "msgspec", "pydantic", "pytest_asyncio", "ray", "rich"}
 
 
 def run_all(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def test_a_part_writes_a_file_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_runs_on_a_gpu_needs_no_more_than_such_a_machine_has(tmp_path: Path) -> None:
-    """Neither hypothesis nor msgspec, Ray or lz4: the tests are collected without them, and a part runs."""
+    """Neither hypothesis nor msgspec, Ray or lz4: the tests are collected without them, and parts run."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Absent:\n"
@@ -76,6 +76,7 @@ def test_what_runs_on_a_gpu_needs_no_more_than_such_a_machine_has(tmp_path: Path
     commands = (
         [sys.executable, "-m", "pytest", *options, *(str(path) for path in TESTS)],
         [sys.executable, "-m", "benchmarks.gpu.parts", "limits", "--dry-run"],
+        [sys.executable, "-c", "import kvtier.bench.disk, kvtier.bench.gpu, kvtier.bench.copies"],
     )
     for command in commands:
         done = subprocess.run(

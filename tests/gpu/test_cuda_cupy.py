@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,3 +168,51 @@ def test_what_is_missing_is_said(
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(TierUnavailable, match="pip install"):
         CudaDevice(0)
+
+
+class StubNvml:
+    """What driver.py uses of NVML. used: what it answers, one after the other; fail: a call that does."""
+
+    def __init__(self, used: list[int], fail: str = "") -> None:
+        self.used, self.open = used, 0
+        for name in (
+            "nvmlInit_v2",
+            "nvmlShutdown",
+            "nvmlDeviceGetHandleByPciBusId_v2",
+            "nvmlDeviceGetMemoryInfo",
+        ):
+            setattr(self, name, lambda *given, name=name: int(name == fail) or self._call(name, given))
+
+    def _call(self, name: str, given: tuple[Any, ...]) -> int:
+        self.open += {"nvmlInit_v2": 1, "nvmlShutdown": -1}.get(name, 0)
+        if name == "nvmlDeviceGetHandleByPciBusId_v2":
+            assert given[0].value == b"0000:01:00.0"
+        if name == "nvmlDeviceGetMemoryInfo":
+            given[1]._obj.used = self.used.pop(0)
+        return 0
+
+
+def test_what_a_context_takes_is_what_nvml_says_more_after_it(
+    cupy: StubCupy, libcuda: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = StubNvml([5 << 20, 305 << 20, 9, 5])
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: nvml)
+    assert CudaDevice(0).context_bytes == 300 << 20
+    assert CudaDevice(0).context_bytes == 0
+    assert nvml.open == 0
+
+
+@pytest.mark.parametrize(
+    "fail", ["nvmlInit_v2", "nvmlDeviceGetHandleByPciBusId_v2", "nvmlDeviceGetMemoryInfo"]
+)
+def test_where_nvml_does_not_answer_nothing_is_said(
+    cupy: StubCupy, libcuda: StubDriver, monkeypatch: pytest.MonkeyPatch, fail: str
+) -> None:
+    nvml = StubNvml([1, 2], fail)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: nvml)
+    assert CudaDevice(0).context_bytes == 0 and nvml.open == 0
+
+
+def test_without_nvml_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "NVML", "libno-such-thing.so")
+    assert driver.used_bytes("0000:01:00.0") is None

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvtier.bench.gpu import gpu_copies
+from kvtier.bench.llama import BLOCK_BYTES
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda.device import Device
@@ -169,6 +171,12 @@ def test_layers_of_a_restore_over_several_batches(device: Device) -> None:
     engine.close()
     there.close()
     device.destroy_stream(prefill)
+
+
+def test_the_bench_holds_the_engine_against_the_link(device: Device) -> None:
+    lines = list(gpu_copies(device, BLOCK_BYTES, 1, Settings(always("staged"), 2, 8 << 20)))
+    assert [line.detail["limit_is"] for line in lines] == ["pinned copy"] * 2
+    assert all(line.limit is not None and len(line.detail["ratios"]) == 1 for line in lines)
 
 
 @pytest.mark.gpu

@@ -52,6 +52,17 @@ def test_each_fault_has_its_fix(name: str, change: dict[str, object], grade: str
     assert about(GOOD, name).grade == "good" if name != "pinned memory" else True
 
 
+def test_direct_storage_is_told_and_never_missed(tmp_path: Path) -> None:
+    able = replace(GOOD, nvidia_fs=True, cufile=True)
+    assert "is possible here" in about(able, "direct storage").text
+    for lacking in (replace(able, nvidia_fs=False), replace(able, cufile=False), GOOD):
+        found = about(lacking, "direct storage")
+        assert found.grade == "good" and "not possible here" in found.text
+    assert not gather(tmp_path).nvidia_fs
+    (tmp_path / "sys/module/nvidia_fs").mkdir(parents=True)
+    assert gather(tmp_path).nvidia_fs
+
+
 def test_what_does_not_lower_anything_is_no_fault() -> None:
     assert about(replace(GOOD, cgroup_bytes=600 * GIB), "memory").grade == "good"
     assert about(replace(GOOD, gpus=(replace(H100, numa_node=-1),), cpu_nodes=(0,)), "numa").grade == "good"

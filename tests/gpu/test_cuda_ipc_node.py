@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 
 import kvtier
+from kvtier.daemon import gpu_copies
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.gpu_maps import GpuMaps
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda import ipc
+from kvtier.gpu.cuda.engine import CudaCopyEngine
+from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.ipc_pool import IpcPool
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import cuda_engine
 from kvtier.gpu.cuda.ways import always
+from kvtier.gpu.engine import CopyBatch, CopyItem
 from kvtier.gpu.pool import Pool
 from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.fake_device_gpu import FakeGpu
 from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_of
+from kvtier.testing.pool_cases import Slots
+from kvtier.tier_messages import PoolProven
 from kvtier.waiting import wait_until
 from kvtier.worker import Worker
 
@@ -76,6 +82,7 @@ class World:
         assert got.layer_ready(0)
 
     def end(self) -> None:
+        self.gpu.go_on()
         self.kv.close()
         self.daemon.close()
         self.pool.close()
@@ -96,7 +103,7 @@ def test_the_service_copies_after_the_worker_s_stream(world: World) -> None:
         assert world.mode() == "shared" and world.theirs.leaks().count("mapping") == 2 * LAYERS
         assert "gather" in world.theirs.launched and not world.mine.launched
         info = world.kv.status().workers[0]
-        assert (info.engine, info.place, info.gpu_bytes) == ("cuda", "cpu fake", 0)
+        assert (info.engine, info.place) == ("cuda", "cpu fake")
     assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 10)
     assert not world.gpu.races
 
@@ -197,3 +204,174 @@ def test_a_lost_service_maps_again_when_it_is_back(world: World) -> None:
 
         assert wait_until(parks, 30)
         assert world.mode() == "shared" and world.theirs.leaks().count("mapping") == 2 * LAYERS
+
+
+# --- streams that stand still ---------------------------------------------------------------------------
+
+
+class Second:
+    """Another worker of the same GPU, with a pool and a stream of its own."""
+
+    def __init__(self, world: World) -> None:
+        self.device, self.memory = world.mine, KvMemory(revision="org/other@1")
+        for plane in self.memory.planes:
+            self.device.adopt(plane.reshape(-1).view(np.uint8))
+        pool = self.memory.pool
+        assert isinstance(pool, Pool)
+        self.pool = IpcPool(pool, cuda_engine(self.device, SETTINGS), SCRATCH)
+        self.stream = self.device.stream()
+        self.worker = world.kv.attach(self.memory.model, self.pool, shard=SHARD)
+        assert wait_until(lambda: [w.mode for w in world.kv.status().workers] == ["shared"] * 2, 10)
+
+    def close(self) -> None:
+        self.worker.close()
+        self.pool.close()
+        self.device.destroy_stream(self.stream)
+
+
+def late(world: World) -> list[str]:
+    return [warning for warning in world.kv.status().warnings if "do not end" in warning]
+
+
+def test_a_worker_whose_stream_stands_still_holds_up_nobody_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = world.attach()
+    second = Second(world)
+    world.memory.put(1, PAGES, COUNT)
+    second.memory.put(1, PAGES, COUNT)
+    world.gpu.stand(world.mine.current)
+    waits = first.park("chat", tokens_of(1, COUNT), PAGES)
+    for _ in range(3):
+        park = second.worker.park("other", tokens_of(1, COUNT), PAGES, stream=second.stream)
+        assert park.result(20).ok
+    plan = second.worker.plan("other", tokens_of(1, COUNT))
+    assert second.worker.restore(plan, OTHER, deadline_s=20, stream=second.stream).tokens == COUNT
+    assert not waits.done()
+    assert not late(world)
+    monkeypatch.setattr(gpu_copies, "LATE_S", 0.0)
+    assert wait_until(lambda: bool(late(world)), 10)
+    assert sum("has run for more than" in record.message for record in caplog.records) == 1
+    world.gpu.go_on()
+    assert waits.result(20).ok
+    assert wait_until(lambda: not late(world), 10)
+    second.close()
+    first.close()
+
+
+def test_a_node_lost_while_a_stream_stands_still_is_joined_only_once_it_went_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joining says that no copy runs any more. Until then nothing is unmapped, and the service lives."""
+    monkeypatch.setattr("kvtier.daemon.gpu_service._QUIET_S", 0.05)
+    service = world.daemon.gpu
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.gpu.stand(world.mine.current)
+        park = worker.park("chat", tokens_of(1, COUNT), PAGES)
+        assert wait_until(lambda: bool(service._node and service._node.copies._running), 10)
+        service._loop.call(lambda: service._lose_node("a test"))
+        assert wait_until(lambda: "do not end" in service.health()["failure"], 10)
+        assert not service.health()["ready"] and world.theirs.leaks().count("mapping") == 2 * LAYERS
+        world.gpu.go_on()
+        assert wait_until(lambda: bool(service.health()["ready"]), 20)
+        assert not park.result(20).ok
+
+        def parks() -> bool:
+            return bool(worker.park("chat-2", tokens_of(2, COUNT), PAGES).result(5).ok)
+
+        assert wait_until(parks, 30)
+
+
+def test_an_engine_that_cannot_end_gives_nothing_back_until_it_can(world: World) -> None:
+    slots = Slots(1 << 18)
+    engine = CudaCopyEngine(world.mine, slots, [slots.bytes], settings=SETTINGS)
+    before, model = len(world.mine.leaks()), world.mine.stream()
+    world.gpu.stand(model)
+    binding = world.pool.pool.bind(PAGES, tokens=COUNT)
+    nbytes = world.pool.pool.layout.geometry.groups[0].object_bytes(32)
+    item = CopyItem(0, 0, 32, 0, 0, 1, (0, 0), nbytes)
+    engine.submit(
+        CopyBatch("p", 0, "gather", binding, (item,), after=mark(world.mine, model)), lambda _: None
+    )
+    assert wait_until(lambda: bool(engine._lanes["gather"]._ahead), 10)
+    assert not engine.close(0.05) and not engine.close(0)
+    assert len(world.mine.leaks()) >= before
+    world.gpu.go_on()
+    assert engine.close(10) and engine.close(0)
+    world.mine.destroy_stream(model)
+
+
+# --- probes that come again -----------------------------------------------------------------------------
+
+
+def test_a_repeated_probe_that_fails_ends_the_mapping(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new connection of the worker's brings a new probe; the worker then copies by itself."""
+    worker = world.attach()
+    world.memory.put(1, PAGES, COUNT)
+    world.turn(worker)
+    assert world.mode() == "shared"
+    launched = len(world.theirs.launched)
+    monkeypatch.setattr(ipc.Prober, "judge", lambda self, answer: False)
+    service = world.daemon.gpu
+    service._loop.call(lambda: next(iter(service._workers.values())).close())
+    assert wait_until(lambda: worker.attached and world.mode() == "worker", 20)
+    world.turn(worker)
+    assert len(world.theirs.launched) == launched and not world.theirs.leaks().count("mapping")
+    worker.close()
+
+
+def test_a_worker_that_does_not_attach_again_gets_no_copies(world: World) -> None:
+    """What the service maps was judged wrong, so it is unmapped, and what is asked of it fails."""
+    service = world.daemon.gpu
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        name = world.kv.status().workers[0].worker
+        service._loop.call(lambda: service._worker_said(name, PoolProven(ok=False), []))
+        assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 10)
+        receipt = worker.park("chat-2", tokens_of(2, COUNT), PAGES).result(20)
+        assert (receipt.ok, receipt.reason) == (False, "copy_failed")
+
+
+def test_a_mapping_judged_wrong_stays_until_its_copies_ended(world: World) -> None:
+    service = world.daemon.gpu
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.gpu.stand(world.mine.current)
+        park = worker.park("chat", tokens_of(1, COUNT), PAGES)
+        assert wait_until(lambda: bool(service._node and service._node.copies._running), 10)
+        name = world.kv.status().workers[0].worker
+        service._loop.call(lambda: service._worker_said(name, PoolProven(ok=False), []))
+        assert wait_until(lambda: service._modes[name] == "unmapped", 10)
+        assert world.theirs.leaks().count("mapping") == 2 * LAYERS
+        world.gpu.go_on()
+        assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 10)
+        park.result(20)
+
+
+# --- what it takes --------------------------------------------------------------------------------------
+
+
+def test_status_says_what_the_service_takes_for_a_worker(world: World) -> None:
+    world.theirs.context_bytes = 300 << 20
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        rings = 2 * SETTINGS.staging_slots * SETTINGS.staging_slot_bytes
+        assert wait_until(lambda: world.kv.status().workers[0].gpu_bytes > rings, 10)
+        gpu = next(tier for tier in world.kv.status().tiers if tier.name == "gpu")
+        assert "300 MiB" in gpu.detail
+
+
+def test_a_node_that_does_not_know_of_it_is_told_nothing(world: World) -> None:
+    """It would take the message for a fault, and close the connection."""
+    service = world.daemon.gpu
+    node = service._node
+    assert node is not None and node.takes_usage
+    node.takes_usage = False
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        assert wait_until(lambda: bool(service._said.workers), 10)
+        assert world.kv.status().workers[0].gpu_bytes == 0

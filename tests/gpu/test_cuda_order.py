@@ -10,7 +10,7 @@ import pytest
 
 import kvtier
 from kvtier.daemon.embedded import start
-from kvtier.errors import GeometryError
+from kvtier.errors import CopiesHang, GeometryError
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import CudaPlace, cuda_engine
 from kvtier.gpu.cuda.ways import always
@@ -21,16 +21,17 @@ from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_
 COUNT = 200
 PAGES = pages_for(COUNT)
 OTHER = pages_for(COUNT, 20)
+STAGED = Settings(always("staged"), 2, 16384)
 
 
 class Desk:
     """A node, a device, a pool on it, an attached worker."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, settings: Settings = STAGED) -> None:
         self.node, self.device, self.memory = start(), FakeDevice(seed), KvMemory()
         for plane in self.memory.planes:
             self.device.adopt(plane.reshape(-1).view(np.uint8))
-        self.place = cuda_engine(self.device, Settings(always("staged"), 2, 16384))
+        self.place = cuda_engine(self.device, settings)
         self.kv = kvtier.connect(str(self.node.socket_path))
         self.worker = self.kv.attach(self.memory.model, self.memory.pool, shard=SHARD, make_engine=self.place)
 
@@ -233,3 +234,27 @@ def test_a_place_names_its_device_and_bytes() -> None:
     place = cuda_engine(FakeDevice(), Settings(always("staged"), 2, 8192))
     assert isinstance(place, CudaPlace)
     assert (place.engine, place.device, place.location, place.device_bytes) == ("cuda", "fake", "cpu", 32768)
+
+
+def test_waiting_for_a_layer_ends_when_the_device_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine holds back what does not fit ahead, so the last layers are never queued."""
+    monkeypatch.setattr("kvtier.handles.QUIET_S", 0.1)
+    desk = Desk(3, Settings(always("staged"), 2, 16384, 16384))
+    model, prefill = desk.device.stream(), desk.device.stream()
+    desk.parked()
+    plan = desk.worker.plan("chat-1", tokens_of(1, COUNT))
+    desk.device.gpu.stand(model)
+    got = desk.worker.restore_async(plan, OTHER, deadline_s=0.2, stream=model, by_layer=True)
+    with pytest.raises(CopiesHang, match="deadline"):
+        got.wait_on(prefill, LAYERS - 1)
+    with pytest.raises(CopiesHang):
+        got.events[LAYERS - 1].synchronize()
+    assert not got.wait_on(prefill, LAYERS - 1, timeout_s=0.01)
+    receipt = got.result()
+    assert not receipt.ok and set(receipt.busy) == set(OTHER)
+    desk.device.gpu.go_on()
+    assert got.result(20).reason == "deadline"
+    for stream in (model, prefill):
+        desk.device.destroy_stream(stream)
+    del got
+    desk.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvtier.background import NICER
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cpu_copy import BlockCopy
@@ -18,6 +20,7 @@ from kvtier.gpu.describe import paged
 from kvtier.gpu.engine import CopyBatch, CopyItem, CopyResult
 from kvtier.gpu.plan import Unit
 from kvtier.gpu.pool import Binding, Pool
+from kvtier.waiting import wait_until
 
 P, PAGES, BLOCK = 4, 64, 16
 NBYTES = 2 * BLOCK * 2 * 8 * 2
@@ -230,15 +233,17 @@ def test_an_empty_batch_is_answered(engine: CpuCopyEngine, pool: Pool) -> None:
 
 
 class Gate:
-    """Holds the engine's only thread inside the first copy until opened."""
+    """Holds who copies a slot first inside that copy, until opened."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, slot_id: int = 0) -> None:
         self.entered, self.go = threading.Event(), threading.Event()
-        self._slots = slots
+        self._slot_id, self._others = slot_id, slots.on_generation
         slots.on_generation = self._hold
 
     def _hold(self, slot_id: int) -> None:
-        self._slots.on_generation = lambda slot_id: None
+        if slot_id != self._slot_id or self.entered.is_set():
+            self._others(slot_id)
+            return
         self.entered.set()
         assert self.go.wait(10)
 
@@ -250,27 +255,64 @@ def single(slots: Slots) -> Iterator[CpuCopyEngine]:
     made.close()
 
 
+def order_of(engine: CpuCopyEngine, slots: Slots, pool: Pool) -> list[str]:
+    """How jobs end that were queued while a park and a restore were at work; that park is let go first."""
+    parking, restoring, order = Gate(slots, 0), Gate(slots, 1), []
+    binding = pool.bind(range(8))
+    for gate, job, direction, item in (
+        (parking, "parking", "gather", items(1)),
+        (restoring, "restoring", "scatter", items(2)[1:]),
+    ):
+        batch = CopyBatch(job, 0, direction, binding, item, verify=False)  # type: ignore[arg-type]
+        engine.submit(batch, lambda result: order.append(result.job))
+        assert gate.entered.wait(10)
+    for job, priority in (("park-late", 5), ("park", 0), ("restore-late", 9), ("restore", 1)):
+        direction = "gather" if job.startswith("park") else "scatter"
+        batch = CopyBatch(job, 0, direction, binding, items(1), verify=False, priority=priority)  # type: ignore[arg-type]
+        engine.submit(batch, lambda result: order.append(result.job))
+    assert engine.busy_jobs() == {"parking", "restoring", "park-late", "park", "restore-late", "restore"}
+    assert not engine.wait_idle(0)
+    parking.go.set()
+    # Whoever gathers and should wait would go on at once.
+    wait_until(lambda: len(order) > 1, 0.05)
+    restoring.go.set()
+    assert engine.wait_idle(10)
+    assert engine.busy_jobs() == frozenset()
+    return order
+
+
 def test_restores_go_before_parks_and_lower_priority_numbers_first(
     single: CpuCopyEngine, slots: Slots, pool: Pool
 ) -> None:
-    gate, order = Gate(slots), []
-    binding = pool.bind(range(4))
+    order = order_of(single, slots, pool)
+    assert [job for job in order if job.startswith("park")] == ["parking", "park", "park-late"]
+    assert [job for job in order if job.startswith("restor")] == ["restoring", "restore", "restore-late"]
+    # The last restore is under way when the first park begins.
+    assert order.index("park") > order.index("restore")
 
-    def note(result: CopyResult) -> None:
-        order.append(result.job)
 
-    single.submit(CopyBatch("running", 0, "gather", binding, items(1)), note)
-    assert gate.entered.wait(10)
-    single.submit(CopyBatch("park-late", 0, "gather", binding, items(1), priority=5), note)
-    single.submit(CopyBatch("park", 0, "gather", binding, items(1)), note)
-    single.submit(CopyBatch("restore-late", 0, "scatter", binding, items(1), verify=False, priority=9), note)
-    single.submit(CopyBatch("restore", 0, "scatter", binding, items(1), verify=False, priority=1), note)
-    assert single.busy_jobs() == {"running", "park-late", "park", "restore-late", "restore"}
-    assert not single.wait_idle(0)
-    gate.go.set()
-    assert single.wait_idle(10)
-    assert order == ["running", "restore", "restore-late", "park", "park-late"]
-    assert single.busy_jobs() == frozenset()
+def test_control_an_engine_that_gathers_while_restores_wait_is_caught(
+    single: CpuCopyEngine, slots: Slots, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuCopyEngine, "_may_take", lambda self, direction: bool(self._queues[direction]))
+    order = order_of(single, slots, pool)
+    assert order.index("park") < order.index("restore")
+
+
+def nice_now() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_a_gather_leaves_the_processor_to_others_and_a_scatter_does_not(
+    engine: CpuCopyEngine, slots: Slots, pool: Pool
+) -> None:
+    seen: set[int] = set()
+    slots.on_generation = lambda slot_id: seen.add(nice_now())
+    sums = run(engine, CopyBatch("park", 0, "gather", pool.bind(range(16)), items(4))).checksums
+    assert seen == {min(19, nice_now() + NICER)}
+    seen.clear()
+    assert run(engine, CopyBatch("r", 0, "scatter", pool.bind(range(16)), items(4, sums))).ok
+    assert seen == {nice_now()}
 
 
 def test_cancel_answers_what_is_queued_and_lets_the_running_end(

@@ -10,7 +10,7 @@ import pytest
 from kvtier import protocol
 from kvtier.geometry import CUDA_IPC, Geometry, GroupGeometry
 from kvtier.messages import Attach, Message, Park, Restore
-from kvtier.tier_messages import Copy, PoolProbed, PoolProven, ProbePool, pool_descriptors
+from kvtier.tier_messages import Arenas, Copy, GpuUsage, PoolProbed, PoolProven, ProbePool, pool_descriptors
 
 GEOMETRY = Geometry(16, 16, (GroupGeometry("full", 64),))
 SAID: list[tuple[Message, dict[str, Any]]] = [
@@ -20,6 +20,9 @@ SAID: list[tuple[Message, dict[str, Any]]] = [
     (Copy(job="j", batch=0, worker="w", request=1, direction="gather", items=[], events=[1]), {"events": []}),
     (Attach(fingerprint=b"f", model="m", geometry=GEOMETRY, shard="s", layout="l", engine="cuda",
             place="cuda:0 GPU", gpu_bytes=7), {"engine": "", "place": "", "gpu_bytes": 0}),
+    (Arenas(arena_bytes=[1], generation_slots=2, takes_gpu_usage=True), {"takes_gpu_usage": False}),
+    (GpuUsage(workers={"w": 1}, context_bytes=2, late=["w"]),
+     {"workers": {}, "context_bytes": 0, "late": []}),
 ]  # fmt: skip
 
 

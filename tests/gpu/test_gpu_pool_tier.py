@@ -15,6 +15,7 @@ from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierFull, TierUnavailable
 from kvtier.gpu.cpu_engine import CpuCopyEngine
 from kvtier.gpu.describe import cross_layer
+from kvtier.gpu.engine import Direction
 from kvtier.gpu.layout import LayerGroup
 from kvtier.gpu.page_runs import PageRuns
 from kvtier.gpu.pool import Pool
@@ -114,9 +115,9 @@ class _HeldEngine(CpuCopyEngine):
 
     go: threading.Event
 
-    def _work(self) -> None:
+    def _work(self, direction: Direction) -> None:
         self.go.wait()
-        super()._work()
+        super()._work(direction)
 
 
 def test_a_copy_that_takes_too_long_keeps_its_pages() -> None:

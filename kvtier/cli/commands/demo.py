@@ -22,6 +22,12 @@ from kvtier.cli.main import require
     show_default=True,
     help="What `kvtier up` starts, or a daemon inside the serving processes.",
 )
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="What runs the model: cpu, cuda:0, or auto for a GPU where torch finds one.",
+)
 @options.json_option
 @click.pass_context
 def demo(
@@ -32,6 +38,7 @@ def demo(
     directory: str | None,
     keep: bool,
     daemon: Literal["ray", "embedded"],
+    device: str,
     as_json: bool,
 ) -> None:
     """Park and restore real conversations on this machine, and compare.
@@ -51,5 +58,6 @@ def demo(
             seed=DEFAULT_SEED if seed is None else seed,
             conversations=conversations,
             daemon=daemon,
+            device=device,
         )
     )

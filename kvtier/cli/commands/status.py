@@ -91,6 +91,15 @@ def retire(fingerprint: str, as_json: bool, **where: Any) -> None:
         output.print_line(f"retired {model.model or 'a model'} {model.fingerprint[:16]}: {held}")
 
 
+def _peer_facts(transport: str, counters: dict[str, float]) -> Iterator[tuple[str, str]]:
+    from kvtier.cli import output
+
+    if transport:
+        came, wire = counters.get("peer_received_bytes", 0), counters.get("peer_wire_bytes", 0)
+        read = f", {output.size(int(came))} of KV read as {output.size(int(wire))}" if came else ""
+        yield "other nodes", transport + read
+
+
 def _disk_facts(counters: dict[str, float]) -> Iterator[tuple[str, str]]:
     from kvtier.cli import output
 
@@ -115,7 +124,7 @@ def _print_report(report: StatusReport) -> None:
             ("conversations", str(report.conversations)),
             ("waiting parks", str(report.waiting_parks)),
             *((("metrics", f"{report.metrics_url}/metrics"),) if report.metrics_url else ()),
-            *((("other nodes", report.transport),) if report.transport else ()),
+            *_peer_facts(report.transport, report.counters),
             *_disk_facts(report.counters),
             *(("warning", warning) for warning in report.warnings),
         )

@@ -77,15 +77,16 @@ def serve(job: RoundJob) -> None:
     """One turn of each conversation, restored from the daemon, continued, and parked on disk again."""
     from kvtier.cli.demo.model import load_model
 
-    model = load_model(Path(job.model), job.threads)
+    model = load_model(Path(job.model), job.threads, job.device)
     with contextlib.ExitStack() as stack:
         socket = job.socket or stack.enter_context(contextlib.closing(embedded(job.settings))).socket_path
         client = stack.enter_context(contextlib.closing(connect(socket)))
         kv = stack.enter_context(attach(client, model, block_tokens=BLOCK_TOKENS))
         for turn in job.turns:
             say(serve_turn(kv, model, turn, job.logits))
-        tiers = {t.name: Usage(t.used_bytes, t.capacity_bytes) for t in client.status().tiers}
-        say(RoundEnd(tiers))
+        status = client.status()
+        tiers = {t.name: Usage(t.used_bytes, t.capacity_bytes) for t in status.tiers}
+        say(RoundEnd(tiers, next((w.place for w in status.workers if w.pid == os.getpid()), "")))
         if job.kill_self:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -125,7 +126,7 @@ def reference(job: ReferenceJob) -> None:
     """The same turns without kvtier: first what each must equal, then how long computing it all takes."""
     from kvtier.cli.demo.model import load_model
 
-    model = load_model(Path(job.model), job.threads)
+    model = load_model(Path(job.model), job.threads, job.device)
     records = {(record.conversation, record.round): record for record in job.records}
     for name in dict.fromkeys(turn.conversation for turn in job.turns if turn.share == "conversation"):
         run_uninterrupted(model, [t for t in job.turns if t.conversation == name], job.logits)

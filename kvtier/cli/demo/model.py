@@ -42,10 +42,23 @@ def make_model(folder: Path, seed: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def load_model(folder: Path, threads: int) -> Any:
-    """The model, ready and warm. threads: of torch; bits depend on it, so all processes use the same."""
+def device_of(asked: str) -> str:
+    """The device for 'auto', which is the same in all processes of a machine; any other as it is."""
+    if asked != "auto":
+        return asked
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(folder: Path, threads: int, device: str) -> Any:
+    """The model, ready and warm. threads: of torch; bits depend on it, so all processes use the same.
+
+    On a GPU algorithms that give the same bits each time are used, where there are any.
+    """
     torch.set_num_threads(threads)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = model.to(device_of(device))
+    if model.device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 256, dtype=torch.long))
+        model(input_ids=torch.zeros(1, 256, dtype=torch.long, device=model.device))
     return model

@@ -46,6 +46,8 @@ def run_child(job: Job, folder: Path, name: str, on_record: Callable[[Record], N
     # Threads that spin while they wait would take the cores from the daemon's; and what a killed process
     # leaves in its temporary folder goes with the demo's own.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(folder)}
+    # Without it cuBLAS is not deterministic, whatever torch is told.
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     with (
         log.open("wb") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment) as child,

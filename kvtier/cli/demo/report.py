@@ -41,7 +41,8 @@ class Report:
 
     resumable: turns after the first of a conversation; resumed: those that got back all that was parked.
     compared: by share, (bit-identical turns, turns).  kv_bytes: of all conversations' last caches;
-    largest_bytes: of the largest one, which is all that the model holds at a time.
+    largest_bytes: of the largest one, which is all that the model holds at a time.  place: of the KV that
+    was copied, as status names it.
     """
 
     conversations: int
@@ -58,6 +59,7 @@ class Report:
     kills: int
     seconds: float
     problems: tuple[str, ...]
+    place: str = ""
 
     @property
     def bit_identical(self) -> bool:
@@ -96,6 +98,7 @@ class Report:
                 name: {"used_bytes": tier.used_bytes, "capacity_bytes": tier.capacity_bytes}
                 for name, tier in self.tiers.items()
             },
+            "device": self.place,
             "daemon_kills": self.kills,
             "seconds": round(self.seconds, 1),
             "problems": list(self.problems),
@@ -104,7 +107,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the demo's processes said. kills: of the whole daemon; seconds: from start to end."""
+    """What the demo's processes said. kills: of the whole daemon; seconds: from start to end.
+
+    place: see Report.
+    """
 
     jobs: Sequence[TurnJob]
     records: Sequence[TurnRecord]
@@ -113,6 +119,7 @@ class Findings:
     tiers: Mapping[str, Usage]
     kills: int
     seconds: float
+    place: str = ""
 
 
 def make_report(found: Findings) -> Report:
@@ -146,6 +153,7 @@ def make_report(found: Findings) -> Report:
         kills=found.kills,
         seconds=found.seconds,
         problems=tuple(_problems(found, jobs)),
+        place=found.place,
     )
 
 
@@ -194,7 +202,8 @@ def _problems(found: Findings, jobs: Mapping[tuple[str, int], TurnJob]) -> list[
 
 def make_table(report: Report) -> Table:
     """Resumed turns by the tier that they came from."""
-    table = Table(title="Turns resumed by another process", title_justify="left")
+    where = f", KV on {report.place}" if report.place else ""
+    table = Table(title=f"Turns resumed by another process{where}", title_justify="left")
     table.add_column("from")
     columns = ("turns", "tokens", "MiB", "restore alone", "first token, restored", "first token, recomputed")
     for name in columns:

@@ -55,13 +55,15 @@ def main(
     seed: int = DEFAULT_SEED,
     conversations: int | None = None,
     daemon: DaemonKind = "ray",
+    device: str = "auto",
 ) -> int:
     """Run the demo; 0 when every bit was as promised, else 1.
 
     as_json: end with one JSON object on stdout, and tell the rest on stderr.  directory: where to work,
     which then must not exist or be empty; by default a temporary folder.  keep: leave it.  conversations:
     how many of the shipped ones, the first ones; by default all.  daemon: 'ray' starts what `kvtier up`
-    starts; 'embedded' runs the daemon inside the serving processes.  Raises KvtierError.
+    starts; 'embedded' runs the daemon inside the serving processes.  device: what runs the model: 'cpu',
+    'cuda:0', or 'auto' for a GPU where torch finds one.  Raises KvtierError.
     """
     shipped = load_conversations()
     count = len(shipped) if conversations is None else conversations
@@ -71,7 +73,7 @@ def main(
     with work_folder(directory, keep=keep, console=console) as work, runtime_folder() as runtime:
         settings = daemon_settings(work, runtime)
         control: DaemonControl = RayDaemon(settings) if daemon == "ray" else InProcessDaemon()
-        report = Demo(work, settings, control, console, shipped[:count]).run(seed)
+        report = Demo(work, settings, control, console, shipped[:count], device).run(seed)
     console.print(make_table(report))
     for line in make_summary(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -137,11 +139,13 @@ class Demo:
     control: DaemonControl
     console: Console
     conversations: tuple[Conversation, ...]
+    device: str
     jobs: list[TurnJob] = field(default_factory=list)
     records: list[TurnRecord] = field(default_factory=list)
     references: list[ReferenceRecord] = field(default_factory=list)
     recomputed: list[Recomputed] = field(default_factory=list)
     tiers: dict[str, Usage] = field(default_factory=dict)
+    place: str = ""
     kills: int = 0
 
     def run(self, seed: int) -> Report:
@@ -159,7 +163,16 @@ class Demo:
         verdicts = [self._compare(record) for record in self.records]
         seconds = time.monotonic() - began_s
         return make_report(
-            Findings(self.jobs, self.records, self.recomputed, verdicts, self.tiers, self.kills, seconds)
+            Findings(
+                self.jobs,
+                self.records,
+                self.recomputed,
+                verdicts,
+                self.tiers,
+                self.kills,
+                seconds,
+                self.place,
+            )
         )
 
     def _progress(self) -> Progress:
@@ -197,6 +210,7 @@ class Demo:
         job = RoundJob(
             model=str(self.work / "model"),
             threads=THREADS,
+            device=self.device,
             socket=self.control.socket,
             settings=self.settings,
             turns=jobs,
@@ -220,6 +234,7 @@ class Demo:
         job = ReferenceJob(
             model=str(self.work / "model"),
             threads=THREADS,
+            device=self.device,
             turns=self.jobs,
             records=self.records,
             logits=str(self.work / "logits" / "reference"),
@@ -240,7 +255,7 @@ class Demo:
             case Recomputed():
                 self.recomputed.append(record)
             case RoundEnd():
-                self.tiers = record.tiers
+                self.tiers, self.place = record.tiers, record.place
 
     def _compare(self, record: TurnRecord) -> Compared:
         """A served turn with its reference; one that is missing is a difference."""

@@ -67,10 +67,12 @@ class RoundJob(msgspec.Struct, frozen=True):
     """For a serving process.
 
     socket: the daemon's; '' runs one with these settings inside the process.  kill_self: end with kill -9.
+    device: what runs the model: 'cpu', 'cuda:0', or 'auto' for a GPU where torch finds one.
     """
 
     model: str
     threads: int
+    device: str
     socket: str
     settings: dict[str, str | int]
     turns: list[TurnJob]
@@ -83,6 +85,7 @@ class ReferenceJob(msgspec.Struct, frozen=True):
 
     model: str
     threads: int
+    device: str
     turns: list[TurnJob]
     records: list[TurnRecord]
     logits: str
@@ -113,9 +116,10 @@ class Recomputed(msgspec.Struct, frozen=True, tag="recomputed"):
 
 
 class RoundEnd(msgspec.Struct, frozen=True, tag="end"):
-    """Last word of a serving process: what is in each tier."""
+    """Last word of a serving process: what is in each tier. place: what copied where, as status names it."""
 
     tiers: dict[str, Usage]
+    place: str = ""
 
 
 @dataclass(slots=True)

@@ -80,8 +80,12 @@ class CudaDevice:
         self.location = f"cuda:{number}"
         self.can_batch = driver.can_batch()
         self._pinned: dict[int, int] = {}
+        before = driver.used_bytes(self.identity)
         with self._current():
             self._functions: dict[Kernel, int] = self._compile()
+        after = driver.used_bytes(self.identity)
+        # Others allocate meanwhile, so it is an estimate; loading the kernels is what makes the context.
+        self.context_bytes = 0 if before is None or after is None else max(0, after - before)
 
     def _compile(self) -> dict[Kernel, int]:
         options = ("-std=c++17", f"-I{KERNELS}")

@@ -32,12 +32,15 @@ class Device(Protocol):
     """One GPU. Any thread may call, once it has called enter().
 
     identity: the same in every process, whatever devices it sees.  location: as pools name it, 'cuda:0'.
+    context_bytes: device memory that this process's context took when it was made here; 0 where it was there
+    before, or nothing tells it.
     """
 
     name: str
     identity: str
     location: str
     can_batch: bool
+    context_bytes: int
 
     def enter(self) -> None:
         """Make this device the thread's own. To be called first in each thread."""

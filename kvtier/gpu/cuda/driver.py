@@ -3,6 +3,7 @@
 cuMemcpyBatchAsync (cuda.h of CUDA 13, `_v2`; CUDA 12.8 has an older one with one more argument): libcuda
 exports both under fixed names, so the driver that is there decides, not the toolkit that cupy was built with.
 cuMemGetAddressRange: base and size of the allocation that an address lies in.
+NVML's nvmlDeviceGetMemoryInfo: the only question about a device's memory that needs, and makes, no context.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kvtier.errors import TierUnavailable
 from kvtier.gpu.cuda.device import Words
 
 LIBRARY = "libcuda.so.1"
+NVML = "libnvidia-ml.so.1"
 SUCCESS = 0
 # The source is read in the order of the stream. 'Any' would let the copy engines read pages before the event
 # that the stream waits for.
@@ -34,6 +36,29 @@ class _Attributes(ctypes.Structure):
         ("target_hint", _Location),
         ("flags", ctypes.c_uint),
     )
+
+
+class _NvmlMemory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def used_bytes(identity: str) -> int | None:
+    """Memory in use of the device at this PCI address, by all processes; None where NVML does not say."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return None
+    device, memory = ctypes.c_void_p(), _NvmlMemory()
+    if nvml.nvmlInit_v2() != SUCCESS:
+        return None
+    try:
+        name = ctypes.c_char_p(identity.encode())
+        if nvml.nvmlDeviceGetHandleByPciBusId_v2(name, ctypes.byref(device)) != SUCCESS:
+            return None
+        said = nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == SUCCESS
+        return int(memory.used) if said else None
+    finally:
+        nvml.nvmlShutdown()
 
 
 @cache

@@ -23,6 +23,7 @@ from kvtier.gpu.cuda.memory import BlobPool, PinnedArena
 from kvtier.gpu.cuda.ways import WayTable
 from kvtier.gpu.engine import (
     CANCELLED,
+    CLOSE_S,
     ERROR,
     CopyBatch,
     CopyEngine,
@@ -32,28 +33,32 @@ from kvtier.gpu.engine import (
     check_batch,
 )
 from kvtier.gpu.tensors import Bytes
+from kvtier.waiting import join_all
 
 DIRECTIONS: tuple[Direction, ...] = ("gather", "scatter")
 DEFAULT_SETTINGS = Settings()
 
 
 class CudaCopyEngine(CopyEngine):
-    """slots: where the slots are. arena: the mappings that they lie in; registered here, once.
+    """slots: where the slots are. arena: the mappings that they lie in, registered here, once; or what
+    several engines of one process share, since memory is registered once for all of them.
 
-    The engine owns the device's registration, staging and streams, not the device.  Raises TierUnavailable
-    when the device has no room, or refuses to lock the arena.
+    The engine owns its registration, staging and streams, not the device.  Raises TierUnavailable when the
+    device has no room, or refuses to lock the arena.
     """
 
     def __init__(
         self,
         device: Device,
         slots: SlotMemory,
-        arena: Sequence[Bytes],
+        arena: Sequence[Bytes] | PinnedArena,
         *,
         settings: Settings = DEFAULT_SETTINGS,
     ) -> None:
         self._device, self._slots = device, slots
-        self._arena = PinnedArena(device, arena)
+        shared = isinstance(arena, PinnedArena)
+        self._arena = arena if isinstance(arena, PinnedArena) else PinnedArena(device, arena)
+        self._unpin = [] if shared else [self._arena.close]
         self._blobs = BlobPool(device)
         self._wake = threading.Condition()
         self._queues: dict[Direction, list[tuple[int, int, Run]]] = {d: [] for d in DIRECTIONS}
@@ -63,6 +68,7 @@ class CudaCopyEngine(CopyEngine):
         self._open: dict[Run, None] = {}
         self._submitted = 0
         self._closed = False
+        self._freed = False
         self._lanes: dict[Direction, Lane] = {}
         try:
             for direction in DIRECTIONS:
@@ -130,23 +136,26 @@ class CudaCopyEngine(CopyEngine):
         with self._wake:
             return frozenset(run.batch.job for run in self._open)
 
-    def close(self) -> None:
-        """See CopyEngine. Again is no error."""
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """See CopyEngine. Freeing device memory waits for the device, so it is left to who closes it then."""
         with self._wake:
-            again, self._closed = self._closed, True
+            self._closed = True
             unstarted = self._withdraw(list(self._open))
             self._wake.notify_all()
         for run in unstarted:
             self._answer_unstarted(run)
-        for thread in self._threads:
-            thread.join()
+        if not join_all(self._threads, timeout_s):
+            return False
+        with self._wake:
+            again, self._freed = self._freed, True
         if not again:
             self._free()
+        return True
 
     def _free(self) -> None:
         # A device that is lost takes nothing back; the end of the process does.
         lanes = [lane.close for lane in self._lanes.values()]
-        for close in (*lanes, self._blobs.close, self._arena.close):
+        for close in (*lanes, self._blobs.close, *self._unpin):
             with suppress(TierUnavailable):
                 close()
 

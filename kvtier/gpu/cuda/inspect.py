@@ -6,6 +6,7 @@ The parts that ask a device have not run on a GPU yet.
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -27,6 +28,7 @@ BATCHED_COPIES = 12080
 # The kernel gives the first namespaces of a machine fixed numbers (include/uapi/linux/nsfs.h).
 FIRST_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF}
 PROBE_BYTES = 64 << 20
+NVIDIA_FS = Path("sys/module/nvidia_fs")
 SHMEM_SETTING = Path("sys/kernel/mm/transparent_hugepage/shmem_enabled")
 UNLIMITED_V1 = 1 << 62
 GIB = 1 << 30
@@ -51,7 +53,8 @@ class Facts:
 
     memlock_bytes, cgroup_bytes: None where there is no limit.  cpu_nodes: NUMA nodes of the CPUs that this
     process may use.  foreign_namespaces: those that are not the machine's own.  allocator: torch's settings.
-    huge_pages: what the kernel's shmem_enabled says; '' where it has no such setting.
+    huge_pages: what the kernel's shmem_enabled says; '' where it has no such setting.  nvidia_fs: whether the
+    kernel module for GPUDirect Storage is loaded; cufile: whether its library is installed.
     """
 
     driver: int
@@ -66,6 +69,8 @@ class Facts:
     foreign_namespaces: tuple[str, ...]
     allocator: str
     huge_pages: str
+    nvidia_fs: bool = False
+    cufile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ def judge(facts: Facts) -> list[Finding]:
     """Every finding, the device's first. Pure."""
     found = [_driver(facts), _cupy(facts), *_devices(facts)]
     found += [_memlock(facts), _cgroup(facts), _huge_pages(facts), _placement(facts)]
-    return [*found, _namespaces(facts), _allocator(facts)]
+    return [*found, _namespaces(facts), _allocator(facts), _direct_storage(facts)]
 
 
 def _driver(facts: Facts) -> Finding:
@@ -198,6 +203,18 @@ def _allocator(facts: Facts) -> Finding:
     return Finding("allocator", "good", "torch's allocator is one that CUDA IPC can share")
 
 
+def _direct_storage(facts: Facts) -> Finding:
+    """Never a fault: kvtier's way to the drive is through host memory. See docs/gpu.md."""
+    lacking = [] if facts.nvidia_fs else ["the kernel module nvidia-fs is not loaded"]
+    lacking += [] if facts.cufile else ["libcufile is not installed"]
+    can = (
+        f"not possible here: {' and '.join(lacking)}"
+        if lacking
+        else "possible here, where a drive takes part"
+    )
+    return Finding("direct storage", "good", f"GPUDirect Storage is {can}; kvtier does not use it")
+
+
 # -- gathering
 
 
@@ -218,6 +235,8 @@ def gather(root: Path = Path("/")) -> Facts:
         foreign_namespaces=_foreign(root),
         allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "",
         huge_pages=_text(root / SHMEM_SETTING).partition("[")[2].partition("]")[0],
+        nvidia_fs=(root / NVIDIA_FS).exists(),
+        cufile=ctypes.util.find_library("cufile") is not None,
     )
 
 

@@ -25,16 +25,18 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.errors import GeometryError
+from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda.device import Device, Event, Stream
 from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.shapes import ShapeCache, pieces_of
 from kvtier.gpu.engine import StreamEvent
 from kvtier.gpu.pool import Pool
-from kvtier.gpu.shared_pool import Answer, Challenge, layout_from
+from kvtier.gpu.shared_pool import Answer, Challenge, layout_from, whole
 from kvtier.gpu.tensors import DeviceBytes
 
 VERSION = 1
+# CUDA's have 64 bytes.
+MOST_HANDLE_BYTES = 256
 
 
 def export_pool(device: Device, pool: Pool) -> dict[str, Any]:
@@ -87,8 +89,8 @@ class MappedPool:
             )
         mapped: list[int] = []
         try:
-            for handle in description["handles"]:
-                mapped.append(device.open_memory(bytes(handle)))
+            for handle in handles_of(description, "handles"):
+                mapped.append(device.open_memory(handle))
             return cls(device, mapped, _pool_over(device, mapped, description))
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             _unmap(device, mapped)
@@ -102,12 +104,24 @@ class MappedPool:
         _unmap(self._device, self._addresses)
 
 
+def handles_of(description: Mapping[str, Any], name: str) -> list[bytes]:
+    """CUDA's handles in a description that another process sent. Raises GeometryError."""
+    handles = description.get(name)
+    if not isinstance(handles, list):
+        raise GeometryError(f"the description of a pool has no {name}")
+    for handle in handles:
+        # bytes() of a number would be that many zeros.
+        if not isinstance(handle, bytes) or not 0 < len(handle) <= MOST_HANDLE_BYTES:
+            raise GeometryError(f"one of the {name} in the description of a pool is no handle")
+    return list(handles)
+
+
 def _pool_over(device: Device, mapped: Sequence[int], description: Mapping[str, Any]) -> Pool:
     parts = []
     for buffer in description["buffers"]:
-        number, offset, nbytes = buffer["handle"], buffer["offset"], buffer["nbytes"]
+        number, offset, nbytes = (whole(buffer[name]) for name in ("handle", "offset", "nbytes"))
         base, size = device.extent(mapped[number])
-        if min(number, offset, nbytes) < 0 or mapped[number] + offset + nbytes > base + size:
+        if mapped[number] + offset + nbytes > base + size:
             raise GeometryError("a buffer of the pool reaches past the end of its allocation")
         parts.append(DeviceBytes(mapped[number] + offset, nbytes, device.location, None))
     sizes = {"offsets": [0] * len(parts), "nbytes": max(part.nbytes for part in parts)}
@@ -179,11 +193,17 @@ class PeerEvent:
 
 
 class PeerEvents:
-    """Another process's ring, opened here."""
+    """Another process's ring, opened here. Raises TierUnavailable, and then nothing stays open."""
 
     def __init__(self, device: Device, handles: Sequence[bytes]) -> None:
         self._device = device
-        self._events = [device.open_event(handle) for handle in handles]
+        self._events: list[Event] = []
+        try:
+            for handle in handles:
+                self._events.append(device.open_event(handle))
+        except TierUnavailable:
+            self.close()
+            raise
 
     def event(self, number: int) -> StreamEvent:
         """The event with this number. Raises GeometryError."""

@@ -16,6 +16,7 @@ from kvtier.gpu.cuda.engine import DIRECTIONS, CudaCopyEngine
 from kvtier.gpu.cuda.events import borrowed_event, mark, stream_handle
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.measure import fit
+from kvtier.gpu.cuda.memory import PinnedArena
 from kvtier.gpu.engine import Place, SlotMemory, StreamEvent
 from kvtier.gpu.tensors import Bytes
 
@@ -45,9 +46,9 @@ class CudaPlace(Place):
         self._device, self._settings = device, settings
         self.location, self.device = device.location, device.name
 
-    def __call__(self, slots: SlotMemory) -> CudaCopyEngine:
-        """See Place."""
-        return CudaCopyEngine(self._device, slots, mappings_of(slots), settings=self._settings)
+    def __call__(self, slots: SlotMemory, arena: PinnedArena | None = None) -> CudaCopyEngine:
+        """See Place. arena: the slots' mappings, where they are registered already."""
+        return CudaCopyEngine(self._device, slots, arena or mappings_of(slots), settings=self._settings)
 
     @property
     def gpu(self) -> Device:

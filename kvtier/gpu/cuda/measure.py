@@ -101,9 +101,9 @@ class WayRates:
         return self.nbytes / statistics.median(seconds[1:])
 
     def close(self) -> None:
-        """End the engine and free the memory."""
-        self.engine.close()
-        self._device.free(self._pool.address)
+        """End the engine and free the memory, unless a copy hangs in it."""
+        if self.engine.close():
+            self._device.free(self._pool.address)
 
 
 def fit(device: Device, pieces: Sequence[int] = FITTED_PIECES, nbytes: int = FIT_BYTES) -> WayTable:

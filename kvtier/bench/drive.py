@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import Bytes, faulted
+from kvtier.bench.memory import Bytes, faulted
 
 MiB = 1 << 20
 
@@ -113,9 +113,12 @@ def forget_page_cache(*folders: Path) -> None:
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
-        return
     except OSError:
-        pass
+        forget_files(*folders)
+
+
+def forget_files(*folders: Path) -> None:
+    """Drop what the kernel holds of the files in these folders, as far as it is on the drive."""
     for path in (p for folder in folders for p in folder.rglob("*") if p.is_file()):
         fd = os.open(path, os.O_RDONLY)
         try:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.memory import Bytes
+from kvtier.bench.memory import Bytes
 from kvtier.checksum import checksum
 from kvtier.disk.tier import DiskTier
 from kvtier.objects import ObjectId, ObjectMeta, Root

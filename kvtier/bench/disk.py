@@ -11,24 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disk.drive import (
+from kvtier.bench.drive import (
     READS,
     WRITES,
     Drive,
     Way,
     device_read_bytes,
+    forget_files,
     forget_page_cache,
     written_bytes,
 )
-from benchmarks.disk.store import blocks_of, meta_of, opened, park, restore, sums_of
-from benchmarks.lines import Line, rate_line, seconds
-from benchmarks.memory import Bytes, pages_kind
+from kvtier.bench.lines import Line, rate_line, seconds
+from kvtier.bench.memory import Bytes, pages_kind
+from kvtier.bench.store import blocks_of, meta_of, opened, park, restore, sums_of
 from kvtier.disk.tier import DiskTier
 
 MiB = 1 << 20
 BLOCK_BYTES = 32 * MiB
 CONVERSATIONS = 8
 _BEST_OF = 3
+SHORT = [Way(True, 8 * MiB, 4), Way(True, 32 * MiB, 4)]
 
 
 def best_ways(drive: Drive, folder: Path, rounds: int = 2) -> tuple[list[Way], list[Way], list[Line]]:
@@ -55,8 +57,8 @@ def _write(drive: Drive, way: Way) -> float:
     return seconds(lambda: drive.write(way))
 
 
-def _read(drive: Drive, folder: Path, way: Way) -> float:
-    forget_page_cache(folder)
+def _read(drive: Drive, folder: Path, way: Way, forget: Callable[[Path], None] = forget_page_cache) -> float:
+    forget(folder)
     return seconds(lambda: drive.read(way))
 
 
@@ -76,6 +78,29 @@ def large(folder: Path, nbytes: int, rounds: int) -> Iterator[Line]:
             for name, at_once in names.items():
                 work = partial(restore_all, tier, range(len(blocks)), blocks, at_once)
                 yield _restores(drive, folder, reads, rounds, name, work)
+    finally:
+        drive.close()
+
+
+def _nothing() -> None:
+    """A machine that serves is left alone: no flush of everybody's files."""
+
+
+def short(folder: Path, nbytes: int, rounds: int) -> Iterator[Line]:
+    """One conversation's durable park and restore, against two ways of plain writing and reading.
+
+    The store's files go past the page cache; where they cannot, what was read is in it: see the detail.
+    """
+    drive = Drive(folder, nbytes)
+    try:
+        blocks = blocks_of(drive.memory, min(BLOCK_BYTES, nbytes))
+        yield _parks_again(drive, folder, SHORT, rounds, blocks, sums_of(blocks), settle=_nothing)
+        with opened(folder / "store", 2 * nbytes) as tier:
+            park(tier, range(len(blocks)), blocks, sums_of(blocks))
+            work = partial(restore, tier, range(len(blocks)), blocks)
+            yield _restores(
+                drive, folder, SHORT, rounds, "one conversation", work, forget=forget_files, settle=_nothing
+            )
     finally:
         drive.close()
 
@@ -131,6 +156,7 @@ def _parks_again(
     rounds: int,
     blocks: Sequence[Bytes],
     sums: Sequence[int],
+    settle: Callable[[], None] = os.sync,
 ) -> Line:
     """In room that was written before, as a store that is full has no other; the limit likewise."""
     with opened(folder / "again", 2 * drive.nbytes) as tier:
@@ -145,41 +171,52 @@ def _parks_again(
         own()
         drive.write(ways[0])
         again = [partial(seconds, partial(drive.write, way)) for way in ways]
-        limits, works = alternate_rounds(again, own, rounds)
+        limits, works = alternate_rounds(again, own, rounds, settle)
     delete(folder / "again")
     return _line("durable park of one conversation, in used room", drive.nbytes, ways, limits, works)
 
 
 def _restores(
-    drive: Drive, folder: Path, ways: Sequence[Way], rounds: int, name: str, work: Callable[[], None]
+    drive: Drive,
+    folder: Path,
+    ways: Sequence[Way],
+    rounds: int,
+    name: str,
+    work: Callable[[], None],
+    forget: Callable[[Path], None] = forget_page_cache,
+    settle: Callable[[], None] = os.sync,
 ) -> Line:
     cold = []
 
     def own() -> float:
-        forget_page_cache(folder)
+        forget(folder)
         before = device_read_bytes()
         took = seconds(work)
         cold.append((device_read_bytes() - before) / drive.nbytes)
         return took
 
-    limits, works = alternate_rounds([partial(_read, drive, folder, way) for way in ways], own, rounds)
+    plain = [partial(_read, drive, folder, way, forget) for way in ways]
+    limits, works = alternate_rounds(plain, own, rounds, settle)
     read = round(statistics.median(cold), 3)
     return _line(f"cold restore of {name}", drive.nbytes, ways, limits, works, read_from_device=read)
 
 
 def alternate_rounds(
-    limits: Sequence[Callable[[], float]], own: Callable[[], float], rounds: int
+    limits: Sequence[Callable[[], float]],
+    own: Callable[[], float],
+    rounds: int,
+    settle: Callable[[], None] = os.sync,
 ) -> tuple[list[list[float]], list[float]]:
     """Seconds of each limit and of `own`, once a round, in another order each time.
 
-    What the one before left behind, deleted files above all, is written before the next begins.
+    settle: before each, so that what the one before left behind, deleted files above all, is written.
     """
     calls = [*limits, own]
     took: list[list[float]] = [[] for _ in calls]
     draw = random.Random(rounds)
     for _ in range(rounds):
         for place in draw.sample(range(len(calls)), len(calls)):
-            os.sync()
+            settle()
             took[place].append(calls[place]())
     return took[:-1], took[-1]
 

@@ -1,0 +1,84 @@
+"""`kvtier bench`: its figures on this machine at the smallest size, and on a fake device."""
+
+import json
+
+import pytest
+
+from kvtier.bench.copies import run
+from kvtier.bench.gpu import gpu_copies
+from kvtier.bench.llama import BLOCK_BYTES
+from kvtier.cli.commands import bench
+from kvtier.errors import ConfigError, TierUnavailable
+from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.ways import always
+from kvtier.testing.fake_device import FakeDevice
+from kvtier.testing.fake_device_gpu import FakeGpu
+
+
+def test_the_copies_are_held_against_plain_ones(kv):
+    seen = kv("bench", "--device", "cpu", "--only", "copies", "--bytes", "32MiB", "--rounds", "1", "--json")
+    lines = [json.loads(line) for line in seen.out.splitlines()]
+    assert seen.code == 0 and len(lines) == 4
+    for line in lines:
+        assert line["unit"] == "GB/s" and {"value", "limit"} <= set(line)
+        assert line["ratio"] == pytest.approx(line["detail"]["ratios"][0], abs=0.006)
+    assert {line["detail"]["limit_is"] for line in lines} == {"best copy", "best copy and hash"}
+
+
+def test_the_disk_is_held_against_the_drive_and_nothing_is_left(kv, tmp_path):
+    (tmp_path / "mine").write_text("stays")
+    small = ("--disk-bytes", "32MiB", "--rounds", "1")
+    seen = kv("bench", "--only", "disk", *small, "--directory", str(tmp_path / "not"))
+    assert seen.code == 0, seen.err
+    assert "durable park" in seen.out and "cold restore" in seen.out and "RATIO" in seen.out
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_copy_that_fails_is_no_figure(monkeypatch):
+    """Control: the bytes are checked on their way back."""
+    device = FakeDevice(gpu=FakeGpu(detect=False))
+
+    def others(*given):
+        return [found ^ 1 for found in run(*given)]
+
+    monkeypatch.setattr("kvtier.bench.gpu.run", others)
+    with pytest.raises(TierUnavailable, match="corrupt"):
+        list(gpu_copies(device, BLOCK_BYTES, 1, Settings(always("staged"), 2, 8 << 20)))
+    assert not device.leaks()
+
+
+def test_a_gpu_is_found_or_named(monkeypatch):
+    made = []
+
+    class Found:
+        def __init__(self, number):
+            if number:
+                raise TierUnavailable("there is no such device")
+            made.append(number)
+
+    monkeypatch.setattr("kvtier.gpu.cuda.cupy_device.CudaDevice", Found)
+    assert isinstance(bench.find_gpu("auto"), Found) and isinstance(bench.find_gpu("cuda:0"), Found)
+    assert bench.find_gpu("cpu") is None and made == [0, 0]
+    with pytest.raises(TierUnavailable):
+        bench.find_gpu("cuda:1")
+    with pytest.raises(ConfigError, match="cuda:0 or auto"):
+        bench.find_gpu("gpu")
+
+
+def test_without_a_gpu_host_memory_is_measured(monkeypatch):
+    def absent(number):
+        raise TierUnavailable("no driver")
+
+    monkeypatch.setattr("kvtier.gpu.cuda.cupy_device.CudaDevice", absent)
+    assert bench.find_gpu("auto") is None
+
+
+@pytest.mark.parametrize("wrong", [("--bytes", "1MiB"), ("--disk-bytes", "many"), ("--rounds", "0")])
+def test_sizes_are_checked(kv, wrong):
+    assert kv("bench", *wrong).code == 2
+
+
+def test_a_drive_without_room_is_not_filled(kv, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "_SPARE_BYTES", 1 << 60)
+    seen = kv("bench", "--only", "disk", "--directory", str(tmp_path))
+    assert seen.code == 1 and "--disk-bytes" in seen.err
