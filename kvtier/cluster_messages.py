@@ -102,7 +102,10 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Reach(NamedTuple):
-    """How far a node could restore a chain. chain: its index. host_bytes, disk_bytes: to load there."""
+    """How far a node could restore a slice of a chain. chain: its index.
+
+    host_bytes, disk_bytes: to load there.  shard: of one of FindHolders.others; '': of the worker's own.
+    """
 
     chain: int
     node: str
@@ -110,6 +113,7 @@ class Reach(NamedTuple):
     tokens: int
     host_bytes: int = 0
     disk_bytes: int = 0
+    shard: str = ""
 
 
 # --- core and directory -------------------------------------------------------------------------------
@@ -131,13 +135,17 @@ class Branches(Message, frozen=True, tag="branches"):
 
 
 class FindHolders(Message, frozen=True, tag="find_holders"):
-    """How far could which node restore these chains, for a worker of this geometry and shard?"""
+    """How far could which node restore these chains, for a worker of this geometry and shard?
+
+    others: the slices of its other ranks, each by itself.
+    """
 
     job: str
     tenant: str
     chains: list[Chain]
     geometry: Geometry
     shard: str
+    others: dict[str, Geometry] = msgspec.field(default_factory=dict)
 
 
 class Holders(Message, frozen=True, tag="holders"):
@@ -311,19 +319,21 @@ class Kept(Message, frozen=True, tag="kept"):
     """Answer to Keep and AskKeep. tier: 'host' or 'disk', where all of it is; or '', and reason says why not.
 
     reason: 'busy' (now), 'too_large', 'draining', 'forgotten', 'incomplete', 'deadline', 'peer_lost'.
-    bytes: that were read for it.
+    bytes: that were read for it.  epoch: of the node that keeps it; 0 from one that does not say.
     """
 
     job: str = ""
     tier: str = ""
     reason: str = ""
     bytes: int = 0
+    epoch: int = 0
 
 
 class PeerRead(Message, frozen=True, tag="peer_read"):
     """Read objects of another node into host slots; what has not come after timeout_s is given up.
 
-    behind: nobody waits for it with a request; those that somebody waits for go first.
+    behind: nobody waits for it with a request; those that somebody waits for go first.  item_bytes: width of
+    the numbers in each object, by which it may be encoded on its way; 0 where it is not known.
     """
 
     job: str
@@ -333,15 +343,23 @@ class PeerRead(Message, frozen=True, tag="peer_read"):
     slots: list[WireItem]
     timeout_s: float
     behind: bool = False
+    item_bytes: tuple[int, ...] = ()
 
 
 class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
-    """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.client.Outcome)."""
+    """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.client.Outcome).
+
+    received_bytes: of KV over the network, what failed included; coded_bytes: of those, encoded on their way;
+    wire_bytes: what all of them were on their way.
+    """
 
     job: str
     failed: tuple[tuple[int, str], ...] = ()
     bytes: int = 0
     seconds: float = 0.0
+    received_bytes: int = 0
+    coded_bytes: int = 0
+    wire_bytes: int = 0
 
 
 class Drain(Message, frozen=True, tag="drain"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -107,6 +107,13 @@ class ClusterConfig(Section, frozen=True):
             ge=1, le=64, description="Connections that one read from a peer uses, and objects sent at once."
         ),
     ] = 4
+    wire_codec: Annotated[
+        Literal["auto", "raw"],
+        Meta(
+            description="Whether KV is encoded on its way between nodes: where that brings it sooner and "
+            "both have the packages of the extra disk (auto), or never (raw)."
+        ),
+    ] = "auto"
     ask_s: Annotated[
         float,
         Meta(

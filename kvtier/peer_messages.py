@@ -5,14 +5,17 @@ Both ends prove that they know the cluster's token without saying it, then the o
     PeerHello      ->              nonce
                    <-  PeerProof   nonce, and the token's mac over both nonces
     PeerProof      ->              the mac of the other side
-                   <-  PeerReady
-    Want, Want...  ->
-                   <-  Sending     and, after the frame, nbytes of the object; reason '' says that they follow
+                   <-  PeerReady   and the codecs that this side encodes with
+    Want, Want...  ->              with one of these codecs, or without
+                   <-  Sending     and, after the frame, nbytes of the object, or their encoding
+                                   (peers/coding.py); reason '' says that they follow
     Ask            ->
                    <-  Reply       to what is no object: the directory's calls, and the nodes' own
 """
 
 from __future__ import annotations
+
+import msgspec
 
 from kvtier.messages import Message
 
@@ -41,18 +44,32 @@ class PeerProof(Message, frozen=True, tag="peer_proof"):
     reason: str = ""
 
 
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """A codec that a node encodes with. ratio: bytes of KV for each encoded one, expected."""
+
+    codec: str
+    ratio: float
+    encode_bytes_per_s: float
+
+
 class PeerReady(Message, frozen=True, tag="peer_ready"):
-    """The caller is let in. reason: why it is not; then the connection is closed."""
+    """The caller is let in. reason: why it is not; then the connection is closed.
+
+    codecs: that a Want may name; a node of an earlier release says none, and is told none.
+    """
 
     reason: str = ""
+    codecs: tuple[Offer, ...] = ()
 
 
 class Want(Message, frozen=True, tag="want"):
-    """Ask for one object."""
+    """Ask for one object. codec: to be encoded with; '' for the bytes.  item_bytes: width of its numbers."""
 
     block_key: bytes
     group: int
     shard: str
+    codec: str = ""
+    item_bytes: int = 0
 
 
 class Ask(Message, frozen=True, tag="peer_ask"):
@@ -69,8 +86,12 @@ class Reply(Message, frozen=True, tag="peer_reply"):
 
 
 class Sending(Message, frozen=True, tag="sending"):
-    """Answer to a Want, in turn. reason: '' or why nothing follows: 'missing' or 'busy'."""
+    """Answer to a Want, in turn. reason: '' or why nothing follows: 'missing' or 'busy'.
+
+    nbytes, checksum: of the object itself.  codec: the one that was wanted, or '' for the bytes.
+    """
 
     nbytes: int = 0
     checksum: int = 0
     reason: str = ""
+    codec: str = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,6 +45,7 @@ from kvtier.config import Config
 from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
 from kvtier.daemon.directory_service import split, tls_files
 from kvtier.daemon.peer_book import PeerBook
+from kvtier.daemon.peer_codecs import codings
 from kvtier.daemon.peer_directory import PeerDirectory
 from kvtier.daemon.peer_graves import PeerGraves
 from kvtier.daemon.peer_lender import PeerLender
@@ -55,7 +56,7 @@ from kvtier.messages import Message
 from kvtier.node.core import NodeCore
 from kvtier.node.events import Send
 from kvtier.objects import ObjectId
-from kvtier.peers.client import ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
@@ -99,13 +100,14 @@ class PeerDesk:
         self._own = Identity(config.node.name, epoch, token)
         self._tls = tls_files(cluster)
         self._call_tls = client_side(self._tls) if self._tls else None
+        self._codecs = codings() if cluster.wire_codec == "auto" else {}
         self._graves = PeerGraves(config.node.state_dir)
         self._lender = PeerLender(host, tell, lambda erased: self._was_erased(erased.stone))
         self._directory = PeerDirectory(
             cluster,
             self._own,
             self._call_tls,
-            snapshot=self._say_everything,
+            snapshot=self._begin_to_say_everything,
             forget=self._forget,
             over=self._are_over,
             heard=lambda: tell(DIRECTORY, Heard()),
@@ -125,6 +127,7 @@ class PeerDesk:
         # Apart: each may wait for a node that hangs for as long as an erasure may take, and no plan for it.
         self._burials = ThreadPoolExecutor(_ASKS, "kvtier-bury")
         self._works = self._make_works()
+        self._saying: threading.Thread | None = None
         self._server: PeerServer | None = None
 
     def graves(self) -> Graves:
@@ -134,8 +137,8 @@ class PeerDesk:
     def start(self) -> None:
         """Listen and begin to announce. Raises ConfigError."""
         host, port = split(self._config.cluster.listen)
-        tls = server_side(self._tls) if self._tls else None
-        settings = ServerSettings(host, port, streams=self._config.cluster.streams, tls=tls)
+        cluster, tls = self._config.cluster, server_side(self._tls) if self._tls else None
+        settings = ServerSettings(host, port, streams=cluster.streams, tls=tls, codecs=self._codecs)
         self._server = PeerServer(self._own, self._lender, settings, self._lender.answer)
         self._directory.start()
 
@@ -147,12 +150,15 @@ class PeerDesk:
             clients = list(self._clients.values())
         for client in clients:
             client.close()
-        self._directory.close()
+        self._directory.cut()
         self._asks.shutdown(cancel_futures=True)
         self._burials.shutdown(cancel_futures=True)
         self._reads.shutdown(cancel_futures=True)
         self._behind.shutdown(cancel_futures=True)
         self._keeps.shutdown(cancel_futures=True)
+        self._directory.close()
+        if self._saying is not None:
+            self._saying.join()
         if self._server is not None:
             self._server.close()
         self._graves.close()
@@ -217,7 +223,8 @@ class PeerDesk:
         with self._lock:
             client = self._clients.get((node, address))
             if client is None:
-                settings = ClientSettings(streams=self._config.cluster.streams, tls=self._call_tls)
+                streams = self._config.cluster.streams
+                settings = ClientSettings(streams=streams, tls=self._call_tls, codecs=self._codecs)
                 client = PeerClient(self._own, node, split(address), settings)
                 self._clients[node, address] = client
             client.least_epoch = max(client.least_epoch, epoch)
@@ -253,13 +260,16 @@ class PeerDesk:
 
     def _read(self, message: PeerRead) -> PeerReadDone:
         began_s = time.monotonic()
+        came_over = Came()
         outcomes: Sequence[str] = ["peer_lost"] * len(message.slots)
         client = self._client(message.node, message.epoch)
         if client is not None:
-            keys = zip(message.object_keys, message.slots, strict=True)
-            wanted = [Wanted(ObjectId(*key), self._room(item), item.checksum) for key, item in keys]
+            objects = zip(message.object_keys, message.slots, message.item_bytes, strict=True)
+            wanted = [
+                Wanted(ObjectId(*key), self._room(item), item.checksum, width) for key, item, width in objects
+            ]
             try:
-                outcomes = client.fetch(wanted, message.timeout_s)
+                outcomes = client.fetch(wanted, message.timeout_s, came=came_over)
             except KvtierError as error:
                 _LOG.warning("node '%s' gives nothing: %s", message.node, error)
         failed = tuple((index, why) for index, why in enumerate(outcomes) if why)
@@ -269,6 +279,9 @@ class PeerDesk:
             failed=failed,
             bytes=sum(item.nbytes for item in came),
             seconds=time.monotonic() - began_s,
+            received_bytes=came_over.bytes,
+            coded_bytes=came_over.coded_bytes,
+            wire_bytes=came_over.wire_bytes,
         )
 
     def _room(self, item: WireItem) -> Bytes:
@@ -323,10 +336,32 @@ class PeerDesk:
 
     # --- the directory ----------------------------------------------------------------------------------
 
+    def _begin_to_say_everything(self) -> None:
+        """On a thread of its own: who announces has other shards to tell that this node is there."""
+        self._saying = threading.Thread(target=self._say_everything, name="kvtier-everything", daemon=True)
+        self._saying.start()
+
     def _say_everything(self) -> None:
-        def look(core: NodeCore) -> None:
+        """In steps of the loop's thread, which has others to serve between them."""
+        parts: Iterator[Holdings] | None = None
+
+        def step(core: NodeCore) -> None:
+            nonlocal parts
+            if ended.is_set():
+                # The loop stood still, and was asked for this step once more.
+                return
+            if parts is None:
+                parts = core.cluster.announcing.everything()
+                self._directory.begin_everything()
+            part = next(parts, None)
+            if part is not None:
+                self._directory.say_part(part)
+                return
             with self._lock:
                 stones = list(self._proven.values())
-            self._directory.say_everything(core.cluster.announcing.everything(), stones)
+            self._directory.end_everything(stones)
+            ended.set()
 
-        self._look(look)
+        ended = threading.Event()
+        while not (ended.is_set() or self._closing):
+            self._look(step)

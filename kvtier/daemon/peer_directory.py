@@ -2,7 +2,8 @@
 
 One thread for each directory service sends it the streams of its shards; the announcer itself, which is pure,
 belongs to the lock here.  A service that does not answer is not asked for a second, so that it costs a plan
-its wait once and not each time.
+its wait once and not each time.  One that takes no announcements for `cluster.lost_after_s` is lost: until it
+answers again its shards are those of the next services in the list, which are told everything.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from kvtier.cluster_messages import (
     Stone,
 )
 from kvtier.config_cluster_schema import ClusterConfig
-from kvtier.daemon.directory_service import directory_name, shards_at, split
+from kvtier.daemon.directory_service import directory_name, split
 from kvtier.daemon.peer_book import PeerBook
 from kvtier.directory import calls, saying
 from kvtier.directory.announcements import Answer
 from kvtier.directory.announcer import Announcer, Sender
 from kvtier.directory.lookups import Hits, Question, questions
 from kvtier.directory.merge import Conversation
-from kvtier.directory.routing import shard_of_conversation
+from kvtier.directory.routing import digest_of, services_of, shard_of_conversation
 from kvtier.errors import KvtierError
 from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.handshake import Identity
@@ -55,20 +56,24 @@ _WHO_S = 10.0
 
 @dataclass(slots=True)
 class _Service:
-    """One directory service. down_until_s: by time.monotonic(), when it may be asked again."""
+    """One directory service. Times by time.monotonic().
+
+    down_until_s: when it may be asked again.  heard_s: when it answered last.  lost: see the module's text.
+    """
 
     address: str
-    shards: list[int]
     client: PeerClient
+    heard_s: float
     wake: threading.Event = field(default_factory=threading.Event)
     down_until_s: float = 0.0
+    lost: bool = False
     thread: threading.Thread | None = None
 
 
 class PeerDirectory:
     """See the module's text. Methods may be called from any thread, `say*` from the core's alone.
 
-    snapshot: has the core's thread call `say_everything`, and returns afterwards.  forget, over: what the
+    snapshot: begins to have the core's thread say everything, in parts.  forget, over: what the
     directory's answers ask for.  heard: when every shard has answered for the first time.  book: keeps who
     there is, for a directory that knows nothing yet.
     """
@@ -103,12 +108,17 @@ class PeerDirectory:
         settings = ClientSettings(streams=1, connect_s=1.0, tls=tls)
         self._services = [
             _Service(
-                address,
-                shards_at(config.directory, address, config.shards),
-                PeerClient(own, directory_name(address), split(address), settings),
+                address, PeerClient(own, directory_name(address), split(address), settings), time.monotonic()
             )
             for address in dict.fromkeys(config.directory)
         ]
+        by_address = {service.address: service for service in self._services}
+        # By shard: who has it, if it is there, and who does otherwise.
+        self._services_of = [
+            [by_address[address] for address in services_of(config.directory, shard)]
+            for shard in range(config.shards)
+        ]
+        self._digest = digest_of(config.directory)
         self._pool = ThreadPoolExecutor(len(self._services), "kvtier-ask")
 
     def start(self) -> None:
@@ -116,13 +126,17 @@ class PeerDirectory:
         for service in self._services:
             self._begin(service)
 
-    def close(self) -> None:
-        """End all connections and threads."""
+    def cut(self) -> None:
+        """End all connections: whoever asks is answered at once, with nothing."""
         with self._lock:
             self._ended.set()
         for service in self._services:
             service.wake.set()
             service.client.close()
+
+    def close(self) -> None:
+        """End all connections and threads. Nobody asks any more."""
+        self.cut()
         for service in self._services:
             if service.thread is not None:
                 service.thread.join()
@@ -139,10 +153,20 @@ class PeerDirectory:
                 saying.say(self._announcer, changed)
             self._wake()
 
-    def say_everything(self, every: Holdings, stones: Iterable[Stone]) -> None:
-        """Give the streams that want one a snapshot of all that the node has."""
+    def begin_everything(self) -> None:
+        """Begin a snapshot of all that the node has for the streams that want one; `say_part` follows."""
         with self._lock:
-            saying.say_everything(self._announcer, every, stones)
+            self._announcer.begin()
+
+    def say_part(self, part: Holdings) -> None:
+        """A part of it, as it is now. What `say` is told meanwhile is later than the parts before it."""
+        with self._lock:
+            saying.say_part(self._announcer, part)
+
+    def end_everything(self, stones: Iterable[Stone]) -> None:
+        """The streams have their snapshots."""
+        with self._lock:
+            self._announcer.end([saying.tombstone(stone) for stone in stones])
             self._being_made = False
         self._wake()
 
@@ -189,9 +213,9 @@ class PeerDirectory:
                 # Also while other shards have news: each may have been lost by itself.
                 probe_s = time.monotonic() + silent_s
                 with self._lock:
-                    for shard in service.shards:
+                    for shard in self._shards_of(service):
                         self._announcer.senders[shard].probe()
-                if time.monotonic() >= who_s:
+                if service.lost or time.monotonic() >= who_s:
                     who_s = time.monotonic() + _WHO_S
                     self._learn(self._ask(service, calls.GetNodes(), calls.Nodes))
             try:
@@ -200,13 +224,14 @@ class PeerDirectory:
             except (StreamLost, KvtierError) as error:
                 if not self._ended.is_set():
                     _LOG.warning("the directory at %s takes no announcements: %s", service.address, error)
+                    self._is_silent(service)
                     self._ended.wait(_PAUSE_S)
                 service.wake.set()
 
     def _tell_all(self, service: _Service) -> bool:
         """Send the next message of each shard; answers whether there was any."""
         said = False
-        for shard in service.shards:
+        for shard in self._shards_of(service):
             sender = self._announcer.senders[shard]
             if sender.wants_snapshot and not sender.fenced:
                 self._want_snapshot()
@@ -214,11 +239,34 @@ class PeerDirectory:
                 message = sender.next()
             if message is None or self._ended.is_set():
                 continue
-            body = calls.pack(calls.Tell(message, self._config.listen, self._load))
+            body = calls.pack(calls.Tell(message, self._config.listen, self._load, self._digest))
             answer = calls.unpack_answer(service.client.ask(body, _TELL_S), Answer)
+            self._is_there(service)
             self._answered(shard, sender, answer)
             said = True
         return said
+
+    def _at(self, shard: int) -> _Service:
+        """Who has the shard now."""
+        every = self._services_of[shard]
+        return next((service for service in every if not service.lost), every[0])
+
+    def _shards_of(self, service: _Service) -> list[int]:
+        return [shard for shard in range(self._config.shards) if self._at(shard) is service]
+
+    def _is_there(self, service: _Service) -> None:
+        service.heard_s = time.monotonic()
+        if service.lost:
+            _LOG.warning("the directory at %s is back, and has its shards again", service.address)
+            service.lost = False
+            self._wake()
+
+    def _is_silent(self, service: _Service) -> None:
+        silent_s = time.monotonic() - service.heard_s
+        if silent_s >= self._config.lost_after_s and not service.lost and len(self._services) > 1:
+            _LOG.warning("the directory at %s is lost: others have its shards", service.address)
+            service.lost = True
+            self._wake()
 
     def _want_snapshot(self) -> None:
         """Ask for one, unless one that was asked for is still being made: it will do for all shards."""
@@ -255,8 +303,7 @@ class PeerDirectory:
     def conversation(self, tenant: str, name: str) -> list[Conversation]:
         """What all nodes say of a conversation: one, or none."""
         shard = shard_of_conversation(tenant, name, self._config.shards)
-        service = next(service for service in self._services if shard in service.shards)
-        page = self._ask(service, calls.GetConversation(shard, tenant, name), calls.Page)
+        page = self._ask(self._at(shard), calls.GetConversation(shard, tenant, name), calls.Page)
         if page is None:
             return []
         self._loads.update(page.loads)
@@ -269,7 +316,9 @@ class PeerDirectory:
         else:
             pages = self._pool.map(
                 lambda s: self._ask(
-                    s, calls.GetAfter(s.shards, message.tenant, message.after, message.limit), calls.Page
+                    s,
+                    calls.GetAfter(self._shards_of(s), message.tenant, message.after, message.limit),
+                    calls.Page,
                 ),
                 self._services,
             )
@@ -281,20 +330,16 @@ class PeerDirectory:
 
     def holders(self, message: FindHolders) -> Holders:
         """How far which other node reaches in each chain, the best first."""
-        chains = [saying.refs_of(chain) for chain in message.chains]
-        asked = [(at, q) for at, refs in enumerate(chains) for q in questions(refs, self._config.shards)]
+        asked: dict[str, list[tuple[int, Question]]] = {service.address: [] for service in self._services}
+        for at, chain in enumerate(message.chains):
+            for question in questions(saying.refs_of(chain), self._config.shards):
+                asked[self._at(question.shard).address].append((at, question))
         answers: dict[int, list[tuple[Question, Hits]]] = {}
-        parts = self._pool.map(lambda s: self._find(s, message.tenant, asked), self._services)
+        parts = self._pool.map(lambda s: self._find(s, message.tenant, asked[s.address]), self._services)
         for part in parts:
             for at, question, hits in part:
                 answers.setdefault(at, []).append((question, hits))
-        found = [
-            reach
-            for at, refs in enumerate(chains)
-            for reach in saying.reaches_of(
-                at, saying.fronts_of(message, refs, answers.get(at, [])), self._own.node
-            )
-        ]
+        found = saying.reaches(message, answers, self._own.node)
         loads = self._loads_of({reach.node for reach in found})
         return Holders(job=message.job, fronts=tuple(found), loads=loads)
 
@@ -302,9 +347,8 @@ class PeerDirectory:
         return {node: self._loads[node] for node in nodes if node in self._loads}
 
     def _find(
-        self, service: _Service, tenant: str, asked: Sequence[tuple[int, Question]]
+        self, service: _Service, tenant: str, mine: Sequence[tuple[int, Question]]
     ) -> list[tuple[int, Question, Hits]]:
-        mine = [(at, question) for at, question in asked if question.shard in service.shards]
         if not mine:
             return []
         call = calls.Find(tenant, [(question.shard, question.keys) for _, question in mine])
@@ -358,7 +402,9 @@ class PeerDirectory:
         if time.monotonic() < service.down_until_s:
             return None
         try:
-            return calls.unpack_answer(service.client.ask(calls.pack(call), self._config.ask_s), kind)
+            answer = calls.unpack_answer(service.client.ask(calls.pack(call), self._config.ask_s), kind)
+            self._is_there(service)
+            return answer
         except (StreamLost, KvtierError) as error:
             service.down_until_s = time.monotonic() + _PAUSE_S
             _LOG.warning("the directory at %s does not answer: %s", service.address, error)

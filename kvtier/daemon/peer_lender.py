@@ -50,6 +50,7 @@ class PeerLender:
         self._lock = threading.Lock()
         self._serial = 0
         self._waiting: dict[str, _Question] = {}
+        self._closed = False
 
     def answer(self, body: bytes, peer: str) -> bytes:
         """See PeerServer. Raises MalformedMessage."""
@@ -97,8 +98,9 @@ class PeerLender:
             self._tell(self._name(), GaveBack(loan=message.loan))
 
     def close(self) -> None:
-        """Whoever waits is told nothing more."""
+        """Whoever waits, or asks later, is told nothing more."""
         with self._lock:
+            self._closed = True
             waiting, self._waiting = self._waiting, {}
         for question in waiting.values():
             question.answered.set()
@@ -109,6 +111,8 @@ class PeerLender:
     def _ask(self, message: Message) -> Message | None:
         name, question = self._name(), _Question()
         with self._lock:
+            if self._closed:
+                return None
             self._waiting[name] = question
         self._tell(name, message)
         question.answered.wait(_longest_s(message))

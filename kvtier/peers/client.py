@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -18,35 +18,56 @@ import numpy.typing as npt
 
 from kvtier.errors import AuthError, KvtierError, MalformedMessage
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import Ask, PeerProof, PeerReady, Reply, Sending, Want
+from kvtier.peer_messages import Ask, Offer, PeerProof, PeerReady, Reply, Sending, Want
+from kvtier.peers.choice import RAW, Figures, Rates, choose
+from kvtier.peers.coding import Coding, Codings, receive_encoded
 from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove
 from kvtier.peers.stream import MAX_ASK_BYTES, Stream, StreamLost, connect
 
 _LOG = logging.getLogger(__name__)
 
+# An object's index, and the codec by which it was asked for.
+_Asked: TypeAlias = tuple[int, str]
 # '' is success.
 Outcome: TypeAlias = Literal["", "missing", "busy", "corrupt", "deadline", "cancelled", "peer_lost"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """into: uint8, writable, as long as the object. checksum: that its bytes must have; None: not known."""
+    """into: uint8, writable, as long as the object. checksum: that its bytes must have; None: not known.
+
+    item_bytes: width of its numbers; 0 where that is not known, and it is not worth encoding.
+    """
 
     object_id: ObjectId
     into: npt.NDArray[np.uint8]
     checksum: int | None
+    item_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Came:
+    """What a fetch has received. bytes: of objects; coded_bytes: of those that came encoded; wire_bytes: what
+    all of it was on its way.
+    """
+
+    bytes: int = 0
+    coded_bytes: int = 0
+    wire_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
     """streams: connections to one peer.  depth: objects asked for ahead on each, so that the way there and
-    back is not waited for.  connect_s: for a connection and its handshake.
+    back is not waited for.  connect_s: for a connection and its handshake.  codecs: by which KV may come
+    encoded, where the other end has them too and it pays (choice.py).
     """
 
     streams: int = 4
     depth: int = 2
     connect_s: float = 2.0
     tls: ssl.SSLContext | None = None
+    codecs: Codings = field(default_factory=dict)
 
 
 class PeerClient:
@@ -63,6 +84,9 @@ class PeerClient:
         self._asking: set[Stream] = set()
         self._fetches: set[_Fetch] = set()
         self._closed = False
+        self._rates = Rates()
+        # What both ends have, once a connection was made.
+        self._offers: dict[str, Figures] = {}
         self.epoch = 0
         # A peer of a smaller epoch is one that was given up and runs on: nothing is taken from it.
         self.least_epoch = 0
@@ -72,13 +96,15 @@ class PeerClient:
         wanted: Sequence[Wanted],
         timeout_s: float,
         on_each: Callable[[int, Outcome], None] | None = None,
+        came: Came | None = None,
     ) -> list[Outcome]:
         """Receive the objects; answers an outcome for each, in order.
 
-        on_each: told (index, outcome) as each ends, from a thread of the fetch's.  When this returns, nothing
-        writes into any `into` any more.  What ended otherwise than '' may have been written in part.
+        on_each: told (index, outcome) as each ends, from a thread of the fetch's.  came: counted up.  When
+        this returns, nothing writes into any `into` any more.  What ended otherwise than '' may have been
+        written in part.
         """
-        run = _Fetch(self, wanted, time.monotonic() + timeout_s, on_each)
+        run = _Fetch(self, wanted, time.monotonic() + timeout_s, on_each, came or Came())
         with self._lock:
             if self._closed:
                 return ["cancelled"] * len(wanted)
@@ -88,6 +114,8 @@ class PeerClient:
         finally:
             with self._lock:
                 self._fetches.discard(run)
+                if not self._fetches:
+                    self._rates.pause()
 
     def ask(self, body: bytes, timeout_s: float) -> bytes:
         """Ask what is no object, and wait for the answer.
@@ -160,6 +188,7 @@ class PeerClient:
             ready = stream.receive(PeerReady, until_s)
             if ready.reason:
                 raise AuthError(f"node '{self._node}' refuses this node: {ready.reason}")
+            self._hear_of(ready.codecs)
             self.epoch = stream.epoch = proof.epoch
             if proof.epoch < self.least_epoch:
                 raise StreamLost(f"node '{self._node}' of an earlier start answers")
@@ -181,6 +210,31 @@ class PeerClient:
         """Objects asked for ahead on one connection."""
         return self._settings.depth
 
+    def codec_now(self) -> str:
+        """By which objects are best asked for; '' for none."""
+        with self._lock:
+            return choose(self._rates.measured(time.monotonic()), self._offers)
+
+    def coding(self, name: str) -> Coding | None:
+        """One of those that this end decodes."""
+        return self._settings.codecs.get(name)
+
+    def came(self, codec: str, nbytes: int) -> None:
+        """So many bytes of KV have arrived just now."""
+        with self._lock:
+            self._rates.came(codec, nbytes, time.monotonic())
+
+    def _hear_of(self, offers: Sequence[Offer]) -> None:
+        streams = self._settings.streams
+        known: dict[str, Figures] = {}
+        for offer in offers:
+            coding = self._settings.codecs.get(offer.codec)
+            if coding is not None:
+                decode = coding.of_all(streams).decode_bytes_per_s
+                known[offer.codec] = Figures(offer.ratio, offer.encode_bytes_per_s, decode)
+        with self._lock:
+            self._offers = known
+
 
 class _Fetch:
     """One call of `fetch`."""
@@ -191,8 +245,10 @@ class _Fetch:
         wanted: Sequence[Wanted],
         until_s: float,
         on_each: Callable[[int, Outcome], None] | None,
+        came: Came,
     ) -> None:
         self._client, self._wanted, self._until_s, self._on_each = client, wanted, until_s, on_each
+        self._came = came
         self._lock = threading.Lock()
         self._todo = deque(range(len(wanted)))
         self._outcomes: dict[int, Outcome] = {}
@@ -245,7 +301,7 @@ class _Fetch:
 
     def _use(self, stream: Stream, *, reused: bool) -> bool:
         """Receive over this connection; False when it was closed already, and another one is to be used."""
-        asked: deque[int] = deque()
+        asked: deque[_Asked] = deque()
         with self._lock:
             self._streams.add(stream)
         received = [0]
@@ -256,10 +312,10 @@ class _Fetch:
         except (StreamLost, MalformedMessage):
             if reused and not received[0] and self._why() == "peer_lost":
                 with self._lock:
-                    self._todo.extendleft(reversed(asked))
+                    self._todo.extendleft(index for index, _ in reversed(asked))
                 return False
             # Nobody else is asked for what did not come: it was under way, and would come late.
-            for index in asked:
+            for index, _ in asked:
                 self._ended(index, self._why())
         finally:
             with self._lock:
@@ -270,35 +326,55 @@ class _Fetch:
                 stream.close()
         return True
 
-    def _receive_all(self, stream: Stream, asked: deque[int], received: list[int]) -> None:
+    def _receive_all(self, stream: Stream, asked: deque[_Asked], received: list[int]) -> None:
         while not self._cancelled:
             while len(asked) < self._client.depth and self._ask(stream, asked):
                 pass
             if not asked:
                 return
-            outcome = self._receive(stream, self._wanted[asked[0]])
+            index, codec = asked[0]
+            outcome = self._receive(stream, self._wanted[index], codec)
             received[0] += 1
-            self._ended(asked.popleft(), outcome)
+            asked.popleft()
+            self._ended(index, outcome)
         raise StreamLost("cancelled")
 
-    def _ask(self, stream: Stream, asked: deque[int]) -> bool:
+    def _ask(self, stream: Stream, asked: deque[_Asked]) -> bool:
         with self._lock:
             if not self._todo:
                 return False
             index = self._todo.popleft()
-        asked.append(index)
+        item_bytes = self._wanted[index].item_bytes
+        codec = self._client.codec_now() if item_bytes else RAW
+        asked.append((index, codec))
         key, group, shard = self._wanted[index].object_id
-        stream.send(Want(block_key=key, group=group, shard=shard), self._until_s)
+        want = Want(
+            block_key=key, group=group, shard=shard, codec=codec, item_bytes=item_bytes if codec else 0
+        )
+        stream.send(want, self._until_s)
         return True
 
-    def _receive(self, stream: Stream, wanted: Wanted) -> Outcome:
+    def _receive(self, stream: Stream, wanted: Wanted, asked: str) -> Outcome:
         head = stream.receive(Sending, self._until_s)
         if head.reason:
             return "busy" if head.reason == "busy" else "missing"
         if head.nbytes != wanted.into.nbytes:
             raise MalformedMessage(f"{head.nbytes} bytes come for a slot of {wanted.into.nbytes}")
-        into = memoryview(wanted.into)  # type: ignore[arg-type]  # typeshed: arrays are buffers
-        found = stream.receive_object(into, self._until_s)
+        if head.codec not in (RAW, asked):
+            raise MalformedMessage(f"encoded by '{head.codec}' where '{asked}' was wanted")
+
+        def came(nbytes: int, wire_bytes: int) -> None:
+            self._client.came(head.codec, nbytes)
+            with self._lock:
+                self._came.bytes += nbytes
+                self._came.wire_bytes += wire_bytes
+                self._came.coded_bytes += nbytes if head.codec else 0
+
+        coding = self._client.coding(head.codec)
+        if coding is None:
+            found: int | None = stream.receive_object(wanted.into.data, self._until_s, came)
+        else:
+            found = receive_encoded(stream, coding.codec, wanted.into, self._until_s, came)
         expected = head.checksum if wanted.checksum is None else wanted.checksum
         return "" if found == expected == head.checksum else "corrupt"
 

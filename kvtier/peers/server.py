@@ -9,9 +9,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from kvtier.errors import AuthError, ConfigError, KvtierError, MalformedMessage
 from kvtier.objects import KEY_BYTES, ObjectId
-from kvtier.peer_messages import Ask, PeerHello, PeerProof, PeerReady, Reply, Sending, Want
+from kvtier.peer_messages import Ask, Offer, PeerHello, PeerProof, PeerReady, Reply, Sending, Want
+from kvtier.peers.choice import RAW
+from kvtier.peers.coding import WIDTHS, Codings, encoded
 from kvtier.peers.fairness import Turns
 from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
 from kvtier.peers.stream import BUFFER_BYTES, MAX_ASK_BYTES, Stream, StreamLost
@@ -48,7 +50,7 @@ class ServerSettings:
     """host, port: to listen on; port 0 takes a free one.  streams: objects that are sent at once.
     connections: that are open at once.  stall_s: a peer that takes nothing for so long is dropped, since
     what it was promised cannot be evicted.  idle_s: a connection that asks for nothing for so long is closed.
-    tls: None sends in clear.
+    tls: None sends in clear.  codecs: by which KV may be encoded for who wants it so.
     """
 
     host: str = "127.0.0.1"
@@ -59,14 +61,16 @@ class ServerSettings:
     stall_s: float = 10.0
     idle_s: float = 300.0
     tls: ssl.SSLContext | None = None
+    codecs: Codings = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Sent:
-    """What a server did so far."""
+    """What a server did so far. bytes: of objects; wire_bytes: what they were on their way."""
 
     objects: int = 0
     bytes: int = 0
+    wire_bytes: int = 0
     refused: int = 0
     dropped: int = 0
 
@@ -147,9 +151,12 @@ class PeerServer:
         secured = stream
         try:
             if self._settings.tls is not None:
-                sock.settimeout(self._settings.handshake_s)
-                secured = Stream(self._settings.tls.wrap_socket(sock, server_side=True))
+                wrapped = self._settings.tls.wrap_socket(
+                    sock, server_side=True, do_handshake_on_connect=False
+                )
+                secured = Stream(wrapped)
                 self._now_open(stream, secured)
+                secured.begin_tls(time.monotonic() + self._settings.handshake_s)
             peer = self._let_in(secured)
             while True:
                 asked = secured.receive_any(time.monotonic() + self._settings.idle_s, MAX_ASK_BYTES)
@@ -172,7 +179,7 @@ class PeerServer:
                 self._open.pop(secured, None)
 
     def _now_open(self, plain: Stream, secured: Stream) -> None:
-        """The socket under TLS took the plain one's place: `close` has to find it."""
+        """The socket under TLS took the plain one's place: `close` has to find it, also before they agree."""
         with self._lock:
             thread = self._open.pop(plain, None)
             if self._closing or thread is None:
@@ -194,8 +201,13 @@ class PeerServer:
         except AuthError as error:
             stream.send(PeerReady(reason=error.message), until_s)
             raise
-        stream.send(PeerReady(), until_s)
+        stream.send(PeerReady(codecs=self._offers()), until_s)
         return greeting.node
+
+    def _offers(self) -> tuple[Offer, ...]:
+        streams = self._settings.streams
+        known = {name: each.of_all(streams) for name, each in self._settings.codecs.items()}
+        return tuple(Offer(name, each.ratio, each.encode_bytes_per_s) for name, each in known.items())
 
     def _reply(self, stream: Stream, answer: Callable[[bytes, str], bytes], asked: Ask, peer: str) -> None:
         try:
@@ -213,11 +225,17 @@ class PeerServer:
             if isinstance(found, str):
                 stream.send(Sending(reason=found), until_s)
                 return
-            data = memoryview(found.data)  # type: ignore[arg-type]  # typeshed: arrays are buffers
+            nbytes = len(found.data)
+            coding = self._settings.codecs.get(want.codec) if want.item_bytes in WIDTHS else None
+            parts: Iterable[memoryview] = (found.data.data,)
+            if coding is not None:
+                parts = encoded(coding.codec, want.item_bytes, found.data)
+            head = Sending(nbytes=nbytes, checksum=found.checksum, codec=want.codec if coding else RAW)
             try:
-                stream.send(Sending(nbytes=len(data), checksum=found.checksum), until_s, data)
+                wire_bytes = stream.send(head, until_s, parts)
             except StreamLost:
                 self.sent.dropped += 1
                 raise
             self.sent.objects += 1
-            self.sent.bytes += len(data)
+            self.sent.bytes += nbytes
+            self.sent.wire_bytes += wire_bytes

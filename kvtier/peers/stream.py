@@ -8,6 +8,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
@@ -51,13 +52,24 @@ class Stream:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def send(self, message: Message, until_s: float, *payload: memoryview) -> None:
-        """A frame, and the bytes that belong to it. Raises StreamLost."""
+    def begin_tls(self, until_s: float) -> None:
+        """Agree on keys with the other end, on a TLS socket that has not done so. Raises OSError."""
+        assert isinstance(self._sock, ssl.SSLSocket)
+        with self._in_use:
+            self._sock.settimeout(_left(until_s))
+            self._sock.do_handshake()
+
+    def send(self, message: Message, until_s: float, payload: Iterable[memoryview] = ()) -> int:
+        """A frame, and the bytes that belong to it; answers how many those are. Raises StreamLost."""
+        sent = 0
         try:
-            for part in (memoryview(encode(message)), *payload):
+            self._send_all(memoryview(encode(message)), until_s)
+            for part in payload:
                 self._send_all(part, until_s)
+                sent += len(part)
         except OSError as error:
             raise StreamLost(f"sending: {error}") from error
+        return sent
 
     def _send_all(self, part: memoryview, until_s: float) -> None:
         at = 0
@@ -98,9 +110,12 @@ class Stream:
         except OSError as error:
             raise StreamLost(f"receiving: {error}") from error
 
-    def receive_object(self, into: memoryview, until_s: float) -> int:
+    def receive_object(
+        self, into: memoryview, until_s: float, came: Callable[[int, int], None] = lambda *_: None
+    ) -> int:
         """Fill `into` with an object's bytes; answers their checksum. Raises StreamLost.
 
+        came: told of each part, (its bytes, the same in bytes of the connection).
         Some pieces are hashed right after their arrival, while they are in the processor's cache; what comes
         meanwhile waits in the kernel's window.
         """
@@ -109,6 +124,7 @@ class Stream:
             part = into[at : at + _PIECES_AT_ONCE * PIECE_BYTES]
             self.fill(part, until_s)
             sums.append(piece_sum(part, at // PIECE_BYTES, len(part)))
+            came(len(part), len(part))
         return combine(sums, len(into))
 
     def _bound(self, option: int, until_s: float) -> None:

@@ -20,6 +20,7 @@ from kvtier.peers.server import PeerServer, ServerSettings
 from kvtier.peers.stream import Stream, StreamLost
 from kvtier.peers.tls import TlsFiles, client_side, server_side
 from kvtier.testing.certificates import make_authority, make_certificate
+from kvtier.waiting import wait_until
 
 TOKEN = b"0123456789abcdef"
 
@@ -91,6 +92,18 @@ def test_a_server_ends_at_once_although_a_peer_is_connected(files: TlsFiles) -> 
     ended.join(30.0)
     assert not ended.is_alive(), "it waits for a connection that nobody closes"
     client.close()
+
+
+def test_a_server_ends_at_once_although_a_peer_has_begun_tls_and_says_nothing(files: TlsFiles) -> None:
+    settings = ServerSettings(tls=server_side(files), handshake_s=3600.0)
+    server = PeerServer(Identity("a", 7, TOKEN), None, settings, lambda body, peer: body)
+    with socket.create_connection(("127.0.0.1", server.port)) as silent:
+        assert wait_until(lambda: any(not stream._plain for stream in server._open), 30.0)
+        ended = threading.Thread(target=server.close, daemon=True)
+        ended.start()
+        ended.join(30.0)
+        assert not ended.is_alive(), "it waits for a handshake that nobody goes on with"
+        assert silent.recv(1) == b""
 
 
 def test_nothing_goes_in_clear_while_another_thread_cuts_the_connection(
