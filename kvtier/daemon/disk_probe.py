@@ -31,13 +31,17 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def write_probe(tier: DiskTier) -> None:
-    """Write a block that is never listed. A store without room for it is not sick. Raises as a write does."""
+    """Write and flush a block that is never listed. A store without room for it is not sick.
+
+    Raises as a write and a commit do.
+    """
     try:
         slot = tier.reserve(_PROBE, holder="probe")
     except TierFull:
         return
     try:
         tier.write(slot, bytes(_PROBE.nbytes))
+        tier.flush(slot)
     finally:
         _give_up(tier, slot)
 

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import select
 import threading
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 from kvtier import paths
-from kvtier.breaker import Backoff
+from kvtier.breaker import CHANCE, Backoff
 from kvtier.config import Config
 from kvtier.daemon.disk_lanes import Lanes, Session
 from kvtier.daemon.disk_probe import PROBE_ROOM_BYTES, check_direct_io, write_probe
 from kvtier.daemon.disk_wear import WearMeter
 from kvtier.daemon.disk_writes import DiskWriter, record_of
 from kvtier.daemon.joining import join_node
+from kvtier.disk.codecs import CodecMissing
 from kvtier.disk.fileops import FileOps, OsFileOps
 from kvtier.disk.master_key import read_master_key
 from kvtier.disk.tier import DiskTier
 from kvtier.disk.vault import Vault
-from kvtier.errors import CorruptObject, KvtierError, ProtocolError, TierError, TierFull, TierUnavailable
+from kvtier.errors import (
+    CorruptObject,
+    KvtierError,
+    ProtocolError,
+    StaleSlot,
+    TierError,
+    TierFull,
+    TierUnavailable,
+)
 from kvtier.messages import Message
 from kvtier.node.disk_reads import DISK_LEASE_S
 from kvtier.node.wire import pack_metas
@@ -57,10 +66,10 @@ _HUNG_S = DISK_LEASE_S
 
 
 class _StoreGone(TierUnavailable):
-    """The store's folder was deleted."""
+    """The store's folder was deleted, or what is in it."""
 
     def __init__(self) -> None:
-        super().__init__("the folder of the disk tier was deleted")
+        super().__init__("the folder of the disk tier was deleted or emptied")
 
 
 class DiskService:
@@ -108,8 +117,8 @@ class DiskService:
             "oldest_job_s": oldest.age_s if oldest is not None else 0.0,
         }
 
-    def _open_store(self, worn: bytes = b"") -> None:
-        """worn: what the drive was written, when a store of it was here before."""
+    def _open_store(self, worn: bytes = b"", new_id: bytes = b"") -> None:
+        """worn: what the drive was written, when a store of it was here before.  new_id: see DiskTier."""
         settings = self._config.disk
         tier = DiskTier(
             self._directory,
@@ -118,6 +127,7 @@ class DiskService:
             direct=settings.direct_io != "off",
             ops=self._ops,
             open_vault=self._open_vault if settings.key_file else None,
+            new_id=new_id,
         )
         try:
             if settings.direct_io == "on":
@@ -162,21 +172,24 @@ class DiskService:
                     log.info("the node is not there: %s", error)
                 self._connected = False
                 self._attempts += 1
-                self._stopping.wait(RECONNECT.delay_s(self._attempts, random.random()))
+                self._stopping.wait(RECONNECT.delay_s(self._attempts, CHANCE()))
         finally:
             self._close_store()
 
     def _begin_anew(self) -> None:
-        """The folder was deleted, and its drive is still there: go on with an empty one."""
-        log.error("%s was deleted: the disk tier begins with nothing", self._directory)
+        """The folder was deleted or emptied, and its drive is still there: go on with what is there."""
+        log.error("%s was deleted or emptied: the disk tier begins anew", self._directory)
         worn = self._meter.state()
+        # The key store knows its store by this.
+        new_id = self._tier.store_id if self._config.disk.key_file else b""
         self._close_store()
         while not self._stopping.is_set():
             try:
-                self._open_store(worn)
+                self._open_store(worn, new_id)
             except KvtierError as error:
+                if self._failure != str(error):
+                    log.error("the disk tier cannot begin anew: %s", error)
                 self._failure = str(error)
-                log.error("the disk tier cannot begin anew: %s", error)
                 self._stopping.wait(RECONNECT.limit_s)
             else:
                 self._degraded = ""
@@ -199,7 +212,7 @@ class DiskService:
 
     def _open(self, path: str) -> Session:
         greeting = TierHello(pid=os.getpid(), capacity_bytes=self._config.disk.capacity_bytes)
-        channel, arena = join_node(path, "disk", greeting, _CALL_S)
+        channel, arena, _ = join_node(path, "disk", greeting, _CALL_S)
         return Session(channel, arena, threading.Lock())
 
     def _listen(self, session: Session, lanes: Lanes) -> None:
@@ -240,6 +253,8 @@ class DiskService:
             if place is None and self._place is not None and _device(above) == self._place[0]:
                 raise _StoreGone
             self._degraded = f"{self._directory} is not the folder any more that was opened"
+        elif not self._tier.is_there():
+            raise _StoreGone
         usage = self._usage()
         if session.said != usage:
             session.say(usage)
@@ -310,8 +325,9 @@ class DiskService:
     def _write(self, session: Session, message: DiskWrite) -> None:
         try:
             answer = self._writer.carry_out(session.arena, message)
-        except ValueError as error:
-            # Of this write alone: its names do not fit, or it contradicts itself. The drive is not sick.
+        except (ValueError, StaleSlot) as error:
+            # Of this write alone: its names do not fit, it contradicts itself, or its tenant was forgotten
+            # meanwhile.  The drive is not sick.
             log.exception("a write cannot be carried out")
             answer = DiskWritten(job=message.job, ok=False, reason="disk_error", detail=str(error))
         else:
@@ -333,13 +349,19 @@ class DiskService:
             else:
                 reads.append((index, slot, session.arena.view((item.arena, item.offset), item.nbytes)))
         futures = self._tier.read_many([(slot, view) for _, slot, view in reads])
+        # Whatever becomes of one: this does not end while another writes to its slot.
+        wait(futures)
         for (index, _, _), future in zip(reads, futures, strict=True):
             try:
                 future.result()
             except CorruptObject:
                 failed[index] = "corrupt"
-            except (TierError, OSError):
+            except (CodecMissing, StaleSlot):
+                # Of this block alone.
                 failed[index] = "disk_error"
+            except (TierError, OSError) as error:
+                failed[index] = "disk_error"
+                self._degraded = f"the drive cannot be read: {error}"
         nbytes = sum(slot.nbytes for index, slot, _ in reads if index not in failed)
         answer = DiskReadDone(
             job=message.job,

@@ -70,7 +70,10 @@ class DiskWriter:
         self.models: dict[bytes, str] = dict(msgpack.unpackb(tier.state(_MODELS_KEY) or _NO_MODELS))
 
     def carry_out(self, arena: ArenaView, message: DiskWrite) -> DiskWritten:
-        """Do it; the answer to the node, whatever happened."""
+        """Do it; the answer to the node, whatever the drive said.
+
+        Raises StaleSlot when its tenant was forgotten meanwhile, and ValueError when it contradicts itself.
+        """
         begun_s = time.monotonic()
         reason, detail, nbytes, retry_after_s = "", "", 0, None
         try:
@@ -80,6 +83,8 @@ class DiskWriter:
             retry_after_s = None if math.isinf(error.retry_after_s) else error.retry_after_s
         except TierFull as error:
             reason, detail = "disk_full", str(error)
+        except StaleSlot:
+            raise
         except (TierError, OSError) as error:
             reason, detail = "disk_error", str(error)
         return DiskWritten(

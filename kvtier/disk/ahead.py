@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from kvtier.disk.background import step_back
+from kvtier.background import step_back
 from kvtier.errors import TierError
 
 _SICK_DEVICE_S = 60.0

@@ -22,10 +22,10 @@ class DirectoryLock:
 
     Creates the directory and its format file when they are not there.  Raises ConfigError when the
     directory holds something else, TierUnavailable when another process holds it, when a newer version
-    wrote it, or when it cannot be used.
+    wrote it, or when it cannot be used.  new_id: store id of a directory that has none; drawn by default.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, new_id: bytes = b"") -> None:
         self.directory = directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class DirectoryLock:
             ) from problem
         try:
             self._take()
-            self.store_id, self.sealed = _format(directory)
+            self.store_id, self.sealed = _format(directory, new_id)
         except OSError as problem:
             os.close(self._fd)
             raise TierUnavailable(f"directory {directory} cannot be used: {problem}") from problem
@@ -49,11 +49,10 @@ class DirectoryLock:
     def still_held(self) -> bool:
         """Whether the lock's file is still the one in the directory: false once that was deleted or moved."""
         try:
-            now = os.stat(self.directory / _LOCK)
+            now = place_of(self.directory / _LOCK)
         except OSError:
             return False
-        then = os.fstat(self._fd)
-        return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+        return now == place_of(self._fd)
 
     def note_sealed(self) -> None:
         """Say in the format file, durably, that blocks may be sealed: before the first one is."""
@@ -90,11 +89,11 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _format(directory: Path) -> tuple[bytes, bool]:
+def _format(directory: Path, new_id: bytes) -> tuple[bytes, bool]:
     """Store id, and whether blocks are sealed, from the format file, which is made when it is not there."""
     path = directory / FORMAT
     if not path.exists():
-        _write_format(directory, secrets.token_bytes(16), sealed=False)
+        _write_format(directory, new_id or secrets.token_bytes(16), sealed=False)
         sync_directory(directory.parent)
     try:
         said = json.loads(path.read_bytes())
@@ -124,6 +123,12 @@ def _write_format(directory: Path, store_id: bytes, *, sealed: bool) -> None:
         os.fsync(file.fileno())
     os.rename(new, directory / FORMAT)
     sync_directory(directory)
+
+
+def place_of(file: Path | int) -> tuple[int, int]:
+    """Device and number of a file, by its name or as it is open: two that are the same are one file."""
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
 
 
 def sync_directory(directory: Path) -> None:

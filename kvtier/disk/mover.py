@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -181,11 +181,18 @@ def begun_in(
     items: Sequence[tuple[Slot, Buffer]],
     on_each: OnEach | None,
 ) -> list[Future[None]]:
-    """Have a lane carry out blocks, begun some at a time: the drive waits only for the first to begin."""
-    futures = []
-    for at in range(0, len(items), lane.threads):
-        some = items[at : at + lane.threads]
-        futures += lane.submit([_begun(begin, slot, data, on_each) for slot, data in some])
+    """Have a lane carry out blocks, begun some at a time: the drive waits only for the first to begin.
+
+    When it raises, nothing of them is under way.
+    """
+    futures: list[Future[None]] = []
+    try:
+        for at in range(0, len(items), lane.threads):
+            some = items[at : at + lane.threads]
+            futures += lane.submit([_begun(begin, slot, data, on_each) for slot, data in some])
+    except BaseException:
+        wait(futures)
+        raise
     return futures
 
 

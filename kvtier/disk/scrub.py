@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvtier.background import step_back
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
-from kvtier.disk.background import step_back
 from kvtier.disk.buffers import BOUNCE_BYTES, PAGE, Scratch, padded
 from kvtier.disk.codecs import RAW, CodecMissing
 from kvtier.disk.entry import Entry

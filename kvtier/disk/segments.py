@@ -18,6 +18,8 @@ from kvtier.errors import CorruptObject
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".seg"
+# What file systems answer to O_DIRECT that do not have it.
+_REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 # A commit rarely touches more segments.
 _FLUSHERS = 4
 
@@ -182,7 +184,7 @@ class Segments:
             try:
                 return self._open_direct(path)
             except OSError as refusal:
-                if refusal.errno != errno.EINVAL:
+                if refusal.errno not in _REFUSALS:
                     raise
                 self._direct = False
                 _LOG.warning("%s does not allow O_DIRECT: segments go through the page cache", path)

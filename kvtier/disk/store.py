@@ -8,6 +8,7 @@ order `_making`, `_index_lock`, `lock`.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from kvtier.disk.graves import read as read_graves
 from kvtier.disk.header import BlockHeader, decode
 from kvtier.disk.index import Batch, ConversationRecord, Index
 from kvtier.disk.keys import EPOCH_SHIFT, Keys
-from kvtier.disk.lock import DirectoryLock, sync_directory
+from kvtier.disk.lock import DirectoryLock, place_of, sync_directory
 from kvtier.disk.recovery import dead, make_ledger, sift, unmask, warn_of_missing_codecs
 from kvtier.disk.rows import ObjectRow, Rows
 from kvtier.disk.segments import Segments
@@ -75,6 +76,7 @@ class Store:
         direct: bool,
         open_vault: OpenVault | None,
         staging_bytes: int,
+        new_id: bytes,
     ) -> None:
         self.lock = threading.Lock()
         self.faults = Faults()
@@ -86,7 +88,10 @@ class Store:
         self._making = threading.Lock()
         # Segments made since the index was last told, and their lengths.
         self._unlisted: dict[int, int] = {}
-        self._held = DirectoryLock(directory)
+        # When the names of segments changed that `is_there` has looked at.
+        self._names_seen = -1
+        self._held = DirectoryLock(directory, new_id)
+        self.store_id = self._held.store_id
         try:
             self._keys = self._open_keys(directory, open_vault)
         except BaseException:
@@ -112,6 +117,23 @@ class Store:
             if vault is not None:
                 vault.close()
             raise
+
+    def is_there(self) -> bool:
+        """Whether the directory still has what was opened: not once its index or a segment was deleted."""
+        directory = self._held.directory
+        try:
+            names_changed = os.stat(directory / SEGMENTS).st_mtime_ns
+            if not (self._held.still_held() and place_of(directory / INDEX) == self._index_place):
+                return False
+            if names_changed != self._names_seen:
+                with self.lock:
+                    due = set(self.ledger.extents.segments)
+                if not due <= set(self.segments.numbers_on_disk()):
+                    return False
+                self._names_seen = names_changed
+        except OSError:
+            return False
+        return True
 
     def check_header(self, entry: Entry, page: bytes) -> BlockHeader:
         """The header, when it is that of just this write of this object; else raise CorruptObject."""
@@ -150,6 +172,7 @@ class Store:
             known = read_graves(str(directory), self._ops, self._held.store_id)
             with self.faults.of_index():
                 self.index = Index(path)
+                self._index_place = place_of(path)
                 try:
                     sync_directory(directory)
                     rows = self.index.objects()

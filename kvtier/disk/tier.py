@@ -28,9 +28,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from kvtier.background import step_back
 from kvtier.checksum import Buffer
 from kvtier.disk.ahead import AheadThread
-from kvtier.disk.background import step_back
 from kvtier.disk.codecs import CODECS, RAW
 from kvtier.disk.entry import Entry, room_for
 from kvtier.disk.fileops import FileOps, OsFileOps
@@ -94,7 +94,7 @@ class DiskTier(Tier):
     system calls.  check: False switches checks of read() off, for tests and benchmarks only.  open_vault:
     opens the key store for the id of this store; blocks written from then on are sealed, and the vault
     belongs to this object.  staging_bytes: memory for blocks that are encoded or sealed, or one such block
-    if that is more.
+    if that is more.  new_id: of a directory that is made anew for the same key store, its earlier store_id.
 
     Raises TierUnavailable when the directory is in use, unusable or of another version, and when its blocks
     are sealed and the key store is missing or older; ConfigError for sizes that cannot work and for a
@@ -117,6 +117,7 @@ class DiskTier(Tier):
         check: bool = True,
         open_vault: OpenVault | None = None,
         staging_bytes: int = 256 << 20,
+        new_id: bytes = b"",
     ) -> None:
         check_sizes(capacity_bytes, segment_bytes)
         self.directory = directory
@@ -130,7 +131,9 @@ class DiskTier(Tier):
             direct=direct,
             open_vault=open_vault,
             staging_bytes=staging_bytes,
+            new_id=new_id,
         )
+        self.store_id = self._store.store_id
         self._lock = self._store.lock
         self._ledger = self._store.ledger
         self._longest = min(segment_bytes, self._ledger.capacity_bytes)
@@ -225,6 +228,12 @@ class DiskTier(Tier):
                     if entry.state is State.WRITING:
                         self._ledger.give_up(entry, quiet=True)
             raise
+
+    def flush(self, slot: Slot) -> None:
+        """Make what was written to a slot survive power loss, and list nothing. Raises as a commit does."""
+        with self._lock:
+            entry = self._ready(slot)
+        self._store.flush([entry])
 
     def abort(self, slot: Slot, *, quiet: bool) -> None:
         """See Tier.abort. Raises StaleSlot."""
@@ -324,6 +333,10 @@ class DiskTier(Tier):
         return begun_in(self._reads, partial(self._mover.reading, on_each=on_each), items, on_each)
 
     # -- beyond the contract
+
+    def is_there(self) -> bool:
+        """Whether its directory still holds it; where it was deleted, open files would take what is lost."""
+        return self._store.is_there()
 
     def make_room_ahead(self) -> None:
         """From now on keep more than a GiB of free room ready, as far as the limit allows, until `close`."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from kvtier.checksum import PIECE_BYTES
+from kvtier.errors import TierUnavailable
 
 Check = Callable[[], None]
 # Moves the bytes from .. to .. of a block, and answers what is left to do about them, if anything is.
@@ -96,6 +97,13 @@ class Transfer:
             raise
         self.future.result()
 
+    def refuse(self, problem: BaseException) -> None:
+        """End it with a problem, before any part of it was taken."""
+        self._note(problem)
+        part = self.take(self.nbytes + 1)
+        assert part is not None, "it was begun already"
+        self.carry_out(*part)
+
     def _carry_out_check(self, check: Check) -> None:
         try:
             check()
@@ -148,22 +156,34 @@ class Lane:
         self._changed = threading.Condition()
         self._waiting: deque[Transfer] = deque()
         self._left_bytes = self._at_work = 0
+        self._closed = False
 
     def submit(self, transfers: Sequence[Transfer]) -> list[Future[None]]:
-        """Begin them; each one's future says how it ended."""
+        """Begin them; each one's future says how it ended: with TierUnavailable, once the lane closes."""
+        more = self._queue(transfers)
+        if more is None:
+            for transfer in transfers:
+                transfer.refuse(TierUnavailable("the disk tier is closed"))
+        for _ in range(more or 0):
+            self._pool.submit(self._work)
+        return [transfer.future for transfer in transfers]
+
+    def _queue(self, transfers: Sequence[Transfer]) -> int | None:
+        """Take them on; answers how many more threads they need. None: the lane takes nothing any more."""
         with self._changed:
+            if self._closed:
+                return None
             self._waiting.extend(transfers)
             self._left_bytes += sum(transfer.nbytes for transfer in transfers)
             parts = len(self._waiting) + self._left_bytes // _LEAST_PART_BYTES
             more = min(self.threads - self._at_work, parts)
             self._at_work += more
-        for _ in range(more):
-            self._pool.submit(self._work)
-        return [transfer.future for transfer in transfers]
+            return more
 
     def close(self) -> None:
-        """Return when everything was carried out, and end the threads."""
+        """Take nothing more, return when everything was carried out, and end the threads."""
         with self._changed:
+            self._closed = True
             self._changed.wait_for(lambda: not self._at_work)
         self._pool.shutdown()
 

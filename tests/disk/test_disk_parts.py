@@ -8,22 +8,20 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from kvtier.checksum import PIECE_BYTES, checksum
-from kvtier.disk.background import NICER
+from kvtier.background import NICER
+from kvtier.checksum import Buffer, checksum
 from kvtier.disk.buffers import PAGE
+from kvtier.disk.codecs import RAW
 from kvtier.disk.fileops import Bytes, OsFileOps
 from kvtier.disk.header import HEADER_BYTES
+from kvtier.disk.mover import begun_in
 from kvtier.disk.tier import DiskTier
-from kvtier.disk.transfers import Lane, Transfer, part_bytes
+from kvtier.disk.transfers import Lane, Transfer
 from kvtier.errors import CorruptObject, StaleSlot, TierError, TierUnavailable
 from kvtier.testing.tier_kit import content, default_meta, found, get
 from kvtier.tier import Slot
@@ -120,113 +118,6 @@ def blank(shift: int = 0) -> Bytes:
 def part_at(slot: Slot, part: int) -> int:
     """Offset in the segment at which the request of a part starts; the first has the header."""
     return slot.address[1] + (HEADER_BYTES + part * STEP if part else 0)
-
-
-@given(st.integers(0, 1 << 40), st.integers(1, 64))
-def test_a_part_is_whole_pieces_of_bounded_length(left_bytes: int, threads: int) -> None:
-    step = part_bytes(left_bytes, threads)
-    assert step % PIECE_BYTES == 0
-    assert STEP <= step <= 32 * MiB
-    assert step * threads >= min(left_bytes, threads * 32 * MiB)
-
-
-@given(st.integers(0, 200 * MiB), st.lists(st.integers(1, 128), min_size=1), st.booleans())
-def test_parts_of_any_length_cover_a_block_once(nbytes: int, pieces: list[int], whole: bool) -> None:
-    transfer = Transfer(nbytes, lambda at, end: None, lambda problem: problem, whole=whole)
-    taken: list[tuple[int, int]] = []
-    while (part := transfer.take(pieces[len(taken) % len(pieces)] * PIECE_BYTES)) is not None:
-        taken.append(part)
-    assert taken[0][0] == 0
-    assert taken[-1][1] == nbytes
-    assert all(before[1] == after[0] for before, after in pairwise(taken))
-    assert all(at % PIECE_BYTES == 0 for at, _ in taken)
-    assert not whole or len(taken) == 1
-
-
-@given(st.lists(st.integers(0, 100 * MiB), max_size=12), st.integers(1, 4))
-def test_a_lane_carries_out_all_of_every_block(lengths: list[int], threads: int) -> None:
-    moved: list[tuple[int, int, int]] = []
-    ended: list[int] = []
-
-    def transfer(number: int) -> Transfer:
-        def end(problem: BaseException | None) -> None:
-            assert problem is None
-            ended.append(number)
-
-        return Transfer(lengths[number], lambda at, end: moved.append((number, at, end)), end)
-
-    lane = Lane(threads, "test")
-    futures = lane.submit([transfer(number) for number in range(len(lengths))])
-    lane.close()
-    assert all(future.done() for future in futures)
-    assert sorted(ended) == list(range(len(lengths)))
-    for number, nbytes in enumerate(lengths):
-        parts = sorted((at, end) for of, at, end in moved if of == number)
-        assert parts[0][0] == 0
-        assert parts[-1][1] == nbytes
-        assert all(before[1] == after[0] for before, after in pairwise(parts))
-
-
-def test_parts_become_shorter_towards_the_end() -> None:
-    lengths = []
-
-    def note(at: int, end: int) -> None:
-        lengths.append(end - at)
-
-    lane = Lane(1, "test")
-    lane.submit([Transfer(80 * MiB, note, lambda problem: problem) for _ in range(2)])
-    lane.close()
-    lane = Lane(4, "test")
-    lane.submit([Transfer(32 * MiB, note, lambda problem: problem)])
-    lane.close()
-    assert lengths[:6] == [32 * MiB, 32 * MiB, 16 * MiB] * 2
-    assert max(lengths[6:]) == 8 * MiB
-    assert min(lengths[6:]) <= STEP
-
-
-def test_what_was_read_is_checked_while_its_reader_reads_on() -> None:
-    """And a block has not ended before its last check has."""
-    go, read_on = threading.Event(), threading.Event()
-    checked: list[int] = []
-
-    def part(at: int, end: int) -> Callable[[], None]:
-        if at:
-            read_on.set()
-        return partial(check, at)
-
-    def check(at: int) -> None:
-        assert go.wait(PATIENCE_S)
-        checked.append(at)
-
-    with ThreadPoolExecutor(1) as checks:
-        lane = Lane(1, "test", checks)
-        (future,) = lane.submit([Transfer(80 * MiB, part, lambda problem: problem)])
-        assert read_on.wait(PATIENCE_S), "the only reader waited for the first check"
-        lane.close()
-        assert not future.done()
-        go.set()
-        future.result(PATIENCE_S)
-    assert sorted(checked) == [0, 32 * MiB, 64 * MiB]
-
-
-@pytest.mark.parametrize("where", ["part", "check"])
-def test_a_problem_ends_its_block_and_no_other(where: str) -> None:
-    def bad() -> None:
-        raise OSError(where)
-
-    def part(at: int, end: int) -> Callable[[], None]:
-        if where == "part":
-            bad()
-        return bad
-
-    with ThreadPoolExecutor(1) as checks:
-        lane = Lane(1, "test", checks)
-        made = [Transfer(3 * MiB, part, lambda problem: problem) for _ in range(3)]
-        good = Transfer(3 * MiB, lambda at, end: None, lambda problem: problem)
-        futures = lane.submit([*made, good])
-        lane.close()
-    assert [str(future.exception(PATIENCE_S)) for future in futures[:3]] == [where] * 3
-    assert futures[3].result(PATIENCE_S) is None
 
 
 @pytest.mark.parametrize("shift", [0, 8])
@@ -370,6 +261,42 @@ def test_close_waits_for_parts_under_way(large: Large) -> None:
     assert into.tobytes() == content(1, NBYTES)
 
 
+def test_a_closed_tier_refuses_blocks_and_lets_them_go(large: Large) -> None:
+    slot, written = large.reserve(1), large.put(2)
+    with large.tier._lock:
+        entry = large.tier._ledger.readable(written)
+    for lane in (large.tier._writes, large.tier._spills, large.tier._reads):
+        lane.close()
+    # As in the middle of a `close`: the books are open still.
+    futures = [
+        *large.tier.write_many([(slot, aligned(content(1, NBYTES)))]),
+        *large.tier.write_many([(slot, aligned(content(1, NBYTES)))], spill=True),
+        *large.tier.read_many([(written, blank())]),
+    ]
+    assert all(isinstance(future.exception(PATIENCE_S), TierUnavailable) for future in futures)
+    assert entry.pins == 0
+    large.tier.close()
+    late = large.tier.read_many([(written, blank())])[0]
+    assert isinstance(late.exception(PATIENCE_S), TierUnavailable)
+
+
+def test_nothing_is_under_way_when_blocks_cannot_be_begun(large: Large) -> None:
+    first, second = [large.reserve(n) for n in range(2)]
+    data, began = aligned(content(0, NBYTES)), []
+
+    def begin(slot: Slot, data: Buffer) -> Transfer:
+        if slot == second:
+            raise MemoryError("no room")
+        began.append(large.tier._mover.writing(slot, data, RAW, 2))
+        return began[0]
+
+    lane = Lane(1, "test-lane")
+    with pytest.raises(MemoryError):
+        begun_in(lane, begin, [(first, data), (second, data)], None)
+    assert began[0].future.done()
+    lane.close()
+
+
 def test_each_block_is_told_once(large: Large) -> None:
     told: list[tuple[Slot, TierError | None]] = []
     slots = [large.reserve(n) for n in range(3)]
@@ -380,21 +307,6 @@ def test_each_block_is_told_once(large: Large) -> None:
     assert sorted(slot.slot_id for slot, _ in told) == sorted(slot.slot_id for slot in slots)
     assert any(bad)
     assert {slot for slot, problem in told if problem} == {s for s, b in zip(slots, bad, strict=True) if b}
-
-
-def test_a_transfer_that_has_begun_cannot_be_taken_back() -> None:
-    transfer = Transfer(0, lambda at, end: None, lambda problem: problem)
-    assert not transfer.future.cancel()
-    transfer.run()
-    assert transfer.future.done()
-
-
-def test_what_end_makes_of_a_problem_is_raised() -> None:
-    def part(at: int, end: int) -> None:
-        raise OSError("raw")
-
-    with pytest.raises(TierUnavailable, match="of the tier"):
-        Transfer(9, part, lambda problem: TierUnavailable("of the tier")).run()
 
 
 # -- what nobody waits for

@@ -33,12 +33,13 @@ class SpyOps(OsFileOps):
         self.most = most
         self.refuse_open = refuse_open
         self.refuse_read = refuse_read
+        self.refusal = errno.EINVAL
         self.addresses: list[int] = []
         self._direct: set[int] = set()
 
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
         if flags & os.O_DIRECT and self.refuse_open:
-            raise OSError(errno.EINVAL, "no O_DIRECT here")
+            raise OSError(self.refusal, "no O_DIRECT here")
         fd = super().open(path, flags, mode)
         self._direct.discard(fd)
         if flags & os.O_DIRECT:
@@ -58,7 +59,7 @@ class SpyOps(OsFileOps):
 
     def preadv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         if self.refuse_read and fd in self._direct:
-            raise OSError(errno.EINVAL, "no O_DIRECT here")
+            raise OSError(self.refusal, "no O_DIRECT here")
         return min(self.most, super().preadv(fd, self._cut(buffers), offset))
 
 
@@ -123,11 +124,13 @@ def test_aligned_memory_is_written_and_read_where_it_is(tmp_path: Path) -> None:
     segments.close()
 
 
+@pytest.mark.parametrize("answer", [errno.EINVAL, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("refusal", ["open", "read"])
 def test_refused_direct_io_falls_back_once_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, refusal: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, refusal: str, answer: int
 ) -> None:
     ops = SpyOps(refuse_open=refusal == "open", refuse_read=refusal == "read")
+    ops.refusal = answer
     segments = make(tmp_path, ops)
     segments.create(1, SEGMENT_BYTES)
     assert not segments.direct_io
