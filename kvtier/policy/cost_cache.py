@@ -67,7 +67,8 @@ class CostTwoTiers:
         self._fast = Tier(fast, growth, jit)
         # What lies in either tier; the slow tier's bound is held by counting copies.
         self._either = Tier(fast + slow, growth, jit)
-        self._shadow = Shadow(fast + slow, growth, jit)
+        # A copy in the slow tier stays when its block comes back: what lies in both tiers counts once.
+        self._shadow = Shadow(max(fast, slow), growth, jit)
         self._slow = slow
         self._in_slow: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._slow_count = 0

@@ -8,6 +8,7 @@ from kvtier.policy.calibration import Calibration
 from kvtier.policy.cost_restore import CostRestore
 from kvtier.policy.interfaces import Learned, Policies
 from kvtier.policy.lru import LeafLru
+from kvtier.policy.prefetch import WorthPrefetch
 from kvtier.policy.prices import Money
 from kvtier.policy.returns import ARRAYS, Arithmetic, Returns
 from kvtier.policy.worth_order import WorthAdmission, WorthOrder
@@ -41,4 +42,5 @@ def make_policies(
     host, disk = WorthOrder(book, "host"), WorthOrder(book, "disk")
     usage = CostUsage(book, returns, host, disk, money)
     learned: dict[str, Learned] = {"costs": costs, "returns": returns}
-    return Policies(host, disk, chosen, WorthAdmission(book, disk, money), costs, learned, usage, money)
+    admission, prefetch = WorthAdmission(book, disk, money), WorthPrefetch(book)
+    return Policies(host, disk, chosen, admission, costs, learned, usage, money, prefetch)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from kvtier.policy.load_cost import LoadLine
 from kvtier.policy.prices import Money
-from kvtier.policy.usage import NoUsage, UsagePolicy
+from kvtier.policy.usage import Name, NoUsage, UsagePolicy
 
 # What an engine can take of a restore: all that is stored or nothing; any front; or also computing the front
 # while what follows it is loaded.
@@ -167,6 +167,42 @@ class AdmissionPolicy(Protocol):
         """Whether this block is worth a write; otherwise it is dropped."""
 
 
+class Expected(Protocol):
+    """A conversation that is worth reading into host memory before it returns."""
+
+    @property
+    def name(self) -> Name:
+        """Whose it is."""
+
+
+_Expected = TypeVar("_Expected", bound=Expected)
+
+
+class PrefetchPolicy(Protocol[_Expected]):
+    """What is read from disk into host memory ahead of a return."""
+
+    def due(self, now_s: float, ahead_s: float) -> _Expected | None:
+        """One for which that pays now, with room held for ahead_s at most; None for nobody.
+
+        Whoever is still away is named again after a while.
+        """
+
+    def displaces(self, ahead: _Expected, key: bytes) -> bool:
+        """Whether this block of host memory is worth so much less that it may go for that."""
+
+
+class NoPrefetch:
+    """See PrefetchPolicy: for orders that expect nobody."""
+
+    def due(self, now_s: float, ahead_s: float) -> Expected | None:
+        """Nobody."""
+        return None
+
+    def displaces(self, ahead: Expected, key: bytes) -> bool:
+        """Nothing goes."""
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Policies:
     """Everything that decides, for one node.
@@ -183,3 +219,4 @@ class Policies:
     learned: Mapping[str, Learned] = field(default_factory=dict)
     usage: UsagePolicy = field(default_factory=NoUsage)
     money: Money = field(default_factory=Money)
+    prefetch: PrefetchPolicy[Any] = field(default_factory=NoPrefetch)

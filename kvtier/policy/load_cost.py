@@ -150,7 +150,10 @@ class LoadCosts:
         return self._fits[path]
 
     def _tracker(self, path: Path, load: Load) -> ResidualTracker:
-        return self._residuals.setdefault((path, load), ResidualTracker())
+        tracker = self._residuals.get((path, load))
+        if tracker is None:
+            tracker = self._residuals[path, load] = ResidualTracker()
+        return tracker
 
     def state(self) -> dict[str, Any]:
         """What was learned, as plain numbers, lists and tables."""

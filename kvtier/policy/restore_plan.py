@@ -302,7 +302,10 @@ class _Planner:
 
 def _last(most: int, holds: Callable[[int], bool]) -> int:
     """The last cut in [1, most] up to which `holds` is true; 0 when it is not true of the first."""
-    low, high = 0, most
+    if most and holds(most):
+        # Mostly nothing forbids any.
+        return most
+    low, high = 0, max(most - 1, 0)
     while low < high:
         middle = (low + high + 1) // 2
         if holds(middle):

@@ -64,6 +64,7 @@ FEATURES: Final[dict[str, int]] = {
     "hour": 1 + _HOURS // _HOURS_A_CLASS,
 }
 _STARTS: Final = dict(zip(FEATURES, np.cumsum([0, *FEATURES.values()]).tolist(), strict=False))
+_FIRSTS: Final = tuple(_STARTS.values())
 CODES: Final = sum(FEATURES.values())
 
 
@@ -71,22 +72,23 @@ def codes_of(context: Context) -> IntArray:
     """One number for each feature, below CODES, int32."""
     stop = _stop_class(context)
     gap = _doublings(context.gap_s, 2, FEATURES["gap"])
-    classes = {
-        "all": 0,
-        "stop": stop,
-        "kind": stop * len(_KINDS) + _KINDS.get(context.kind, 0),
-        "gap": gap,
-        "stop and gap": stop * FEATURES["gap"] + gap,
-        "gap before": _doublings(context.gap_before_s, 2, FEATURES["gap before"]),
-        "tokens out": _doublings(context.tokens_out, 50, FEATURES["tokens out"]),
-        "duration": _doublings(context.duration_s, 2, FEATURES["duration"]),
-        "turns": _doublings(context.turns, 1, FEATURES["turns"]),
-        "new tokens": _doublings(context.new_tokens, 128, FEATURES["new tokens"]),
-        "tokens in": _doublings(context.tokens_in, 1000, FEATURES["tokens in"]),
-        "tenant": 1 + context.tenant % (_TENANTS - 1) if context.tenant else 0,
-        "hour": 0 if context.hour < 0 else 1 + int(context.hour % _HOURS) // _HOURS_A_CLASS,
-    }
-    return np.array([_STARTS[name] + number for name, number in classes.items()], np.int32)
+    # In the order of FEATURES.
+    classes = (
+        0,
+        stop,
+        stop * len(_KINDS) + _KINDS.get(context.kind, 0),
+        gap,
+        stop * FEATURES["gap"] + gap,
+        _doublings(context.gap_before_s, 2, FEATURES["gap before"]),
+        _doublings(context.tokens_out, 50, FEATURES["tokens out"]),
+        _doublings(context.duration_s, 2, FEATURES["duration"]),
+        _doublings(context.turns, 1, FEATURES["turns"]),
+        _doublings(context.new_tokens, 128, FEATURES["new tokens"]),
+        _doublings(context.tokens_in, 1000, FEATURES["tokens in"]),
+        1 + context.tenant % (_TENANTS - 1) if context.tenant else 0,
+        0 if context.hour < 0 else 1 + int(context.hour % _HOURS) // _HOURS_A_CLASS,
+    )
+    return np.array([start + number for start, number in zip(_FIRSTS, classes, strict=True)], np.int32)
 
 
 def stop_code(stop: str, clock: Clock) -> int:

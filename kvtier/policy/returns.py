@@ -1,8 +1,8 @@
 """Return times as a live node learns them: `ReturnTimes` over whole arrays, and callers' hints.
 
-A node has no compiler, so that a wait is scored and learned with a few operations on arrays; what a wait that
-passed several classes of age teaches is one step of learning. A hint says when the return is expected: it is
-mixed in with the share of this tenant's hints that came true.
+A node has no compiler, so that a wait is scored with a few operations on arrays. What a wait that passed
+several classes of age teaches is one step of learning, together with what others taught shortly before. A
+hint says when the return is expected: it is mixed in with the share of this tenant's hints that came true.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from functools import partial
+from math import inf
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.errors import ConfigError
 from kvtier.policy import learned_state as read
@@ -39,18 +42,42 @@ HINT_FACTOR: Final = 1.5
 _HINT_PRIOR: Final = 2.0
 # How much of what hints did is left after each further one.
 _HINTS_KEPT: Final = 0.99
+_LEAST_AHEAD_S: Final = 1e-3
+# What is left of a wait that nobody was expected to let last so long.
+_LEAST_LEFT: Final = 1e-30
 _BOUND: Final = 1e9
 # As a list: a search in an array costs ten times as much.
 _EDGES_S: Final[list[float]] = EDGES_S.tolist()
-_LATER: Final = np.triu(np.ones((CLASSES, CLASSES), np.bool_))
+_CLASS: Final = np.arange(CLASSES)
+_ZONE_STARTS: Final = np.searchsorted(_ZONE_OF, np.arange(_ZONES))
+# No horizon ends before it begins: what is held until then takes for ever.
+_NEVER_EARLIER: Final = np.where(np.triu(np.ones((CLASSES, CLASSES), np.bool_)), 0.0, inf)
+_LEAST_HELD_S: Final = 1e-300
+# So much that waits told is learned in one step, as a step over arrays costs hardly more for all of it than
+# for one. At first each is learned at once; one more goes together for each so many that were told.
+_TOGETHER: Final = 64
+_ONE_MORE_AFTER: Final = 256
+# What is left of evidence after so many more observations.
+_KEPT_AFTER: Final = _KEPT ** np.arange(_TOGETHER * CLASSES + 1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """survival: at EDGES_S, 1 at age 0.  rates: the best rate of return from each edge on, 1/s."""
+    """survival: float32, at EDGES_S, 1 at age 0.  rates: see `rates`, or what makes them of the survival."""
 
-    survival: CurveArray
-    rates: CurveArray
+    __slots__ = ("_rates", "survival")
+
+    def __init__(self, survival: CurveArray, rates: CurveArray | Callable[[], CurveArray]) -> None:
+        self.survival = survival
+        self._rates: list[float] | Callable[[], CurveArray] = rates if callable(rates) else rates.tolist()
+
+    @property
+    def rates(self) -> list[float]:
+        """The best rate of return from each edge on, 1/s; reckoned when it is asked for first."""
+        rates = self._rates
+        if callable(rates):
+            # As a list: an element of an array costs more.
+            self._rates = rates = cast(list[float], rates().tolist())
+        return rates
 
     @property
     def whole(self) -> SurvivalCurve:
@@ -59,11 +86,12 @@ class Curve:
 
     def rate(self, age_s: float) -> float:
         """The best rate of return at any age >= 0, 1/s."""
+        rates = self.rates
         if age_s >= _EDGES_S[-2]:
-            return float(self.rates[-1])
-        k = class_of(age_s)
+            return rates[-1]
+        k = bisect_right(_EDGES_S, age_s) - 1
         part = (age_s - _EDGES_S[k]) / (_EDGES_S[k + 1] - _EDGES_S[k])
-        return float(self.rates[k]) * (1.0 - part) + float(self.rates[k + 1]) * part
+        return rates[k] * (1.0 - part) + rates[k + 1] * part
 
 
 @dataclass(slots=True)
@@ -84,13 +112,24 @@ _NO_HINTS: Final = _Hints()
 class Arithmetic(NamedTuple):
     """What curves are made and taught with. Over whole arrays (ARRAYS), or in loops (`returns_loops`).
 
-    hazards(weights, codes): by class of age, float64.  learn(weights, codes, first, returned): one step over
-    neighbouring classes of age, in place.  best_rates(survival): at each edge, float32.
+    hazards(weights, codes): by class of age, float64.  learn(weights, codes, first, upto, came): one step
+    over what several waits told, in place; codes (waits, features), the others (waits,): each lasted through
+    the classes of age [first, upto), or, where it came, ended in the last of them.  best_rates(survival): at
+    each edge, float32.
     """
 
     hazards: Callable[[LearnedWeights, IntArray], FloatArray]
-    learn: Callable[[LearnedWeights, IntArray, int, FloatArray], None]
+    learn: Callable[[LearnedWeights, IntArray, IntArray, IntArray, npt.NDArray[np.bool_]], None]
     best_rates: Callable[[FloatArray], CurveArray]
+
+
+class _Told(NamedTuple):
+    """See Arithmetic.learn, for one wait."""
+
+    codes: IntArray
+    first: int
+    upto: int
+    came: bool
 
 
 class Returns:
@@ -101,30 +140,52 @@ class Returns:
         self._times = ReturnTimes()
         self._hints: dict[str, _Hints] = {}
         self.waits_seen = 0
+        # What is yet to be learned, and how much was told.
+        self._told: list[_Told] = []
+        self._heard = 0
 
-    def curve(self, codes: IntArray, tenant: str, hint_s: float | None = None) -> Curve:
-        """Of a wait. hint_s: after how long the caller expects the return, counted like the wait itself."""
-        survival = np.concatenate(
-            ([1.0], np.cumprod(1.0 - self._arithmetic.hazards(self._times.weights, codes)))
-        )
+    def curve(self, codes: IntArray, tenant: str, hint_s: float | None = None, said_s: float = 0.0) -> Curve:
+        """Of what is left of a wait that has lasted for said_s.
+
+        hint_s: after how long the caller expects the return, as was said then; counted like the wait itself.
+        """
+        survival = np.empty(CLASSES + 1)
+        survival[0] = 1.0
+        hazards = self._arithmetic.hazards(self._times.weights, codes)
+        np.multiply.accumulate(1.0 - hazards, out=survival[1:])
         if hint_s is not None and 0 < hint_s < _BOUND:
             trust = self.hint_trust(tenant)
-            ends = (hint_s / HINT_FACTOR, hint_s * HINT_FACTOR)
+            if said_s:
+                left = np.interp(EDGES_S + said_s, EDGES_S, survival)
+                survival = left / max(float(left[0]), _LEAST_LEFT)
+            ends = np.array(hinted_ages(hint_s, said_s)) - said_s
             survival = (1.0 - trust) * survival + trust * np.interp(EDGES_S, ends, (1.0, 0.0))
-        return Curve(survival.astype(np.float32), self._arithmetic.best_rates(survival))
+        return Curve(survival.astype(np.float32), partial(self._arithmetic.best_rates, survival))
 
     def lasted(self, codes: IntArray, first: int, upto: int) -> None:
         """A wait went on past the classes of age [first, upto)."""
         if upto > first:
-            self._arithmetic.learn(self._times.weights, codes, first, np.zeros(upto - first))
+            self._tell(_Told(codes, first, upto, False))
 
     def ended(self, codes: IntArray, first: int, gap_s: float) -> None:
         """A wait ended with a return after gap_s >= 0; `lasted` told the classes before `first`."""
         self.waits_seen += 1
         last = class_of(gap_s)
-        returned = np.zeros(max(last - first, 0) + 1)
-        returned[-1] = 1.0
-        self._arithmetic.learn(self._times.weights, codes, min(first, last), returned)
+        self._tell(_Told(codes, min(first, last), last + 1, True))
+
+    def _tell(self, told: _Told) -> None:
+        self._told.append(told)
+        self._heard += 1
+        if len(self._told) >= min(_TOGETHER, 1 + self._heard // _ONE_MORE_AFTER):
+            self._learn(self._times.weights)
+            self._told.clear()
+
+    def _learn(self, weights: LearnedWeights) -> None:
+        """Take in what was told, in place."""
+        if self._told:
+            codes, first, upto, came = zip(*self._told, strict=True)
+            args = (np.array(codes), np.array(first), np.array(upto), np.array(came))
+            self._arithmetic.learn(weights, *args)
 
     def hint_came(self, tenant: str, true: bool) -> None:
         """A conversation came back for which a hint had been given."""
@@ -145,7 +206,10 @@ class Returns:
     def to_bytes(self) -> bytes:
         """All that was learned, as JSON in UTF-8."""
         hints = {name: [known.true, known.false] for name, known in self._hints.items()}
-        weights = {name: _packed(array) for name, array in self._times.weights._asdict().items()}
+        # What was written changes nothing of what is decided: the step itself is taken when it is due.
+        learned = LearnedWeights(*(array.copy() for array in self._times.weights))
+        self._learn(learned)
+        weights = {name: _packed(array) for name, array in learned._asdict().items()}
         state = {"version": VERSION, "waits": self.waits_seen, "weights": weights, "hints": hints}
         return json.dumps(state, allow_nan=False, separators=(",", ":")).encode()
 
@@ -170,6 +234,13 @@ class Returns:
         weights = _read_weights(table["weights"], self._times.weights)
         hints = _read_hints(table["hints"])
         self._times.weights, self._hints, self.waits_seen = weights, hints, waits
+        self._told.clear()
+
+
+def hinted_ages(hint_s: float, said_s: float) -> tuple[float, float]:
+    """From when to when a hint comes true that was given after said_s of a wait."""
+    ahead_s = max(hint_s - said_s, _LEAST_AHEAD_S)
+    return said_s + ahead_s / HINT_FACTOR, said_s + ahead_s * HINT_FACTOR
 
 
 def class_of(age_s: float) -> int:
@@ -185,48 +256,75 @@ def _hazards(of: LearnedWeights, codes: IntArray) -> FloatArray:
     return result
 
 
-def _learn(of: LearnedWeights, codes: IntArray, first: int, returned: FloatArray) -> None:
-    """One step over neighbouring classes of age; the step of ReturnTimes where there is only one.
-
-    returned: by class from `first` on, 1 where the return was.
-    """
-    at = slice(first, first + len(returned))
+def _learn(
+    of: LearnedWeights, codes: IntArray, first: IntArray, upto: IntArray, came: npt.NDArray[np.bool_]
+) -> None:
+    """One step over all that is told; the step of ReturnTimes where it is one class of age of one wait."""
     trust = of.returns / (of.returns + _HALF_TRUSTED_RETURNS)
-    by_zone = trust * of.weight[codes].sum(axis=0) + np.cumsum(of.step)
-    zones = _ZONE_OF[at]
-    slopes = 1.0 / (1.0 + np.exp(-(of.height[at] + by_zone[zones]))) - returned
-    slope, square = np.bincount(zones, slopes, _ZONES), np.bincount(zones, slopes * slopes, _ZONES)
-    seen = np.bincount(zones, minlength=_ZONES)
-    _step(of.height[at], of.height_seen[at], slopes, slopes * slopes, 1, _BASE_RATE)
+    by_zone = trust * of.weight[codes].sum(axis=1) + np.cumsum(of.step)
+    told = (first[:, None] <= _CLASS) & (upto[:, None] > _CLASS)
+    returned = came[:, None] & (upto[:, None] == _CLASS + 1)
+    chances = 1.0 / (1.0 + np.exp(-(of.height + by_zone[:, _ZONE_OF])))
+    slopes = np.where(told, chances - returned, 0.0)
+    squares = slopes * slopes
+    _step(of.height, of.height_seen, slopes.sum(axis=0), squares.sum(axis=0), told.sum(axis=0), _BASE_RATE)
+    # By wait and zone.
+    slope, square, seen, returns = (
+        np.add.reduceat(each, _ZONE_STARTS, axis=1, dtype=np.float64)
+        for each in (slopes, squares, told, returned)
+    )
+    zone_seen = seen.sum(axis=0)
     # A step counts in its zone and all after it.
-    _step(of.step, of.step_seen, _from_here(slope), _from_here(square), _from_here(seen), _BASE_RATE)
-    weight, weight_seen = of.weight[codes], of.weight_seen[codes]
-    _step(weight, weight_seen, trust * slope, trust * trust * square, seen, _FEATURE_RATE)
-    of.weight[codes], of.weight_seen[codes] = weight, weight_seen
-    of.returns[:] = 1.0 + (of.returns - 1.0) * _KEPT**seen + np.bincount(zones, returned, _ZONES)
+    from_here = [_from_here(each) for each in (slope.sum(axis=0), square.sum(axis=0), zone_seen)]
+    _step(of.step, of.step_seen, from_here[0], from_here[1], from_here[2], _BASE_RATE)
+    found, at = np.unique(codes, return_inverse=True)
+    at = (at.reshape((*codes.shape, 1)) * _ZONES + np.arange(_ZONES)).ravel()
+    by_code = [
+        _binned(at, np.repeat(each, codes.shape[1], axis=0).ravel()).reshape(len(found), _ZONES)
+        for each in (trust * slope, trust * trust * square, seen)
+    ]
+    weight, weight_seen = of.weight[found], of.weight_seen[found]
+    _step(weight, weight_seen, by_code[0], by_code[1], by_code[2], _FEATURE_RATE)
+    of.weight[found], of.weight_seen[found] = weight, weight_seen
+    of.returns[:] = 1.0 + (of.returns - 1.0) * _kept_after(zone_seen) + returns.sum(axis=0)
+
+
+def _binned(at: npt.NDArray[np.intp], each: FloatArray) -> FloatArray:
+    result: FloatArray = np.bincount(at, each).astype(np.float64, copy=False)
+    return result
 
 
 def _step(
     of: FloatArray, of_seen: FloatArray, slope: FloatArray, square: FloatArray, seen: Any, rate: float
 ) -> None:
     """AdaGrad with evidence that fades, in place. seen: how many observations there are in `slope`."""
-    of_seen[...] = 1.0 + (of_seen - 1.0) * _KEPT**seen + square
+    of_seen[...] = 1.0 + (of_seen - 1.0) * _kept_after(seen) + square
     of -= rate * slope / np.sqrt(of_seen)
+
+
+def _kept_after(seen: Any) -> FloatArray:
+    result: FloatArray = _KEPT_AFTER[seen.astype(np.intp)]
+    return result
 
 
 def _from_here(by_zone: Any) -> FloatArray:
     """For each zone, the sum over it and all after it."""
-    result: FloatArray = np.cumsum(by_zone[::-1])[::-1]
+    result: FloatArray = by_zone[::-1].cumsum()[::-1]
     return result
 
 
 def _best_rates(survival: FloatArray) -> CurveArray:
     """At each edge, the most of (what returns by a later edge) / (time held until then)."""
-    area = np.concatenate(([0.0], np.cumsum(WIDTHS_S * 0.5 * (survival[:-1] + survival[1:]))))
-    returned = survival[:-1, None] - survival[None, 1:]
-    held_s = area[None, 1:] - area[:-1, None]
-    best = np.divide(returned, held_s, out=np.zeros_like(returned), where=_LATER & (held_s > 0)).max(axis=1)
-    result: CurveArray = np.append(best, best[-1]).astype(np.float32)
+    area = np.zeros(CLASSES + 1)
+    np.cumsum(WIDTHS_S * 0.5 * (survival[:-1] + survival[1:]), out=area[1:])
+    held_s = np.subtract(area[None, 1:], area[:-1, None])
+    np.maximum(held_s, _LEAST_HELD_S, out=held_s)
+    held_s += _NEVER_EARLIER
+    rates = np.subtract(survival[:-1, None], survival[None, 1:])
+    rates /= held_s
+    result = np.empty(CLASSES + 1, np.float32)
+    rates.max(axis=1, out=result[:-1])
+    result[-1] = result[-2]
     return result
 
 

@@ -26,9 +26,10 @@ def account_of(
     returns, horizon_s, horizon_returns = (0.0, 0.0, 0.0), 0.0, 0.0
     if waits and run.curve is not None:
         curve = run.curve.whole
-        chances = curve.returns_within(WITHIN_S, idle_s)
+        age_s = run.curve_age_s(book.now_s)
+        chances = curve.returns_within(WITHIN_S, age_s)
         returns = (float(chances[0]), float(chances[1]), float(chances[2]))
-        best = worth_of(curve, idle_s)
+        best = worth_of(curve, age_s)
         horizon_s, horizon_returns = best.horizon_s, best.returns
     start, end = tokens
     host, disk = money.tier("host"), money.tier("disk")

@@ -43,6 +43,7 @@ class WorthOrder:
         self._entered = 0
         self._walking: Run | None = None
         book.orders.append(self)
+        book.held.append(self._parents)
 
     def __len__(self) -> int:
         return len(self._parents)
@@ -65,8 +66,9 @@ class WorthOrder:
 
     def used(self, key: bytes, now_s: float) -> None:
         """See EvictionPolicy."""
-        run = self._book.owner(key)
-        run.used_s = max(run.used_s, now_s)
+        run = self._owners.get(key, self._book.nobody)
+        if run.used_s < now_s:
+            run.used_s = now_s
         leaves = run.leaves[self._index]
         if key in leaves:
             # Among a run's leaves, too, the one that was used longest ago goes first.
@@ -78,17 +80,16 @@ class WorthOrder:
         if parent is None:
             return
         if key not in self._children:
-            self._owners.get(key, self._book.nobody).leaves[self._index].pop(key, None)
+            run = self._owners.get(key, self._book.nobody)
+            run.leaves[self._index].pop(key, None)
+            if run.waiting and not self._index:
+                self._book.away[run] = None
         left = self._children.pop(parent) - 1
         if left:
             self._children[parent] = left
         elif parent in self._parents:
             self._leaf(parent, self._owners.get(parent, self._book.nobody))
         self._book.left(key)
-
-    def holds(self, key: bytes) -> bool:
-        """See Order."""
-        return key in self._parents
 
     def moved(self, key: bytes, before: Run, after: Run) -> bool:
         """See Order."""
@@ -99,10 +100,10 @@ class WorthOrder:
             self._leaf(key, after)
         return True
 
-    def ranked(self, run: Run) -> None:
+    def ranked(self, run: Run, worth: float) -> None:
         """See Order."""
         if run.leaves[self._index]:
-            self._push(run)
+            self._push(run, worth)
         elif run.mark[self._index]:
             # A leaf may come later: its entry would be one of what the run was worth once.
             run.mark[self._index] = 0
@@ -177,11 +178,13 @@ class WorthOrder:
         if not run.mark[index] and run is not self._walking:
             self._push(run)
 
-    def _push(self, run: Run) -> None:
+    def _push(self, run: Run, worth: float | None = None) -> None:
+        """worth: now, where it is known."""
+        worth = self._book.worth(run, self._tier) if worth is None else worth
         self._marks += 1
         self._entered += not run.mark[self._index]
         run.mark[self._index] = self._marks
-        heapq.heappush(self._heap, (self._book.worth(run, self._tier), run.used_s, self._marks, run))
+        heapq.heappush(self._heap, (worth, run.used_s, self._marks, run))
         if len(self._heap) > max(_SWEEP_FROM, 3 * self._entered):
             self._sweep()
 
@@ -231,7 +234,7 @@ class WorthAdmission:
         gpu_second, price = self._money.gpu_second(), self._money.tier("disk")
         if gpu_second is None or price is None or run.curve is None:
             return True
-        idle_s = run.idle_s(self._book.now_s)
+        idle_s = run.curve_age_s(self._book.now_s)
         age_class = class_of(idle_s)
         if run.paid is None or run.paid[0] != age_class:
             saving = self._book.saving_s(run, "disk") * gpu_second

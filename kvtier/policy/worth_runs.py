@@ -34,7 +34,8 @@ class Run:
     """Blocks that wait for one return. Times in Unix seconds.
 
     name: of the conversation.  clock_s: when the wait begins, which may be yet to come.  waiting: whether
-    anybody is expected back; if not, nothing counts but its age.  serving: a request is under way.  start,
+    anybody is expected back; if not, nothing counts but its age.  curve: of the wait after its first
+    curve_from_s.  serving: a request is under way.  start,
     end: tokens from the first to behind the last block.  token_bytes: of all layers and shards here.
     token_s: to compute one again, at the middle.  keep_until_s: from then on it is worth nothing, as its
     caller said.  leaves: by tier, the blocks that may go.  mark: by tier, its entry in the order, 0 for none.
@@ -49,6 +50,7 @@ class Run:
     waiting: bool = False
     serving: bool = False
     curve: Curve | None = field(default=None, repr=False)
+    curve_from_s: float = 0.0
     start: int = 0
     end: int = 0
     token_bytes: float = 1.0
@@ -64,11 +66,15 @@ class Run:
         """How long it has been waited for."""
         return max(now_s - self.clock_s, 0.0)
 
+    def curve_age_s(self, now_s: float) -> float:
+        """Where on its curve it is."""
+        return max(now_s - self.clock_s - self.curve_from_s, 0.0)
+
     def rate(self, now_s: float) -> float:
         """The best rate of return from now on, 1/s."""
         if not self.waiting or self.curve is None or now_s >= self.keep_until_s:
             return 0.0
-        return self.curve.rate(self.idle_s(now_s))
+        return self.curve.rate(self.curve_age_s(now_s))
 
 
 class Order(Protocol):
@@ -77,11 +83,8 @@ class Order(Protocol):
     def moved(self, key: bytes, before: Run, after: Run) -> bool:
         """The block belongs to another run; answers whether the tier holds it."""
 
-    def ranked(self, run: Run) -> None:
+    def ranked(self, run: Run, worth: float) -> None:
         """The run's worth has changed."""
-
-    def holds(self, key: bytes) -> bool:
-        """Whether the tier holds the block."""
 
 
 class Book:
@@ -97,6 +100,10 @@ class Book:
         self.disk_usable = False
         self.disk_free_bytes = 0
         self.orders: list[Order] = []
+        # Of each order, the blocks that it holds.
+        self.held: list[dict[bytes, bytes]] = []
+        # Runs that may have an end which host memory lacks; a dict keeps the order.
+        self.away: dict[Run, None] = {}
         self.owners: dict[bytes, Run] = {}
         self._restore = restore
         self._asked_s = -inf
@@ -129,15 +136,18 @@ class Book:
 
     def left(self, key: bytes) -> None:
         """A tier let go of the block: when none holds it, nobody needs to know whose it was."""
-        for order in self.orders:
-            if order.holds(key):
+        for held in self.held:
+            if key in held:
                 return
         self.owners.pop(key, None)
 
     def ranked(self, run: Run) -> None:
         """The run's worth has changed."""
-        for order in self.orders:
-            order.ranked(run)
+        rate = -1.0
+        for order, tier, leaves, mark in zip(self.orders, TIER_NAMES, run.leaves, run.mark, strict=False):
+            if leaves or mark:
+                rate = self._rate(run) if rate < 0 else rate
+                order.ranked(run, rate * self.saving_s(run, tier) if rate else 0.0)
 
     def owned(self) -> list[Run]:
         """All runs that have a block somewhere."""
@@ -164,13 +174,16 @@ class Book:
     def load_s(self, tier: TierName) -> float:
         """Expected seconds to load a byte from there, in a load of some size."""
         if self.now_s - self._asked_s >= _ASK_AGAIN_S:
-            self._asked_s = self.now_s
-            for source in TIER_NAMES:
-                segment = Segment(0, _ASK_TOKENS, source, _ASK_BYTES)
-                choice = self._restore.choose((segment,), _ASK_TOKENS)
-                expected_s = choice.expected_s or (choice.eta_low_s + choice.eta_high_s) / 2
-                self._load_s[source] = expected_s / _ASK_BYTES
+            self._ask()
         return self._load_s[tier]
+
+    def _ask(self) -> None:
+        self._asked_s = self.now_s
+        for source in TIER_NAMES:
+            segment = Segment(0, _ASK_TOKENS, source, _ASK_BYTES)
+            choice = self._restore.choose((segment,), _ASK_TOKENS)
+            expected_s = choice.expected_s or (choice.eta_low_s + choice.eta_high_s) / 2
+            self._load_s[source] = expected_s / _ASK_BYTES
 
     def saving_s(self, run: Run, tier: TierName) -> float:
         """Seconds that a use of the run saves for each byte that lies in this tier and not below it.
@@ -180,9 +193,11 @@ class Book:
         again_s = run.token_s / run.token_bytes
         if tier == "disk":
             return again_s
-        elsewhere_s = min(self.load_s("disk"), again_s) if self.disk_usable else again_s
+        host_s, elsewhere_s = self.load_s("host"), again_s
+        if self.disk_usable and self._load_s["disk"] < again_s:
+            elsewhere_s = self._load_s["disk"]
         # Loads that were measured behind a queue look as slow as computing.
-        return max(elsewhere_s - self.load_s("host"), _LEAST_SAVED * elsewhere_s)
+        return max(elsewhere_s - host_s, _LEAST_SAVED * elsewhere_s)
 
     def reads_too_slowly(self, run: Run) -> bool:
         """Whether computing the run again is known to be so much sooner than reading it that nobody would."""
@@ -192,10 +207,11 @@ class Book:
 
     def worth(self, run: Run, tier: TierName) -> float:
         """Seconds saved for each byte and second of room: what runs are ordered by."""
-        if run.model in self._retired:
-            return 0.0
-        rate = run.rate(self.now_s)
+        rate = self._rate(run)
         return rate * self.saving_s(run, tier) if rate else 0.0
+
+    def _rate(self, run: Run) -> float:
+        return 0.0 if run.model in self._retired else run.rate(self.now_s)
 
     def retired(self, model: bytes) -> bool:
         """Whether nobody serves the model any more."""

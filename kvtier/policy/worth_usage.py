@@ -11,7 +11,7 @@ from typing import Final
 from kvtier.policy.interfaces import Recompute
 from kvtier.policy.prices import Money
 from kvtier.policy.return_time_context import Clock, Context, codes_of
-from kvtier.policy.returns import HINT_FACTOR, Returns, class_of
+from kvtier.policy.returns import Returns, class_of, hinted_ages
 from kvtier.policy.survival import CLASSES, EDGES_S
 from kvtier.policy.usage import Account, Forecast, Name, ParkedBlock, Turn
 from kvtier.policy.worth_account import account_of
@@ -39,7 +39,7 @@ _SWEEP_FROM: Final = 1024
 # As a list: an element of an array costs more.
 _EDGES_S: Final[list[float]] = EDGES_S.tolist()
 # In the place of a class of age.
-_KEPT_LONG_ENOUGH: Final = -1
+_LOOK_ONLY: Final = -1
 # A conversation of so many blocks may be gone on from without its last one.
 _LONG_CHAIN: Final = 10
 
@@ -78,6 +78,7 @@ class CostUsage:
         wait = chat.asked = Wait(name[0], codes, now_s, run, self._teaches())
         run.curve, run.waiting, run.serving = self._returns.curve(codes, name[0]), True, True
         run.clock_s = run.used_s = now_s
+        run.curve_from_s = 0.0
         self._book.ranked(run)
         self._remind(wait, 0)
 
@@ -92,8 +93,8 @@ class CostUsage:
             self._forecasts.returned(chat.wait.expected, gap_s)
             chat.gaps_s = (gap_s, chat.gaps_s[0])
             if chat.wait.hint_s is not None:
-                true = chat.wait.hint_s / HINT_FACTOR <= gap_s <= chat.wait.hint_s * HINT_FACTOR
-                self._returns.hint_came(chat.wait.tenant, true)
+                first_s, last_s = hinted_ages(chat.wait.hint_s, chat.wait.said_s)
+                self._returns.hint_came(chat.wait.tenant, first_s <= gap_s <= last_s)
         for wait in (chat.asked, chat.wait):
             if wait is None:
                 continue
@@ -228,6 +229,8 @@ class CostUsage:
         if at_s >= self._book.now_s:
             # What waited before a restart was expected then.
             wait.expected = expected_of(run.curve)
+        else:
+            self._book.away[run] = None
         left.waiting = left.serving = False
         for shared in self._shared.take(chain, run, left, self._book.now_s):
             self._remind(Wait(name[0], None, shared.clock_s, shared), 0)
@@ -256,8 +259,11 @@ class CostUsage:
         if wait is not None:
             self._remind_of_end(wait)
             if returns_at_s is not None and wait.codes is not None and returns_at_s > wait.start_s:
-                wait.hint_s = returns_at_s - wait.start_s
-                chat.run.curve = self._returns.curve(wait.codes, wait.tenant, wait.hint_s)
+                wait.hint_s, wait.said_s = returns_at_s - wait.start_s, max(now_s - wait.start_s, 0.0)
+                chat.run.curve = self._returns.curve(wait.codes, wait.tenant, wait.hint_s, wait.said_s)
+                chat.run.curve_from_s = wait.said_s
+                self._book.away[chat.run] = None
+                self._look_at(wait.start_s + hinted_ages(wait.hint_s, wait.said_s)[1], _LOOK_ONLY, wait)
         self._book.now_s = max(self._book.now_s, now_s)
         self._book.ranked(chat.run)
 
@@ -283,10 +289,10 @@ class CostUsage:
                 continue
             if wait.run is not None:
                 book.ranked(wait.run)
-            if age_class == _KEPT_LONG_ENOUGH:
+            if age_class == _LOOK_ONLY:
                 continue
             wait.expected = self._forecasts.lasted(wait.expected, _EDGES_S[age_class])
-            if wait.hint_s is not None and wait.hint_s * HINT_FACTOR < _EDGES_S[age_class]:
+            if wait.hint_s is not None and hinted_ages(wait.hint_s, wait.said_s)[1] < _EDGES_S[age_class]:
                 # Whether they ever come back: not when their caller said.
                 self._returns.hint_came(wait.tenant, False)
                 wait.hint_s = None
@@ -309,7 +315,7 @@ class CostUsage:
         run = wait.run
         if run is not None and run.keep_until_s < inf and run.keep_until_s != wait.end_s:
             wait.end_s = run.keep_until_s
-            self._look_at(wait.end_s, _KEPT_LONG_ENOUGH, wait)
+            self._look_at(wait.end_s, _LOOK_ONLY, wait)
 
     def _look_at(self, due_s: float, age_class: int, wait: Wait) -> None:
         """Of each wait that is not over two reminders count; what else there is may be due in days only."""
@@ -319,7 +325,7 @@ class CostUsage:
             self._due = [
                 entry
                 for entry in self._due
-                if not entry[3].ended and (entry[2] != _KEPT_LONG_ENOUGH or entry[0] == entry[3].end_s)
+                if not entry[3].ended and (entry[2] != _LOOK_ONLY or entry[0] == entry[3].end_s)
             ]
             heapq.heapify(self._due)
 

@@ -16,7 +16,7 @@ class Wait:
     codes: None of what several conversations use, of which nothing is taught.  run: whose worth it is; None
     for a wait that teaches alone, since another clock is known by now.  teaches: whether it does; taught:
     classes of age before this one have taught what they can.  expected: what is still to be judged, see
-    Forecasts.  hint_s: as it was said.  end_s: when it is
+    Forecasts.  hint_s: as it was said, after said_s of the wait.  end_s: when it is
     looked at because its run is kept long enough."""
 
     tenant: str
@@ -27,6 +27,7 @@ class Wait:
     taught: int = 0
     expected: tuple[float, ...] = ()
     hint_s: float | None = None
+    said_s: float = 0.0
     over: bool = False
     end_s: float = inf
 

@@ -62,8 +62,21 @@ class _Order:
     nbytes: int
 
 
-def calibrate(entries: Iterable[Entry], make_policies: MakePolicies, secret: bytes) -> Calibration:
-    """Fit the services of a recorded run: how long each order took, once those before it were done."""
+def always(_: float) -> bool:
+    """At any time."""
+    return True
+
+
+def calibrate(
+    entries: Iterable[Entry],
+    make_policies: MakePolicies,
+    secret: bytes,
+    counts: Callable[[float], bool] = always,
+) -> Calibration:
+    """Fit the services of a recorded run: how long each order took, once those before it were done.
+
+    counts: whether what ended at a time of the log does.
+    """
     asked: dict[tuple[str, str, int], _Order] = {}
     free_s: dict[str, float] = {}
     seen: dict[str, list[tuple[int, float]]] = {"gather": [], "scatter": [], "read": [], "write": []}
@@ -73,7 +86,8 @@ def calibrate(entries: Iterable[Entry], make_policies: MakePolicies, secret: byt
             order = asked.pop(_job(message), None)
             if order is not None:
                 begun_s = max(order.at_s, free_s.get(order.line, 0.0))
-                seen[order.kind].append((order.nbytes, at_s - begun_s))
+                if counts(at_s):
+                    seen[order.kind].append((order.nbytes, at_s - begun_s))
                 free_s[order.line] = at_s
         for send in sends:
             found = _ordered(at_s, send.message)

@@ -6,7 +6,7 @@ kind.  What a log does not tell stays as the scenario has it: sizes, pools, deco
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,6 +20,7 @@ from kvtier.sim.calibration import (
     Entry,
     MakePolicies,
     Speed,
+    always,
     calibrate,
     replayed,
 )
@@ -50,6 +51,7 @@ class Machine:
 class _Seen:
     """Of the core's answers. specs: by worker. planned_s: by plan; asked: by (peer, request) of a restore."""
 
+    counts: Callable[[float], bool]
     attached: dict[tuple[str, int], ComputeSpec] = field(default_factory=dict)
     specs: dict[str, ComputeSpec] = field(default_factory=dict)
     plan_asked_s: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class _Seen:
             self.plan_asked_s[peer, message.id] = at_s
         elif isinstance(message, m.Restore) and message.plan_id in self.planned_s:
             self.asked_s[message.worker, message.request] = self.planned_s.pop(message.plan_id)
-        elif isinstance(message, m.Prefilled) and message.worker in self.specs:
+        elif isinstance(message, m.Prefilled) and message.worker in self.specs and self.counts(at_s):
             flops = self.specs[message.worker].flops(message.past, message.tokens)
             self.prefills.append((flops, message.seconds))
 
@@ -80,13 +82,22 @@ class _Seen:
         elif isinstance(message, m.RestoreDone):
             receipt = message.receipt
             begun_s = self.asked_s.pop((peer, message.request), at_s)
-            if receipt.ok and set(receipt.sources) == {"host"} and at_s > begun_s:
+            from_host = receipt.ok and set(receipt.sources) == {"host"}
+            if from_host and at_s > begun_s and self.counts(at_s):
                 self.restores.append((float(receipt.bytes), at_s - begun_s))
 
 
-def machine_of(entries: Iterable[Entry], make_policies: MakePolicies, secret: bytes) -> Machine:
-    """Measure a recorded run. Raises KvtierError for what is no log, or one of another secret."""
-    kept, seen = list(entries), _Seen()
+def machine_of(
+    entries: Iterable[Entry],
+    make_policies: MakePolicies,
+    secret: bytes,
+    counts: Callable[[float], bool] = always,
+) -> Machine:
+    """Measure a recorded run. Raises KvtierError for what is no log, or one of another secret.
+
+    counts: whether what ended at a time of the log does, so that the rest can be held against it.
+    """
+    kept, seen = list(entries), _Seen(counts)
     for at_s, stimulus, sends in replayed(kept, make_policies, secret):
         if isinstance(stimulus, Received):
             seen.told(at_s, stimulus.peer, stimulus.message)
@@ -97,7 +108,7 @@ def machine_of(entries: Iterable[Entry], make_policies: MakePolicies, secret: by
     if seen.restores:
         restore_s, byte_s = _line(seen.restores, _BYTE_S)
         host = Speed(restore_s, 1 / byte_s)
-    services = calibrate(kept, make_policies, secret)
+    services = calibrate(kept, make_policies, secret, counts)
     return Machine(start_s, 1 / flop_s if flop_s else 0.0, host, services)
 
 

@@ -11,6 +11,7 @@ from kvtier.policy import cost_cache
 from kvtier.policy.baselines.interfaces import plain
 from kvtier.policy.baselines.lru import LruCache
 from kvtier.policy.cost_cache import CostCache, CostTwoTiers
+from kvtier.policy.cost_cache_tier import Shadow
 from kvtier.policy.survival import CLASSES, SurvivalCurve, survival_kernels
 from kvtier.sim.compiled import compiled
 from kvtier.sim.read_trace import read_trace
@@ -182,6 +183,24 @@ def test_writes_are_bounded_and_without_a_price_they_are_not(monkeypatch):
     assert writes_of() <= 1.6
     monkeypatch.setattr(cost_cache, "_WRITES_PER_BLOCK", 100.0)
     assert writes_of() > 1.6
+
+
+@pytest.mark.parametrize("seed", [4, 7])
+def test_in_two_tiers_the_shadow_can_be_caught_up(monkeypatch, seed):
+    """The control: with room for what both tiers hold at most, it leads for ever, and that costs hits."""
+    monkeypatch.setattr(cost_cache, "_WRITES_PER_BLOCK", 100.0)
+
+    def hits(**shadow):
+        policy = CostTwoTiers(40, 80, TOKENS, False, compiled)
+        if shadow:
+            policy._shadow = Shadow(growth=0.0, jit=compiled, **shadow)
+        found = replay_two_tiers(trace, policy)[0].token_hit_percent
+        return found, policy._shadow.leads
+
+    trace = chats(seed, requests=1500)
+    (mended, leads), (before, led) = hits(), hits(capacity=120)
+    assert led and not leads
+    assert mended > before + 1.0
 
 
 def test_what_is_likely_is_worth_a_write_sooner_than_what_would_be_soon():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from kvtier.errors import ConfigError
+from kvtier.policy import returns as returns_module
 from kvtier.policy.return_time import ReturnTimes
 from kvtier.policy.return_time_context import Context, codes_of
 from kvtier.policy.returns import Returns, class_of
@@ -41,6 +42,40 @@ def test_over_arrays_it_learns_what_return_times_learns(waits):
         np.testing.assert_allclose(
             SurvivalCurve.of_hazards(one.hazards(codes)).survival, curve.survival, rtol=1e-5, atol=1e-7
         )
+
+
+def told_in_steps(together):
+    """The curve after 2,000 waits of people, most of half a minute, and of tools; each step of so many."""
+    returns, rng = Returns(), np.random.default_rng(5)
+    people, tools = (codes_of(Context("end", stop, "", 3, 1000, 100)) for stop in ("end_turn", "tool_use"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(returns_module, "_TOGETHER", together)
+        patch.setattr(returns_module, "_ONE_MORE_AFTER", 1)
+        for number in range(2000):
+            codes, middle_s = (people, 30.0) if number % 2 else (tools, 2.0)
+            gap_s = float(middle_s * np.exp(rng.normal()))
+            returns.lasted(codes, 0, class_of(gap_s))
+            returns.ended(codes, class_of(gap_s), gap_s)
+        return returns, [returns.curve(codes, "t").survival for codes in (people, tools)]
+
+
+def test_waits_that_teach_in_one_step_teach_what_each_alone_does():
+    (_, single), (_, together) = told_in_steps(1), told_in_steps(64)
+    untaught = [Returns().curve(codes_of(Context("end", "end_turn", "", 3, 1000, 100)), "t").survival] * 2
+    assert np.abs(np.array(single) - together).max() < 0.03
+    assert np.abs(np.array(single) - untaught).max() > 0.2, "it had something to learn"
+
+
+def test_writing_down_takes_what_is_yet_to_be_learned_and_changes_nothing():
+    returns, curves = told_in_steps(64)
+    codes = codes_of(Context("end", "end_turn", "", 3, 1000, 100))
+    returns.lasted(codes, 0, 20)
+    before = returns.curve(codes, "t").survival
+    after = Returns()
+    after.take_over(returns.to_bytes())
+    assert (returns.curve(codes, "t").survival == before).all()
+    assert (after.curve(codes, "t").survival != before).any()
+    assert len(curves) == 2
 
 
 @given(st.floats(0.0, 1e7), st.sampled_from(["end_turn", "tool_use"]))

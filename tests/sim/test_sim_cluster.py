@@ -191,6 +191,29 @@ def test_a_conversation_that_moves_is_fetched_where_there_is_a_link():
     assert moved(10e9).total().peer == 8192
 
 
+def test_only_what_is_not_here_is_fetched():
+    nodes = Nodes(count=2, workers=1, overload_s=0.5, peer_bytes_per_s=10e9)
+    busy = [turn(99, 100_000, conversation=50 + i) for i in range(5)]
+    turns = [turn(0, 8192), *busy, turn(100, 9000, ref=0, number=1, shared=8192)]
+    # Back where it was, which lacks what the second turn added.
+    turns += [turn(199, 1000, conversation=60), turn(199, 100_000, conversation=61)]
+    turns.append(turn(200, 9800, ref=6, number=2, shared=9000))
+    found = run(changed(ONE, nodes=nodes), turns)
+    assert found.tally.moved == 2
+    assert found.nodes[0].to_peers.nbytes == 8192 * COST.token_bytes
+    assert found.nodes[1].to_peers.nbytes < 1000 * COST.token_bytes
+    assert found.tally.total().host == 8192
+
+
+def test_what_would_come_too_late_is_not_sent():
+    link = Link(1000.0, 0.0)
+    assert link.send(0.0, 10_000, until_s=2.0) == 10.0
+    assert (link.nbytes, link.send(1.0, 500)) == (2000, 2.5)
+    # Its turn would come behind the deadline.
+    assert link.send(1.0, 500, until_s=2.0) == 3.0
+    assert (link.nbytes, link.busy_s) == (2500, 2.5)
+
+
 @pytest.mark.parametrize("policy", ["none", "lru", "unbounded"])
 def test_sums_agree(policy, rows_of, text_of):
     stream = recorded_turns(io.BytesIO(text_of(rows_of(3, requests=2000))))

@@ -38,6 +38,20 @@ def test_a_machine_is_known_by_its_log(virtual_day):
     assert found.services.read.bytes_per_s == pytest.approx(2e9, rel=0.3)
 
 
+def test_what_does_not_count_is_not_measured(virtual_day):
+    day = virtual_day(1, 0.2)
+    half_s = day.entries[len(day.entries) // 2]["at_s"]
+    early, late = (
+        machine_of(day.entries, make_policies, core_node.SECRET, counts)
+        for counts in (lambda at_s: at_s < half_s, lambda at_s: at_s >= half_s)
+    )
+    # Links vary, so the halves are measured apart, and differ.
+    assert early.services.read != late.services.read
+    assert early.flops_per_s == pytest.approx(late.flops_per_s, rel=0.1)
+    nothing = machine_of(day.entries, make_policies, core_node.SECRET, lambda _: False)
+    assert nothing.flops_per_s == 0 and nothing.host is None
+
+
 def test_a_day_is_foretold_with_what_another_day_says_of_the_machine(virtual_day, ttft_by_row):
     first, second = (virtual_day(seed, 0.5) for seed in (1, 2))
     load = load_of_log(io.BytesIO(b"".join(msgpack.packb(e) for e in second.entries)))

@@ -107,11 +107,21 @@ def test_bars_stand_on_their_axis():
 
 def test_no_values_still_make_a_plot():
     assert "svg" in bars("t", ["a"], [Series("s", (None,))], str, log=True)
-    assert "svg" in scatter("t", [Point(0.0, 0.0, "only")], "x", "y", str, str)
+    assert "svg" in scatter("t", [Point(0.0, 0.0, "only")], "x", "y", str, str, on_line="a", off_line="b")
 
 
 def offer(cost, reached, policy="lru"):
     return Offer(policy, 1 << 30, 1 << 40, cost, reached, reached, reached, 1.0, 50.0, None)
+
+
+def test_what_is_marked_has_its_label_inside_and_each_kind_of_dot_a_name():
+    points = [Point(1.0, 2.0, "cheap", True, True), Point(9.0, 1.0, "dear", True, True)]
+    text = scatter("t", points, "$", "s", str, str, on_line="best", off_line="beaten")
+    places = dict(
+        zip(("cheap", "dear"), re.findall(r'text-anchor="(\w+)">(?:cheap|dear)<', text), strict=True)
+    )
+    assert places == {"cheap": "start", "dear": "end"}
+    assert ">best<" in text and ">beaten<" in text
 
 
 def test_the_front_is_what_nothing_beats_and_the_knee_is_where_it_bends():

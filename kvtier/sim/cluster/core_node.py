@@ -39,6 +39,8 @@ _MODEL: Final = b"simulated model".ljust(32, b".")
 _GPU, _DISK = "gpu:1", "disk:1"
 # The daemon's loop looks at leases and deadlines about so often.
 _TICK_S = 0.25
+# So often it is looked who is expected back, up to so long after the last request.
+_LOOK_S, _LOOKS_S = 15.0, 3600.0
 _LONGEST_PARK_S = 600.0
 _MOST_ARENA_BYTES = 1 << 44
 _SLOTS = 1 << 22
@@ -85,7 +87,8 @@ class CoreNode(Node):
             generation_slots=_SLOTS,
         )
         self._serial = 0
-        self._ticking = False
+        self._ticking = self._looking = False
+        self._look_until_s = 0.0
         # Requests to the core that are not answered yet, and jobs that wait for an event, by number.
         self._asked: dict[int, Callable[[m.Message], None]] = {}
         self._restoring: dict[int, tuple[Job, Engine, Plan, float]] = {}
@@ -137,6 +140,8 @@ class CoreNode(Node):
         job.past = job.gpu_tokens = engine.idle_tokens(job)
         engine.expect(job)
         now_s = self._events.now_s
+        if self.core.state.settings.prefetch_s:
+            self._look_until_s = now_s + _LOOKS_S
         self._serving[job.row] = engine
         if engine.to_gpu.queued_bytes(now_s) or self.drive.queued_bytes(now_s):
             self._behind.add(job.row)
@@ -252,9 +257,16 @@ class CoreNode(Node):
         if not self._ticking and (self._asked or self._restoring or self.core.busy()):
             self._ticking = True
             self._events.at(self._events.now_s + _TICK_S, self._tick, None)
+        if not self._looking and self._events.now_s < self._look_until_s:
+            self._looking = True
+            self._events.at(self._events.now_s + _LOOK_S, self._look, None)
 
     def _tick(self, _: None) -> None:
         self._ticking = False
+        self._tell(Tick())
+
+    def _look(self, _: None) -> None:
+        self._looking = False
         self._tell(Tick())
 
     def _hold(self) -> None:
@@ -287,6 +299,7 @@ def _settings(*, disk_expected: bool) -> NodeSettings:
         verify=config.host.verify == "always",
         disk_expected=disk_expected,
         spill_above=config.host.spill_above,
+        prefetch_s=config.policy.prefetch_s,
     )
 
 

@@ -13,7 +13,8 @@ class Held:
         self.capacity_bytes = capacity_bytes
         self.policy = policy
         self.used_bytes = 0
-        self.evicted = 0
+        # That came in and went, in all.
+        self.moved_bytes = 0
         self._runs: dict[int, Run] = {}
         # Tenant -> [bytes held, since when, byte-seconds up to then].
         self._shares: dict[int, list[float]] = {}
@@ -36,6 +37,7 @@ class Held:
         """Hold it; there is room, and it is not here."""
         self._runs[run.number] = run
         self.used_bytes += run.nbytes
+        self.moved_bytes += run.nbytes
         self._count(run.tenant, run.nbytes, now_s)
         self.policy.added(run.key, run.parent_key, run.nbytes, now_s)
 
@@ -43,7 +45,7 @@ class Held:
         """Hold it no longer."""
         del self._runs[run.number]
         self.used_bytes -= run.nbytes
-        self.evicted += 1
+        self.moved_bytes += run.nbytes
         self._count(run.tenant, -run.nbytes, now_s)
         self.policy.removed(run.key)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 
 class Link:
     """One direction of a bus or network. Raises no errors; bytes_per_s is above 0."""
@@ -19,13 +21,17 @@ class Link:
         """What has to go before anything new."""
         return int(max(self._free_s - now_s, 0.0) * self._bytes_per_s)
 
-    def send(self, now_s: float, nbytes: int) -> float:
-        """When the last byte is there."""
-        takes_s = nbytes / self._bytes_per_s
-        self._free_s = max(self._free_s, now_s) + takes_s
+    def send(self, now_s: float, nbytes: int, until_s: float = inf) -> float:
+        """When the last byte is there, or would be: what does not arrive until then is not sent."""
+        takes_s, begins_s = nbytes / self._bytes_per_s, max(self._free_s, now_s)
+        done_s = begins_s + takes_s
+        if done_s > until_s:
+            takes_s = max(until_s - begins_s, 0.0)
+            nbytes = int(takes_s * self._bytes_per_s)
+        self._free_s = begins_s + takes_s
         self.busy_s += takes_s
         self.nbytes += nbytes
-        return self._free_s + self._start_s
+        return done_s + self._start_s
 
 
 class Drive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from kvtier.sim.cluster.costs import ServingCost
 from kvtier.sim.cluster.engine import Engine
@@ -50,11 +51,13 @@ class Node(ABC):
 
     def load(self) -> tuple[float, int]:
         """What routing compares: the shortest backlog of a worker, and how many requests run."""
-        now_s = self._events.now_s
-        return (
-            min(engine.backlog_s(now_s) for engine in self.engines),
-            sum(engine.running for engine in self.engines),
-        )
+        # Asked of every node for every new conversation.
+        now_s, least_s, running = self._events.now_s, inf, 0
+        for engine in self.engines:
+            running += engine.running
+            if least_s > 0.0:
+                least_s = min(least_s, engine.backlog_s(now_s))
+        return least_s, running
 
     def begins_within(self, limit_s: float) -> bool:
         """Whether some worker has no longer backlog than that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtier.policy.interfaces import RestoreWish
 from kvtier.policy.usage import ParkedBlock, Turn
@@ -19,6 +19,14 @@ from kvtier.sim.cluster.store import Found, RunStore
 
 # Where a load that goes beside computing may begin.
 _STEP_TOKENS: Final = 512
+
+
+class _Beyond(NamedTuple):
+    """Another node that has more of a conversation."""
+
+    node: RunNode
+    link: Link
+    found: Found
 
 
 class RunNode(Node):
@@ -63,45 +71,47 @@ class RunNode(Node):
         engine = self._engine(job)
         job.past = job.gpu_tokens = engine.idle_tokens(job)
         own = self.store.find(job.front, job.known)
-        source, found = self, own
-        if isinstance(home, RunNode) and home.to_peers is not None:
-            theirs = home.store.find(job.front, job.known)
-            if theirs.tokens > own.tokens:
-                source, found = home, theirs
+        beyond = _beyond(home, job, own)
         self._pass(now_s)
         self.store.policies.usage.asked(_name(job), job.turn.tokens_in, now_s)
         self.store.use(own, now_s)
         job.ready_s = now_s
-        if min(found.tokens, job.usable) > job.past:
-            self._load(job, engine, source, found)
+        if min(beyond.found.tokens if beyond is not None else own.tokens, job.usable) > job.past:
+            self._load(job, engine, own, beyond)
         engine.expect(job)
         self._events.at(job.ready_s, engine.ready, job)
 
-    def _load(self, job: Job, engine: Engine, source: RunNode, found: Found) -> None:
+    def _load(self, job: Job, engine: Engine, own: Found, beyond: _Beyond | None) -> None:
         now_s, held = self._events.now_s, job.gpu_tokens
         token_bytes = self._cost.token_bytes
         restore = self.store.policies.restore
         mixed = self._scenario.worker.mixed and not held
-        wish = self._wish(engine, source, mixed=mixed)
-        segments = self.store.segments(found, held, token_bytes, _STEP_TOKENS if mixed else 0)
+        wish = self._wish(engine, mixed=mixed)
+        reach = beyond.found.tokens if beyond is not None else own.tokens
+        segments = self.store.segments(own, reach, held, token_bytes, _STEP_TOKENS if mixed else 0)
         choice = restore.choose(segments, job.turn.tokens_in, wish)
-        begin, upto = held + choice.compute_front, min(choice.tokens, found.tokens, job.usable)
-        host_tokens = max(min(found.host_tokens, upto) - begin, 0)
-        disk_tokens = max(upto - max(found.host_tokens, begin), 0)
-        if not host_tokens + disk_tokens:
+        begin, upto = held + choice.compute_front, min(choice.tokens, reach, job.usable)
+        host_tokens = max(min(own.host_tokens, upto) - begin, 0)
+        disk_tokens = max(min(own.tokens, upto) - max(own.host_tokens, begin), 0)
+        peer_tokens = max(upto - max(own.tokens, begin), 0)
+        tokens = host_tokens + disk_tokens + peer_tokens
+        if not tokens:
             return
-        disk_bytes, nbytes = int(disk_tokens * token_bytes), int((host_tokens + disk_tokens) * token_bytes)
-        done_s = engine.to_gpu.send(now_s, nbytes)
+        disk_bytes, nbytes = int(disk_tokens * token_bytes), int(tokens * token_bytes)
+        done_s, slowest = engine.to_gpu.send(now_s, nbytes), "host"
         if disk_bytes:
-            read_s = source.drive.read(now_s, disk_bytes)
+            read_s, slowest = self.drive.read(now_s, disk_bytes), "disk"
             restore.observed("disk", disk_bytes, read_s - now_s, wish.queued_bytes["disk"])
             done_s = max(done_s, read_s)
-        else:
+        if peer_tokens and beyond is not None:
+            pulled_s, slowest = self._pull(beyond, upto - peer_tokens, upto), "peer"
+            nbytes = int(peer_tokens * token_bytes)
+            restore.observed("peer", nbytes, pulled_s - now_s, wish.queued_bytes["peer"])
+            done_s = max(done_s, pulled_s)
+        elif not disk_bytes:
             restore.observed("host", nbytes, done_s - now_s, wish.queued_bytes["host"])
-        if source is not self and source.to_peers is not None:
-            done_s = max(done_s, source.to_peers.send(now_s, nbytes))
         restore.restored(choice, done_s - now_s)
-        slowest, eta_s = "disk" if disk_bytes else "host", (choice.eta_low_s, choice.eta_high_s)
+        eta_s = (choice.eta_low_s, choice.eta_high_s)
         self.forecasts.see(eta_s, slowest, done_s - now_s, loaded=wish.queued_bytes[slowest] > 0)
         if done_s - now_s > self._scenario.deadline_s:
             job.late, job.ready_s = True, now_s + self._scenario.deadline_s
@@ -109,24 +119,30 @@ class RunNode(Node):
         job.ready_s, job.past = done_s, upto
         if choice.compute_front:
             job.computed_front, job.loaded_s, job.ready_s = choice.compute_front, done_s, now_s
-        if source is self:
-            job.host_tokens, job.disk_tokens = host_tokens, disk_tokens
-            self.store.bring(found.on_disk, upto, now_s)
-        else:
-            job.peer_tokens = host_tokens + disk_tokens
+        job.host_tokens, job.disk_tokens, job.peer_tokens = host_tokens, disk_tokens, peer_tokens
+        self.store.bring(own.on_disk, upto, now_s)
 
-    def _wish(self, engine: Engine, source: RunNode, *, mixed: bool) -> RestoreWish:
+    def _pull(self, beyond: _Beyond, start: int, upto: int) -> float:
+        """When tokens [start, upto) of another node are here; nothing is sent behind the deadline."""
+        now_s, token_bytes = self._events.now_s, self._cost.token_bytes
+        until_s = now_s + self._scenario.deadline_s
+        done_s = beyond.link.send(now_s, int((upto - start) * token_bytes), until_s)
+        from_disk = upto - max(start, beyond.found.host_tokens)
+        if from_disk > 0:
+            done_s = max(done_s, beyond.node.drive.read(now_s, int(from_disk * token_bytes)))
+        return done_s
+
+    def _wish(self, engine: Engine, *, mixed: bool) -> RestoreWish:
         now_s = self._events.now_s
+        copied = engine.to_gpu.queued_bytes(now_s)
         return RestoreWish(
             recompute=self._cost,
             waiting_requests=engine.waiting,
             prefill_wait_s=engine.backlog_s(now_s),
             deadline_s=self._scenario.deadline_s,
             takes="both" if mixed else "fronts",
-            queued_bytes={
-                "host": engine.to_gpu.queued_bytes(now_s),
-                "disk": source.drive.queued_bytes(now_s),
-            },
+            # How much a peer has to send to others is not known here.
+            queued_bytes={"host": copied, "disk": self.drive.queued_bytes(now_s), "peer": copied},
         )
 
     def _park(self, job: Job, engine: Engine) -> None:
@@ -143,6 +159,14 @@ class RunNode(Node):
         disk = self.store.disk
         free_bytes = disk.capacity_bytes - disk.used_bytes
         self.store.policies.usage.passed(now_s, disk.capacity_bytes > 0, free_bytes)
+
+
+def _beyond(home: Node | None, job: Job, own: Found) -> _Beyond | None:
+    """Where the conversation was, if that node has more of it and may send it."""
+    if not isinstance(home, RunNode) or home.to_peers is None:
+        return None
+    theirs = home.store.find(job.front, job.known)
+    return _Beyond(home, home.to_peers, theirs) if theirs.tokens > own.tokens else None
 
 
 def _name(job: Job) -> tuple[str, str]:

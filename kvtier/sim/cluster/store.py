@@ -105,20 +105,21 @@ class RunStore:
         return nbytes, done_s
 
     def segments(
-        self, found: Found, gpu_tokens: int, token_bytes: float, step_tokens: int = 0
+        self, found: Found, reach: int, gpu_tokens: int, token_bytes: float, step_tokens: int = 0
     ) -> tuple[Segment, ...]:
         """What a restore would load, for the policy; what the GPU has costs nothing.
 
-        step_tokens: how far apart the places lie where a load may begin or end; 0: at its ends alone.
+        reach: up to which token a peer has what is not found here.  step_tokens: how far apart the places
+        lie where a load may begin or end; 0: at its ends alone.
         """
-        spans = ((found.host_tokens, "host"), (found.tokens, "disk"))
+        spans = ((found.host_tokens, "host"), (found.tokens, "disk"), (reach, "peer"))
         segments: list[Segment] = []
         start = 0
         for end, source in spans:
             while end > start:
                 stop = min(start + step_tokens, end) if step_tokens else end
                 nbytes = int(max(stop - max(start, gpu_tokens), 0) * token_bytes)
-                segments.append(Segment(start, stop, "host" if source == "host" else "disk", nbytes))
+                segments.append(Segment(start, stop, source, nbytes))
                 start = stop
         return tuple(segments)
 

@@ -93,13 +93,24 @@ def bars(
             y = axis.at(marks[index])
             ends = f'x1="{left + 4:.1f}" x2="{left + width - 4:.1f}"'
             parts.append(f'<line {ends} y1="{y:.1f}" y2="{y:.1f}" class="mark"/>')
-    return _figure(title, [*parts, _legend([s.name for s in series])])
+    return _figure(title, [*parts, _legend([s.name for s in series], COLOURS, _LEFT, _HEIGHT - 7)])
 
 
 def scatter(
-    title: str, points: Sequence[Point], x_name: str, y_name: str, x_words: Words, y_words: Words
+    title: str,
+    points: Sequence[Point],
+    x_name: str,
+    y_name: str,
+    x_words: Words,
+    y_words: Words,
+    *,
+    on_line: str,
+    off_line: str,
 ) -> str:
-    """Dots, those on the line joined in order of x; marked ones have a ring and a label. y is logarithmic."""
+    """Dots, those on the line joined in order of x; marked ones have a ring and a label. y is logarithmic.
+
+    on_line, off_line: what the legend calls either kind.
+    """
     x_axis = _Axis([p.x for p in points], _LEFT, _WIDTH - _RIGHT, log=False)
     y_axis = _Axis([p.y for p in points], _HEIGHT - _BOTTOM, _TOP, log=True)
     parts = [_grid(y_axis, y_words)]
@@ -118,9 +129,12 @@ def scatter(
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{title}</circle>')
         if p.marked:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="none" stroke="{COLOURS[1]}"/>')
-            parts.append(_text(x + 12, y - 8, p.label, "start"))
+            # On the side where there is room for it.
+            right = x < (_LEFT + _WIDTH) / 2
+            parts.append(_text(x + 12 if right else x - 12, y - 8, p.label, "start" if right else "end"))
     parts.append(_text((_WIDTH + _LEFT) / 2, _HEIGHT - 8, x_name, "middle"))
     parts.append(_text(_LEFT, _TOP - 12, y_name, "start"))
+    parts.append(_legend((on_line, off_line), (COLOURS[0], COLOURS[-1]), _WIDTH / 2, _TOP - 12))
     return _figure(title, parts)
 
 
@@ -163,12 +177,13 @@ def _grid(axis: _Axis, words: Words) -> str:
     return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> str:
-    parts, x = [], _LEFT
+def _legend(names: Sequence[str], colours: Sequence[str], x: float, y: float) -> str:
+    """From x on, with its text at y; colours are used again where they are fewer."""
+    parts = []
     for number, name in enumerate(names):
-        colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<rect x="{x:.1f}" y="{_HEIGHT - 16}" width="10" height="10" fill="{colour}"/>')
-        parts.append(_text(x + 14, _HEIGHT - 7, name, "start"))
+        colour = colours[number % len(colours)]
+        parts.append(f'<rect x="{x:.1f}" y="{y - 9:.1f}" width="10" height="10" fill="{colour}"/>')
+        parts.append(_text(x + 14, y, name, "start"))
         x += 26 + 7 * len(name)
     return "".join(parts)
 
