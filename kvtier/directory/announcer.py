@@ -96,7 +96,11 @@ class Sender:
         rest.blocks.update(blocks)
         rest.records.update({(r.tenant, r.conversation): r for r in records})
         rest.tombstones.update({stone.id: stone for stone in tombstones})
-        # Of these others tell, from threads of their own: one may have come since `tombstones` was made.
+        self.begin(rest)
+
+    def begin(self, rest: _Contents) -> None:
+        """The same with what was put together for this sender, which has it from now on."""
+        # Of these others tell, from threads of their own: one may have come since `rest` was made.
         rest.tombstones.update(self._changes.tombstones)
         self._rest, self._is_first, self._flight = rest, True, None
         self._changes = _Contents()
@@ -161,19 +165,29 @@ class Sender:
 
 
 class Announcer:
-    """The streams of one incarnation of a node to all shards of the directory; senders by shard."""
+    """The streams of one incarnation of a node to all shards of the directory; senders by shard.
+
+    A snapshot is put together in parts, so that none of them takes long: `begin`, `add` for each, `end`.
+    What is said meanwhile by `block` and `record` is later than the parts before it, and counts.
+    """
 
     def __init__(self, node: str, epoch: int, shards: int) -> None:
         self.senders = [Sender(node, epoch, shard, shards) for shard in range(shards)]
+        # The snapshots that are being put together, by shard.
+        self._parts: dict[int, _Contents] = {}
 
     def block(self, key: bytes, holding: Holding) -> None:
         """The node has this of a block from now on. key: 32 bytes, or their first HINT_BYTES."""
         hint = key[:HINT_BYTES]
-        self.senders[int(shards_of(hint, len(self.senders))[0])].block(hint, holding)
+        shard = int(shards_of(hint, len(self.senders))[0])
+        self.senders[shard].block(hint, holding)
+        if shard in self._parts:
+            self._parts[shard].blocks[hint] = holding
 
     def record(self, record: Record) -> None:
         """See `Sender.record`."""
         self._of(record.tenant, record.conversation).record(record)
+        self._add_record(record)
 
     def tombstone(self, stone: Tombstone) -> None:
         """See `Sender.tombstone`."""
@@ -185,20 +199,39 @@ class Announcer:
         records: Iterable[Record],
         tombstones: Iterable[Tombstone],
     ) -> None:
-        """Give the senders that want one a snapshot of what the node has. blocks: by hint."""
-        parts = [_Contents() for _ in self.senders]
-        shard_of = shards_of(b"".join(blocks), len(parts)).tolist()
+        """All at once, where there is little. blocks: by hint."""
+        self.begin()
+        self.add(blocks, records)
+        self.end(tombstones)
+
+    def begin(self) -> None:
+        """Put together a snapshot for the senders that want one now; one that was begun is left."""
+        self._parts = {shard: _Contents() for shard, one in enumerate(self.senders) if one.wants_snapshot}
+
+    def add(self, blocks: Mapping[bytes, Holding], records: Iterable[Record]) -> None:
+        """Some of what the node has now. blocks: by hint."""
+        shard_of = shards_of(b"".join(blocks), len(self.senders)).tolist()
         for (hint, holding), shard in zip(blocks.items(), shard_of, strict=True):
-            parts[shard].blocks[hint] = holding
+            if shard in self._parts:
+                self._parts[shard].blocks[hint] = holding
         for record in records:
-            shard = shard_of_conversation(record.tenant, record.conversation, len(parts))
-            parts[shard].records[record.tenant, record.conversation] = record
+            self._add_record(record)
+
+    def end(self, tombstones: Iterable[Tombstone]) -> None:
+        """That was all: the senders have their snapshots."""
         for stone in tombstones:
-            shard = shard_of_conversation(stone.tenant, stone.conversation, len(parts))
-            parts[shard].tombstones[stone.id] = stone
-        for sender, part in zip(self.senders, parts, strict=True):
-            if sender.wants_snapshot:
-                sender.snapshot(part.blocks, part.records.values(), part.tombstones.values())
+            shard = shard_of_conversation(stone.tenant, stone.conversation, len(self.senders))
+            if shard in self._parts:
+                self._parts[shard].tombstones[stone.id] = stone
+        for shard, part in self._parts.items():
+            if self.senders[shard].wants_snapshot:
+                self.senders[shard].begin(part)
+        self._parts = {}
+
+    def _add_record(self, record: Record) -> None:
+        shard = shard_of_conversation(record.tenant, record.conversation, len(self.senders))
+        if shard in self._parts:
+            self._parts[shard].records[record.tenant, record.conversation] = record
 
     def _of(self, tenant: str, conversation: str) -> Sender:
         return self.senders[shard_of_conversation(tenant, conversation, len(self.senders))]

@@ -16,12 +16,13 @@ from kvtier.errors import MalformedMessage
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
     """A message of a stream. address: host:port at which the node's peers reach it. Answered by Answer.
 
-    load: of the node, as it is now.
+    load: of the node, as it is now.  services: a digest of the list of services that it goes by.
     """
 
     announcement: Announcement
     address: str
     load: Load | None = None
+    services: str = ""
 
 
 class Find(msgspec.Struct, frozen=True, tag="find"):

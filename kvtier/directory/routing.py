@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,22 @@ def table_keys(packed: bytes) -> Keys:
 def shard_of_conversation(tenant: str, conversation: str, shards: int) -> int:
     """The shard that has a conversation's record."""
     return (name_hash(tenant, conversation) >> 32) * shards >> 32
+
+
+def services_of(services: Sequence[str], shard: int) -> list[str]:
+    """Who may have a shard of the directory: the first that is there. services: cluster.directory.
+
+    With all there the shards go round the list; those of one that is lost are spread over the others.
+    """
+    first, turn = services[shard % len(services)], shard // len(services)
+    others = [address for address in dict.fromkeys(services) if address != first]
+    at = turn % len(others) if others else 0
+    return [first, *others[at:], *others[:at]]
+
+
+def digest_of(services: Sequence[str]) -> str:
+    """By which two ends see that they go by the same list."""
+    return hashlib.blake2b(" ".join(services).encode(), digest_size=8).hexdigest()
 
 
 def name_hash(tenant: str, conversation: str) -> int:

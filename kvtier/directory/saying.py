@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from kvtier.cluster_messages import (
@@ -16,9 +16,9 @@ from kvtier.cluster_messages import (
     Reach,
     Stone,
 )
-from kvtier.directory.announcements import HINT_BYTES, End, Layout, Part, Record, Tombstone
+from kvtier.directory.announcements import HINT_BYTES, MOST_PARTS, End, Layout, Part, Record, Tombstone
 from kvtier.directory.announcer import Announcer, Holding
-from kvtier.directory.lookups import Front, Hits, Question, as_asked, fronts
+from kvtier.directory.lookups import Hits, Question, as_asked, fronts
 from kvtier.directory.merge import Conversation
 from kvtier.geometry import Geometry
 from kvtier.keys import BlockRef
@@ -37,12 +37,10 @@ def say(announcer: Announcer, changed: Holdings) -> None:
         announcer.record(record(named))
 
 
-def say_everything(announcer: Announcer, every: Holdings, stones: Iterable[Stone]) -> None:
-    """Give the streams that want one a snapshot."""
-    announcer.snapshot(
-        {held.key[:HINT_BYTES]: holding(held) for held in every.blocks},
-        [record(named) for named in every.named],
-        [tombstone(stone) for stone in stones],
+def say_part(announcer: Announcer, part: Holdings) -> None:
+    """A part of the snapshot that was begun."""
+    announcer.add(
+        {held.key[:HINT_BYTES]: holding(held) for held in part.blocks}, [record(one) for one in part.named]
     )
 
 
@@ -57,6 +55,8 @@ def holding(held: Held) -> Holding:
 
 @lru_cache(_KINDS_MOST)
 def _alike(tenant: str, tokens: int, held: tuple[tuple[int, str, int, bool, bool], ...]) -> Holding:
+    # Of what it has beyond that the directory does not know: fronts are shorter.
+    held = held[:MOST_PARTS]
     parts = tuple(Part(group, "full", shard, nbytes) for group, shard, nbytes, _, _ in held)
     host = sum(1 << bit for bit, part in enumerate(held) if part[3])
     disk = sum(1 << bit for bit, part in enumerate(held) if part[4])
@@ -121,19 +121,20 @@ def refs_of(chain: Chain) -> list[BlockRef]:
     ]
 
 
-def fronts_of(
-    asked: FindHolders, refs: list[BlockRef], answers: Iterable[tuple[Question, Hits]]
-) -> list[Front]:
-    """How far which node reaches in one of the chains, by what the asker's model needs."""
-    layout = asked_layout(asked.geometry, asked.shard)
-    return fronts(refs, [(question, as_asked(hits, layout)) for question, hits in answers])
+def reaches(
+    asked: FindHolders, answers: Mapping[int, Sequence[tuple[Question, Hits]]], but: str
+) -> list[Reach]:
+    """How far which node reaches in each slice of the chains, by what the asker's model needs.
 
-
-def reaches_of(chain: int, fronts: Iterable[Front], but: str) -> list[Reach]:
-    """The same in the node's words. chain: its index. but: the node that asks, which knows better."""
+    answers: of the directory's shards, by chain.  but: the node that asks, which knows better.
+    """
+    slices = [("", asked_layout(asked.geometry, asked.shard))]
+    slices += [(shard, asked_layout(geometry, shard)) for shard, geometry in asked.others.items()]
     return [
-        Reach(chain, front.node, front.epoch, front.tokens, front.host_bytes, front.disk_bytes)
-        for front in fronts
+        Reach(at, front.node, front.epoch, front.tokens, front.host_bytes, front.disk_bytes, shard)
+        for at, chain in enumerate(asked.chains)
+        for shard, layout in slices
+        for front in fronts(refs_of(chain), [(q, as_asked(hits, layout)) for q, hits in answers.get(at, ())])
         if front.node != but
     ]
 

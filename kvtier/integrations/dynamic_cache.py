@@ -21,6 +21,7 @@ from kvtier.gpu.describe import contiguous
 from kvtier.gpu.layout import LayerGroup, PoolLayout
 from kvtier.gpu.pool import Binding, bind_sequence
 from kvtier.model import ModelSpec
+from kvtier.objects import Shard
 
 # One layer's keys and values, each [1, kv_heads, tokens, head_dim].
 LayerTensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -118,7 +119,7 @@ class CacheShape:
         if (tensor.shape[1], tensor.shape[3]) != (shape.kv_heads, dim):
             raise GeometryError(
                 f"layer {shape.index} holds {tensor.shape[1]} heads of {tensor.shape[3]}, the config says "
-                f"{shape.kv_heads} of {dim}"
+                f"{shape.kv_heads} of {dim} for this rank"
             )
         if tensor.dtype != self.dtype or tensor.device != self.device:
             raise GeometryError(
@@ -169,11 +170,14 @@ class CacheShape:
         return cache
 
 
-def cache_shape(model: Any, block_tokens: int) -> CacheShape:
-    """The cache of a transformers model. Raises GeometryError for models whose cache is not plain KV."""
+def cache_shape(model: Any, block_tokens: int, shard: Shard | None = None) -> CacheShape:
+    """The cache of a transformers model. shard: the heads of it that this rank's cache holds; None: all.
+
+    Raises GeometryError for models whose cache is not plain KV, and for slices of layers.
+    """
     config = model.config.get_text_config(decoder=True)
     spec = ModelSpec.from_config(config.to_dict(), kv_dtype=str(model.dtype).removeprefix("torch."))
-    layers = _layer_shapes(spec)
+    layers = _layer_shapes(spec, shard or spec.whole_shard())
     _check_layer_classes(DynamicCache(config=model.config).layers, layers)
     samples = [
         [
@@ -194,8 +198,13 @@ def cache_shape(model: Any, block_tokens: int) -> CacheShape:
     return CacheShape(model.config, spec, model.dtype, model.device, layers, layout)
 
 
-def _layer_shapes(spec: ModelSpec) -> tuple[LayerShape, ...]:
+def _layer_shapes(spec: ModelSpec, shard: Shard) -> tuple[LayerShape, ...]:
     """In the order of the model's layers; layers that keep no KV of their own are left out."""
+    if (shard.first_layer, shard.layers) != (0, spec.layers):
+        raise GeometryError(
+            f"{shard.name} has not all {spec.layers} layers",
+            fix="split the heads of a transformers model over its ranks, and not its layers",
+        )
     shapes = []
     for g, group in enumerate(spec.groups):
         if group.kind == "state" or group.is_latent:
@@ -206,7 +215,8 @@ def _layer_shapes(spec: ModelSpec) -> tuple[LayerShape, ...]:
             )
         if group.kind == "sliding" and group.window_tokens < 2:
             raise GeometryError(f"layers {group.layers} have a window of {group.window_tokens} tokens")
-        heads, key_dim, value_dim = group.kv_heads, sum(group.key_dims), sum(group.value_dims)
+        heads = group.kv_heads * shard.heads // spec.head_units
+        key_dim, value_dim = sum(group.key_dims), sum(group.value_dims)
         shapes += [
             LayerShape(index, g, group.window_tokens, heads, key_dim, value_dim) for index in group.layers
         ]

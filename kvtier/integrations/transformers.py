@@ -27,6 +27,15 @@ A restored cache never covers the whole sequence: the model needs at least one t
 `restore` asks for all tokens but the last.  Fronts end where a block or a recorded tail ends, since only
 there the keys match, and where the window of every sliding layer is stored.  A restored cache is therefore
 never cut inside a block, but for the rows of a sliding layer from before its window.
+
+Ranks of a tensor-parallel model hold some heads of each layer.  Each, a process, attaches with its slice:
+
+    ranks = Shards.of(ModelSpec.from_config(folder), tp=2)
+    kv = attach(kvtier.connect(), model, shard=ranks[rank], ranks=ranks)
+    kv.park("chat-42", token_ids, cache)            # on each rank
+    plan = kv.plan("chat-42", token_ids)            # on one, which tells the others plan.plan_id
+    plan = kv.join(plan_id)                         # on each of the others
+    cache, tokens, receipt = kv.load(plan)          # on each: tokens is the same
 """
 
 from __future__ import annotations
@@ -49,6 +58,8 @@ from kvtier.integrations.chat_session import ChatSession, ParkLevel, Reply, Shar
 from kvtier.integrations.dynamic_cache import CacheShape, cache_shape
 from kvtier.objects import Shard
 from kvtier.receipts import RestoreReceipt
+from kvtier.shards import Shards
+from kvtier.worker_inputs import WorkerPlan
 
 if TYPE_CHECKING:
     from kvtier.client import Client
@@ -129,15 +140,37 @@ class TransformersKV:
         A miss is an empty cache and the reason in the receipt; 'recompute' where the node expects computing
         to be sooner than loading.  Raises TokensError for an empty list.
         """
+        if len(token_ids) == 1:
+            return self._miss(RestoreReceipt(conversation, tenant, 0, 0, reason="no_match"))
+        plan = self.plan(
+            conversation,
+            token_ids,
+            tenant=tenant,
+            fidelity=fidelity,
+            deadline_s=deadline_s,
+            waiting=waiting,
+            prefill_wait_s=prefill_wait_s,
+        )
+        return self.load(plan, deadline_s=deadline_s)
+
+    def plan(
+        self,
+        conversation: str,
+        token_ids: Sequence[int],
+        *,
+        tenant: str = DEFAULT_TENANT,
+        fidelity: str = EXACT,
+        deadline_s: float = 30.0,
+        waiting: int = 0,
+        prefill_wait_s: float = 0.0,
+    ) -> WorkerPlan:
+        """What `restore` would load, for `load`; on one of several ranks, for all of them. See `restore`."""
         if len(token_ids) == 0:
             raise TokensError("there are no tokens to restore", fix="give the whole sequence")
-        wanted = token_ids[:-1]
-        if len(wanted) == 0:
-            return self._miss(RestoreReceipt(conversation, tenant, 0, 0, reason="no_match"))
         # Computing goes on behind a loaded front. It never fills one in: a cache grows at its end alone.
-        plan = self.worker.plan(
+        return self.worker.plan(
             conversation,
-            wanted,
+            token_ids[:-1],
             tenant=tenant,
             fidelity=fidelity,
             deadline_s=deadline_s,
@@ -145,9 +178,18 @@ class TransformersKV:
             waiting=waiting,
             prefill_wait_s=prefill_wait_s,
         )
+
+    def join(self, plan_id: str) -> WorkerPlan:
+        """The plan that another rank made for all. plan_id: of it; '' where it loads nothing."""
+        if plan_id:
+            return self.worker.join(plan_id)
+        return WorkerPlan("", "", "", 0, (), reason="no_match", detail="there is nothing to load")
+
+    def load(self, plan: WorkerPlan, *, deadline_s: float = 30.0) -> Restored:
+        """Carry out a plan of this rank, or one that it has joined: the cache of this rank's slice."""
         if plan.load_tokens == 0:
             return self._miss(
-                RestoreReceipt(conversation, tenant, 0, 0, reason=plan.reason, detail=plan.detail)
+                RestoreReceipt(plan.conversation, plan.tenant, 0, 0, reason=plan.reason, detail=plan.detail)
             )
         staged = self.shape.stage(plan.load_tokens)
         receipt = self.worker.restore(plan, staged.binding, deadline_s=deadline_s)
@@ -175,6 +217,7 @@ def attach(
     *,
     fingerprint: Fingerprint | None = None,
     shard: Shard | None = None,
+    ranks: Shards | None = None,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     config: Mapping[str, Any] | str | Path | None = None,
     device: str | None = None,
@@ -183,8 +226,9 @@ def attach(
     """Show a transformers model's cache to the node.
 
     fingerprint: of its weights; by default that of the local folder that it was loaded from.  shard: the
-    slice that this process holds, by default all of it.  block_tokens: what is keyed and moved as one; other
-    workers of this model share blocks only of the same size.
+    slice that this process holds, by default all of it; ranks: those of all ranks that serve the model
+    together.  block_tokens: what is keyed and moved as one; other workers of this model share blocks only of
+    the same size.
 
     config: from which the node reads what computing a token costs, to weigh loading against computing; by
     default the model's own; {} shows none, and then all that is stored is loaded.  device: what computes, as
@@ -195,13 +239,14 @@ def attach(
     Raises FingerprintError for a model that came from elsewhere, GeometryError for one whose cache is not
     full or sliding attention, ModelSpecError.
     """
-    shape = cache_shape(model, block_tokens)
+    shape = cache_shape(model, block_tokens, shard)
     identity = fingerprint or model_fingerprint(model, shape)
     whole = shape.spec.whole_shard()
     worker = client.attach(
         identity,
         shape.layout,
         shard=shard or whole,
+        ranks=ranks,
         config=model_config(model) if config is None else config,
         device=device or "",
         devices=devices,

@@ -4,10 +4,20 @@ import hashlib
 
 import msgspec
 
-from kvtier.directory import announcer
-from kvtier.directory.announcements import Announcement, Answer, End, Layout, Part, Record, Tombstone
+from kvtier.cluster_messages import Held
+from kvtier.directory import announcer, saying
+from kvtier.directory.announcements import (
+    MOST_PARTS,
+    Announcement,
+    Answer,
+    End,
+    Layout,
+    Part,
+    Record,
+    Tombstone,
+)
 from kvtier.directory.announcer import Announcer, Holding, Sender
-from kvtier.directory.shard import Shard
+from kvtier.directory.shard import Shard, ShardSettings
 
 LAYOUT = Layout(256, tuple(Part(g, "full", f"L0+32.H{h}+8", 4096) for g in range(3) for h in range(8)))
 
@@ -129,3 +139,46 @@ def test_a_tombstone_that_comes_while_a_snapshot_is_made_is_said_with_it():
     sender.snapshot({}, (), ())
     drain(sender, shard)
     assert shard.summary().tombstones == 1
+
+
+def test_a_block_in_more_parts_than_a_message_has_bits_for_is_said_as_far_as_they_go():
+    """A shard takes nothing of a message with more, and asks for all of it again for ever."""
+    every = tuple((0, f"L0+1.H{n}+1", 8, True, n % 2 == 0) for n in range(MOST_PARTS + 6))
+    said = saying.holding(Held(hint(0) * 2, "tenant", 16, every))
+    assert len(said.layout.parts) == MOST_PARTS
+    assert said.host == (1 << MOST_PARTS) - 1
+    announcer, shard = Announcer("a", 1, 1), Shard()
+    announcer.snapshot({hint(0): said}, (), ())
+    drain(announcer.senders[0], shard)
+    assert shard.summary().rows == 1
+
+
+def test_a_snapshot_in_parts_is_of_what_was_true_last():
+    announcer, shard = Announcer("a", 1, 2), [Shard(ShardSettings(n, 2)) for n in range(2)]
+    gone = Holding("tenant", LAYOUT, 256, 0, 0)
+    first, second = ({hint(n): holding(0) for n in numbers} for numbers in (range(50), range(50, 100)))
+    announcer.begin()
+    announcer.add(first, [record(1)])
+    announcer.block(hint(3), gone)
+    announcer.block(hint(60), gone)
+    announcer.record(record(2))
+    announcer.add(second, [record(3)])
+    announcer.block(hint(70), gone)
+    assert all(sender.next() is None for sender in announcer.senders)
+    announcer.end(())
+    for sender, one in zip(announcer.senders, shard, strict=True):
+        drain(sender, one)
+    # Block 60 was gone when it was said, and was there when its part was made.
+    assert sum(one.summary().rows for one in shard) == 98
+    assert sum(one.summary().conversations for one in shard) == 3
+
+
+def test_a_stream_that_has_its_snapshot_takes_no_part_in_the_next():
+    announcer, shards = Announcer("a", 1, 2), [Shard(ShardSettings(n, 2)) for n in range(2)]
+    announcer.snapshot({hint(n): holding(0) for n in range(20)}, (), ())
+    for sender, shard in zip(announcer.senders, shards, strict=True):
+        drain(sender, shard)
+    announcer.senders[0].wants_snapshot = True
+    announcer.snapshot({hint(n): holding(0) for n in range(20)}, (), ())
+    assert announcer.senders[0].next() is not None
+    assert announcer.senders[1].next() is None

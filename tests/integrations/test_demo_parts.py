@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvtier.cli.demo import child, run, texts
 from kvtier.cli.demo.comparison import difference
 from kvtier.cli.demo.control import RayDaemon, daemon_settings
+from kvtier.cli.demo.model import device_of
 from kvtier.cli.demo.process import Job, Record, run_child
 from kvtier.cli.demo.report import Report, make_summary, make_table
 from kvtier.cli.demo.run import Demo
@@ -27,13 +28,19 @@ from kvtier.cli.demo.scenario import (
     MakeJob,
     RoundEnd,
     RoundJob,
+    TurnJob,
     TurnRecord,
     Usage,
     order_of,
     source_of,
 )
 from kvtier.errors import ConfigError, KvtierError
+from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.make import cuda_engine
+from kvtier.gpu.cuda.ways import always
 from kvtier.integrations.transformers import TransformersKV
+from kvtier.testing.fake_device import FakeDevice
+from kvtier.testing.fake_device_gpu import Range
 
 Attach = Callable[..., TransformersKV]
 
@@ -140,7 +147,7 @@ class InMemory:
         self.before_round: Callable[[int], None] = lambda number: None
         self._said: list[Record] = []
         monkeypatch.setattr(child, "say", self._said.append)
-        monkeypatch.setattr("kvtier.cli.demo.model.load_model", lambda folder, threads: model)
+        monkeypatch.setattr("kvtier.cli.demo.model.load_model", lambda folder, threads, device: model)
         monkeypatch.setattr(run, "run_child", self.run_child)
 
     def run_child(
@@ -155,7 +162,8 @@ class InMemory:
             self.rounds += 1
             for turn in job.turns:
                 child.say(child.serve_turn(self.kv, self.model, turn, job.logits))
-            child.say(RoundEnd({"host": Usage(5, HOST_BYTES), "disk": Usage(7, DISK_BYTES)}))
+            tiers = {"host": Usage(5, HOST_BYTES), "disk": Usage(7, DISK_BYTES)}
+            child.say(RoundEnd(tiers, "cuda:0 a GPU"))
         else:
             child.reference(job)
         for record in self._said:
@@ -176,7 +184,7 @@ def run_demo(work: Path, console: Console | None = None) -> tuple[Report, Counti
     (work / "logits" / "served").mkdir(parents=True)
     (work / "logits" / "reference").mkdir()
     quiet = console or Console(quiet=True)
-    return Demo(work, {}, control, quiet, chosen).run(seed=1), control
+    return Demo(work, {}, control, quiet, chosen, "cpu").run(seed=1), control
 
 
 def test_the_whole_run_is_bit_identical(
@@ -194,7 +202,8 @@ def test_the_whole_run_is_bit_identical(
     assert set(found["ttft_s"]) == {"recompute", "host", "disk"} and found["ttft_s"]["disk"] is None
     assert found["ttft_s"]["recompute"] > 0 and found["ttft_s"]["host"] > 0
     assert found["restored_tokens"] > 12 * 600
-    assert make_table(report).row_count == 1
+    assert make_table(report).row_count == 1 and "KV on cuda:0 a GPU" in str(make_table(report).title)
+    assert found["device"] == "cuda:0 a GPU"
     assert any("8 of 8" in line for line in make_summary(report))
 
 
@@ -282,3 +291,53 @@ def test_the_demo_with_a_daemon_in_each_process(capfd: pytest.CaptureFixture[str
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert found["bit_identical"] is True and found["resumed"] == 6
     assert found["ttft_s"]["disk"] > 0 and found["tiers"]["disk"]["used_bytes"] > 0
+
+
+# --- on a GPU, as far as a fake device shows it -----------------------------------------------------------
+
+
+class AnywhereDevice(FakeDevice):
+    """Takes all memory for its own: caches are wherever torch puts them."""
+
+    def _need(self, ranges: list[Range], kinds: tuple[str, ...]) -> None:
+        return
+
+
+def test_a_gpu_is_found_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (device_of("auto"), device_of("cpu"), device_of("cuda:1")) == ("cuda:0", "cpu", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto") == "cpu"
+
+
+def test_a_serving_process_copies_by_the_engine_of_the_model_s_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device, asked = AnywhereDevice(3), []
+    place = cuda_engine(device, Settings(always("staged"), 2, 1 << 16))
+    monkeypatch.setattr("kvtier.integrations.transformers.place_of", lambda location: place)
+    tiny_model().save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model").eval()
+    said = list[Record]()
+    monkeypatch.setattr(child, "say", said.append)
+
+    def load(folder: Path, threads: int, device: str) -> Any:
+        asked.append(device)
+        return model
+
+    monkeypatch.setattr("kvtier.cli.demo.model.load_model", load)
+    first = TurnJob("one", 0, "conversation", [], list(range(5, 180)))
+    jobs = [first]
+    for _ in range(2):
+        settings = daemon_settings(tmp_path, tmp_path / "run")
+        job = RoundJob(
+            model="", threads=1, device="auto", socket="", settings=settings, turns=jobs,
+            logits=str(tmp_path), kill_self=False,
+        )  # fmt: skip
+        child.serve(job)
+        turn = next(record for record in said if isinstance(record, TurnRecord))
+        jobs = [TurnJob("one", 1, "conversation", [*first.message, *turn.reply], [7, 8, 9])]
+    again = [record for record in said if isinstance(record, TurnRecord)][-1]
+    assert (again.park_level, again.restored_tokens) == ("disk", len(jobs[0].before) - 1)
+    assert [record.place for record in said if isinstance(record, RoundEnd)] == ["cpu fake"] * 2
+    assert asked == ["auto"] * 2 and {"gather", "scatter"} <= set(device.launched)
