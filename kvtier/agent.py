@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import select
 import threading
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kvtier.breaker import Backoff
+from kvtier.breaker import CHANCE, Backoff
 from kvtier.errors import GeometryError, KvtierError, MalformedMessage, ProtocolError
 from kvtier.messages import CopiesEnded, Message, ParkDone, Released, RestoreDone
 from kvtier.page_use import PageUse, ParkUse, RestoreUse
@@ -334,7 +333,7 @@ class Agent:
     def _lose_copy(self) -> None:
         """No queued batch starts; the node hears of the jobs once the running ones have ended."""
         self._copy_failures += 1
-        delay_s = self._backoff.delay_s(self._copy_failures, random.random())
+        delay_s = self._backoff.delay_s(self._copy_failures, CHANCE())
         self._copy_due_s = time.monotonic() + delay_s
         if self._copy is None:
             return

@@ -10,9 +10,15 @@ greets and then hangs is asked less and less often.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
+
+# Not Python's own generator, which is its program's: engines seed it alike in all their processes, whose
+# delays would then be alike, too.
+CHANCE: Final[Callable[[], float]] = random.SystemRandom().random
 
 
 class Circuit(Enum):

@@ -207,6 +207,14 @@ class PolicyConfig(Section, frozen=True):
             'long, while workers serve another of the same name; with eviction "cost".',
         ),
     ] = 3600.0
+    prefetch_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description='With eviction "cost": conversations that are expected back within so long are read '
+            "from disk into host memory while nobody waits for the disk, if that pays; 0: none are.",
+        ),
+    ] = 3600.0
     restore: Annotated[
         Literal["load", "cost"],
         Meta(

@@ -20,7 +20,7 @@ import hmac
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -146,27 +146,48 @@ def chain(
     private: (position, salt): the salt enters every block that holds or follows the position, so nothing
     from there on is shared with a chain of another salt.  No tokens give no blocks.  Raises TokensError.
     """
+    found = walk(root, tokens, extras, parent=parent, first_position=first_position, private=private)
+    before = _chain_start(root, parent, first_position)
+    size, start, end = root.block_tokens, first_position, first_position + _checked_count(tokens)
+    refs = []
+    for key in found:
+        refs.append(BlockRef(key, before, start, min(size, end - start)))
+        before, start = key, start + size
+    return refs
+
+
+def walk(
+    root: Root,
+    tokens: Packed,
+    extras: Sequence[Extra] = (),
+    *,
+    parent: bytes | None = None,
+    first_position: int = 0,
+    private: Extra | None = None,
+) -> Iterator[bytes]:
+    """The keys of `chain`, one by one: as many are hashed as are taken. Raises TokensError, at once."""
     count = _checked_count(tokens)
     size = root.block_tokens
     key = _chain_start(root, parent, first_position)
     extra_of = _extras_by_block(extras, private, size, first_position, first_position + count)
-    view, step = memoryview(tokens).cast("B"), size * TOKEN_BYTES
+    return _hashed(key, memoryview(tokens).cast("B"), size, first_position, extra_of)
+
+
+def _hashed(
+    key: bytes, tokens: memoryview, size: int, start: int, extra_of: Mapping[int, bytes]
+) -> Iterator[bytes]:
+    """The same bytes as block_key hashes; written out since it runs for every block of every lookup."""
     plain = struct.pack("<II", size, 0)
-    sha256, join, refs = hashlib.sha256, b"".join, []
-    full = count - count % size
-    start = first_position
-    # The same bytes as block_key hashes; written out because this loop runs for every block of every lookup.
-    for at in range(0, full * TOKEN_BYTES, step):
+    sha256, join, step = hashlib.sha256, b"".join, size * TOKEN_BYTES
+    full_bytes = len(tokens) - len(tokens) % step
+    for at in range(0, full_bytes, step):
         extra = extra_of.get(start) if extra_of else None
         head = plain if extra is None else struct.pack("<II", size, len(extra)) + extra
-        before = key
-        key = sha256(join((_BLOCK_TAG, before, head, view[at : at + step]))).digest()
-        refs.append(BlockRef(key, before, start, size))
+        key = sha256(join((_BLOCK_TAG, key, head, tokens[at : at + step]))).digest()
+        yield key
         start += size
-    if full < count:
-        tail = block_key(key, view[full * TOKEN_BYTES :], extra_of.get(start, b""))
-        refs.append(BlockRef(tail, key, start, count - full))
-    return refs
+    if full_bytes < len(tokens):
+        yield block_key(key, tokens[full_bytes:], extra_of.get(start, b""))
 
 
 def encode_extras(at: Iterable[Extra], salt: bytes | None) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import threading
 import time
 from collections import deque
@@ -21,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from kvtier import protocol
-from kvtier.breaker import Backoff, Breaker
+from kvtier.breaker import CHANCE, Backoff, Breaker
 from kvtier.credentials import read_token
 from kvtier.errors import DaemonNotFound, KvtierError, ProtocolError
 from kvtier.messages import Message
@@ -50,7 +49,7 @@ class LinkSettings(NamedTuple):
     timeout_s: float = 5.0
     backoff: Backoff = DEFAULT_BACKOFF
     clock: Callable[[], float] = time.monotonic
-    rng: Callable[[], float] = random.random
+    rng: Callable[[], float] = CHANCE
 
 
 class Link:

@@ -8,7 +8,8 @@ Connections to the node's socket, by the role in Hello:
     client   request and answer, strictly in turn: what `connect()` opens
     events   opened by an attached worker after Attach; the node sends ParkDone, Released, RestoreDone
     disk     the disk service: the node sends DiskWrite, DiskRead, ..., it answers and announces
-    gpu      the GPU service: the node sends PoolJoined, PoolLeft, Copy, CancelCopies; it answers Copied
+    gpu      the GPU service: the node sends PoolJoined, PoolLeft, Copy, CancelCopies; it answers Copied, and
+             says GpuUsage
 Connections to the GPU service's own socket:
     copy     opened by an attached worker: the service sends Copy and CancelCopies, the worker Copied; for a
              pool on a GPU that the service maps, ProbePool, PoolProbed and PoolProven

@@ -168,8 +168,8 @@ class RestoreReceipt:
 
     @property
     def ok(self) -> bool:
-        """Whether all that was planned to be loaded is in place."""
-        return self.tokens >= self.requested_tokens
+        """Whether all that was planned to be loaded is in place; of a plan that loads nothing nothing is."""
+        return 0 < self.requested_tokens <= self.tokens
 
 
 @dataclass(frozen=True, slots=True)

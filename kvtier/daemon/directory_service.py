@@ -2,6 +2,9 @@
 
 Nodes are the truth.  A service that starts again knows nothing; each node's next message is answered with the
 wish for a snapshot.  A node that was not heard of for `cluster.lost_after_s` counts as lost until it is.
+
+Nodes that do not reach another service turn to this one with its shards (see `routing.services_of`).  Those
+are begun empty, are told of like the service's own, and end when nobody tells of them any more.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from kvtier.config import Config
 from kvtier.config_cluster_schema import ClusterConfig
 from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
 from kvtier.directory import calls
+from kvtier.directory.routing import digest_of, services_of
 from kvtier.directory.shard import Shard, ShardSettings
 from kvtier.errors import ConfigError, MalformedMessage
 from kvtier.peers.handshake import Identity
@@ -51,6 +55,9 @@ class DirectoryService:
         self._lock = threading.Lock()
         self._heard: dict[str, _Heard] = {}
         self._shards: dict[int, Shard] = {}
+        # Of shards that are here in place of another service: when which node told of them last.
+        self._in_place: dict[int, dict[str, float]] = {}
+        self._digest = digest_of(config.cluster.directory)
         self._ended = threading.Event()
         self._server: PeerServer | None = None
         self._looking: threading.Thread | None = None
@@ -66,10 +73,7 @@ class DirectoryService:
                 "cluster.directory_listen", "is empty", fix="name an entry of cluster.directory"
             )
         count = cluster.shards
-        self._shards = {
-            index: Shard(ShardSettings(index, count, cluster.keep_tombstones_s))
-            for index in shards_at(cluster.directory, address, count)
-        }
+        self._shards = {index: self._made(index) for index in shards_at(cluster.directory, address, count)}
         token = read_secret("cluster.token_file", cluster.token_file, TOKEN_MIN_BYTES)
         own = Identity(directory_name(address), time.time_ns() // 1_000_000, token)
         host, port = split(address)
@@ -117,13 +121,22 @@ class DirectoryService:
         said = call.announcement
         if said.node != peer:
             raise MalformedMessage(f"node '{peer}' speaks for '{said.node}'")
+        now_s, shard = time.monotonic(), self._shard(said.shard)
         try:
-            answer = self._shard(said.shard).apply(said, time.time())
+            answer = shard.apply(said, time.time())
         except ValueError as error:
             raise MalformedMessage(str(error)) from error
+        if said.shard not in self._shards:
+            _LOG.warning("shard %d is here in place of another service", said.shard)
+            self._shards[said.shard] = shard
+            self._in_place[said.shard] = {}
+        if said.shard in self._in_place:
+            self._in_place[said.shard][peer] = now_s
         heard = self._heard.get(peer)
+        if (heard is None or heard.epoch != said.epoch) and call.services not in ("", self._digest):
+            _LOG.warning("cluster.directory of node '%s' is another list than here", peer)
         if heard is None or said.epoch >= heard.epoch:
-            self._heard[peer] = _Heard(said.epoch, call.address, time.monotonic(), call.load)
+            self._heard[peer] = _Heard(said.epoch, call.address, now_s, call.load)
         return answer
 
     def _find(self, call: calls.Find) -> calls.Found:
@@ -161,10 +174,14 @@ class DirectoryService:
         )
 
     def _shard(self, index: int) -> Shard:
-        shard = self._shards.get(index)
-        if shard is None:
-            raise MalformedMessage(f"shard {index} is not here: the nodes' settings differ")
-        return shard
+        """One that nobody has told of is empty."""
+        if not 0 <= index < self._config.cluster.shards:
+            raise MalformedMessage(f"there is no shard {index} here: the nodes' settings differ")
+        return self._shards.get(index) or self._made(index)
+
+    def _made(self, index: int) -> Shard:
+        cluster = self._config.cluster
+        return Shard(ShardSettings(index, cluster.shards, cluster.keep_tombstones_s))
 
     def _look(self) -> None:
         """Give up nodes that were not heard of, and do a piece of the tidying."""
@@ -177,13 +194,24 @@ class DirectoryService:
                         heard.here = False
                         for shard in self._shards.values():
                             shard.lost(node, heard.epoch)
+                self._end_places(late_s)
                 for shard in self._shards.values():
                     shard.tidy(time.time())
 
+    def _end_places(self, late_s: float) -> None:
+        """Who tells of a shard elsewhere again is not known here by it; one that nobody tells of ends."""
+        for index, told in list(self._in_place.items()):
+            for node in [node for node, at_s in told.items() if at_s < late_s]:
+                del told[node]
+                self._shards[index].lost(node, self._heard[node].epoch)
+            if not told:
+                _LOG.info("shard %d has its own service again", index)
+                del self._in_place[index], self._shards[index]
+
 
 def shards_at(directory: Sequence[str], address: str, count: int) -> list[int]:
-    """The shards of the service at this address: they go round the list."""
-    return [index for index in range(count) if directory[index % len(directory)] == address]
+    """The shards of the service at this address, where all services are there."""
+    return [index for index in range(count) if services_of(directory, index)[0] == address]
 
 
 def directory_name(address: str) -> str:

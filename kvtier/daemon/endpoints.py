@@ -122,11 +122,22 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
         },
         disk=_disk(core.state.disk.said),
         spilled_bytes=counters.spilled_bytes,
+        prefetched_bytes={
+            "read": counters.prefetched_bytes,
+            "used": counters.prefetch_used_bytes,
+            "wasted": counters.prefetch_wasted_bytes,
+        },
+        peer_bytes={
+            "kv": counters.peer_received_bytes,
+            "coded": counters.peer_coded_bytes,
+            "wire": counters.peer_wire_bytes,
+        },
         host_dirty_bytes=core.state.dirty_bytes,
         log_lost=core.state.log_lost,
         workers=len(report.workers),
         conversations=report.conversations,
         waiting_parks=report.waiting_parks,
+        late_workers=len(core.state.gpu_said.late),
     )
 
 

@@ -13,8 +13,11 @@ from kvtier.wire import Channel, close_all, hello
 
 def join_node(
     path: str, role: Literal["disk", "gpu"], greeting: TierHello, timeout_s: float
-) -> tuple[Channel, ArenaView]:
-    """Connect, and map the arenas; both are the caller's. Raises KvtierError, OSError."""
+) -> tuple[Channel, ArenaView, Arenas]:
+    """Connect, and map the arenas; both are the caller's. Also what the node said of itself with them.
+
+    Raises KvtierError, OSError.
+    """
     deadline_s = time.monotonic() + timeout_s
     channel = Channel.open(path, hello(role), deadline_s)
     try:
@@ -23,7 +26,7 @@ def join_node(
         try:
             if not isinstance(message, Arenas):
                 raise ProtocolError(f"the node sent {type(message).__name__} instead of its arenas")
-            return channel, ArenaView.shared(fds, message.arena_bytes, message.generation_slots)
+            return channel, ArenaView.shared(fds, message.arena_bytes, message.generation_slots), message
         finally:
             close_all(fds)
     except BaseException:

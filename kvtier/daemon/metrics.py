@@ -91,7 +91,8 @@ class NodeMetrics:
 
     parks: by the level reached.  restores: restores that loaded anything, by source; one that loaded from
     both counts in both.  misses: parks and restores that fell short, by receipts.Reason.  errors: by kind.
-    backpressure_s: time that parks waited for room.  returns: by horizon.
+    backpressure_s: time that parks waited for room.  returns: by horizon.  peer_bytes: from other nodes, as
+    they are and as they travelled.
     """
 
     node: str
@@ -108,11 +109,14 @@ class NodeMetrics:
     eta: EtaMetrics = EtaMetrics()
     returns: Mapping[str, ReturnMetrics] = field(default_factory=dict)
     spilled_bytes: float = 0.0
+    prefetched_bytes: Mapping[str, float] = field(default_factory=dict)
+    peer_bytes: Mapping[str, float] = field(default_factory=dict)
     host_dirty_bytes: int = 0
     log_lost: int = 0
     workers: int = 0
     conversations: int = 0
     waiting_parks: int = 0
+    late_workers: int = 0
 
 
 class NodeCollector(Collector):
@@ -147,6 +151,18 @@ class NodeCollector(Collector):
         yield CounterMetricFamily(
             "kvtier_spilled_bytes", "KV that host memory wrote to disk.", now.spilled_bytes
         )
+        yield _counter(
+            "kvtier_prefetched_bytes",
+            "KV read from disk ahead of a return (read), restored then (used), or gone before (wasted).",
+            "what",
+            dict.fromkeys(("read", "used", "wasted"), 0.0) | dict(now.prefetched_bytes),
+        )
+        yield _counter(
+            "kvtier_peer_bytes",
+            "KV from other nodes (kv), what of it came encoded (coded), and all of it on its way (wire).",
+            "form",
+            dict.fromkeys(("kv", "coded", "wire"), 0.0) | dict(now.peer_bytes),
+        )
         yield GaugeMetricFamily(
             "kvtier_host_dirty_bytes", "Bytes in host memory that the disk lacks.", now.host_dirty_bytes
         )
@@ -154,6 +170,9 @@ class NodeCollector(Collector):
             "kvtier_stimulus_log_lost_entries", "Entries that the stimulus log lacks.", now.log_lost
         )
         yield GaugeMetricFamily("kvtier_workers", "Attached workers.", now.workers)
+        yield GaugeMetricFamily(
+            "kvtier_late_workers", "Workers with a copy that does not end.", now.late_workers
+        )
         yield GaugeMetricFamily("kvtier_conversations", "Parked conversations.", now.conversations)
         yield GaugeMetricFamily("kvtier_waiting_parks", "Parks that wait for room now.", now.waiting_parks)
 

@@ -182,6 +182,7 @@ class NodeService:
             ask_elsewhere_s=config.cluster.ask_s if config.cluster.listen else 0.0,
             tenant_codecs=tuple((name, t.codec) for name, t in sorted(config.tenants.items()) if t.codec),
             retire_after_s=config.policy.retire_after_s,
+            prefetch_s=config.policy.prefetch_s,
             failure_domain=config.cluster.failure_domain or platform.node(),
             move_bytes_per_s=config.cluster.move_bytes_per_s,
             transport=config.cluster.transport,

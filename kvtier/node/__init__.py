@@ -10,6 +10,7 @@ counters.py       what it has done since its start
 room.py           making room in host memory: evict, spill, wait, or say no
 spills.py         what is written to disk ahead of need, or for room
 disk_side.py      what is asked of the disk service, and what its answers change
+holding.py        what jobs need all of at once is kept from leaving
 parks.py          pool -> host -> disk
 plans.py          looking up, choosing, holding
 restores.py       disk -> host -> pool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from kvtier.cluster_messages import DIRECTORY, Held, Holdings, Load, Named
@@ -11,7 +11,7 @@ from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState
 
 _HINT_BYTES = 16
-# Blocks and conversations of one message; the rest follows with the next tick.
+# Blocks and conversations of one message, or part; the rest follows with the next tick, or step.
 _MOST_AT_ONCE = 2000
 
 
@@ -39,10 +39,16 @@ class Announcing:
         self._version += 1
         state.send(DIRECTORY, self._holdings(keys, names, load))
 
-    def everything(self) -> Holdings:
-        """All that the node holds, for a shard that knows nothing of it."""
-        names = list(self._state.conversations)
-        return self._holdings((block.key for block in self._state.tree), names)
+    def everything(self) -> Iterator[Holdings]:
+        """All that the node holds, in parts, for a shard that knows nothing of it.
+
+        Each part is as things are when it is taken.  What changes behind it goes out with the ticks.
+        """
+        blocks, names = iter(self._state.tree), iter(list(self._state.conversations))
+        while part := list(islice(blocks, _MOST_AT_ONCE)):
+            yield self._holdings((block.key for block in part), ())
+        while some := list(islice(names, _MOST_AT_ONCE)):
+            yield self._holdings((), some)
 
     def _holdings(
         self, keys: Iterable[bytes], names: Iterable[ConversationId], load: Load | None = None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple, TypeAlias, cast
 
 from kvtier.errors import ProtocolError
@@ -146,22 +147,10 @@ def check_wishes(message: MakePlan) -> None:
 def _segments(pieces: Sequence[Piece], vias: Mapping[Source, str]) -> list[Segment]:
     """One for each run of neighbouring blocks in equal state."""
     segments: list[Segment] = []
-
-    def add(start: int, end: int, alike: _State) -> None:
-        source, tokens, nbytes = alike
-        run_bytes = (end - start) // tokens * nbytes
-        segments.append(Segment(start, end, source, run_bytes, vias.get(source, ""), tokens))
-
-    alike: _State | None = None
-    first = end = 0
-    for start, state in _by_block(pieces):
-        if state != alike:
-            if alike is not None:
-                add(first, end, alike)
-            alike, first = state, start
-        end = start + state[1]
-    if alike is not None:
-        add(first, end, alike)
+    for (source, tokens, nbytes), alike in groupby(_by_block(pieces), key=itemgetter(1)):
+        starts = [start for start, _ in alike]
+        end, run_bytes = starts[-1] + tokens, len(starts) * nbytes
+        segments.append(Segment(starts[0], end, source, run_bytes, vias.get(source, ""), tokens))
     return segments
 
 

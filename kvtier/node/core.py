@@ -44,6 +44,7 @@ from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.peers import Peers
 from kvtier.node.plans import Plans
+from kvtier.node.prefetch import Prefetch
 from kvtier.node.queues import Queues
 from kvtier.node.replicas import Replicas
 from kvtier.node.reports import status_report
@@ -75,6 +76,7 @@ _QUESTIONS = (
 _SERVICES_SAY: dict[type[m.Message], tuple[str, ...]] = {
     t.TierHello: ("disk", "gpu"),
     t.Copied: ("gpu",),
+    t.GpuUsage: ("gpu",),
     t.Announce: ("disk",),
     t.DiskWritten: ("disk",),
     t.DiskReadDone: ("disk",),
@@ -108,6 +110,7 @@ class NodeCore:
         self._disk = DiskSide(state)
         self._spills = Spills(state, self._disk)
         room = Room(state, self._disk, self._spills)
+        self._prefetch = Prefetch(state, self._disk, room)
         replicas = Replicas(state)
         self._parks = Parks(state, self._copies, self._disk, room, replicas)
         queues = Queues(self._copies, self._disk)
@@ -164,6 +167,7 @@ class NodeCore:
             self._plans.advance_all()
             self._disk.tidy_records()
             self._spills.ahead()
+            self._prefetch.advance()
         return state.out
 
     def busy(self) -> bool:
@@ -223,6 +227,7 @@ class NodeCore:
             m.Forget: admin.forget,
             t.TierHello: self._service_joined,
             t.Copied: self._copied,
+            t.GpuUsage: self._peers.gpu_usage,
             t.Announce: self._adoption.on_announce,
             t.DiskWritten: disk.on_written,
             t.DiskReadDone: disk.reads.on_read,
@@ -296,6 +301,7 @@ class NodeCore:
         self._admin.tick()
         self._disk.tick()
         self.cluster.tick()
+        self._prefetch.tick()
 
     def _expired(self, slot: Slot, holder: str) -> None:
         """A right ended. Whoever cannot be touching the slot is taken out at once; the rest is in limbo."""

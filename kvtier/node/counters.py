@@ -43,6 +43,12 @@ class Counters:
     restored_tokens: int = 0
     pulled_bytes: int = 0
     kept_bytes: int = 0
+    prefetched_bytes: int = 0
+    prefetch_used_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
+    peer_received_bytes: int = 0
+    peer_coded_bytes: int = 0
+    peer_wire_bytes: int = 0
     damaged_records: int = 0
     restore_s: Histogram = field(default_factory=Histogram)
     eta: EtaCounters = field(default_factory=EtaCounters)

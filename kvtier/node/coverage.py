@@ -108,4 +108,5 @@ def _piece(block: Block, shape: GroupGeometry, part: Part, source_of: SourceOf) 
     if meta.nbytes != shape.object_bytes(block.tokens, meta.first_valid):
         return None
     source = source_of(stored)
-    return Piece(stored, source) if source is not None else None
+    # As Piece(stored, source), in half the time: each lookup makes one for each object.
+    return tuple.__new__(Piece, (stored, source)) if source is not None else None

@@ -7,7 +7,6 @@ from math import inf
 
 import msgspec
 
-from kvtier.geometry import EXACT
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation
@@ -35,9 +34,11 @@ from kvtier.tier_messages import (
     DiskWrite,
     DiskWritten,
     WireRecord,
-    WireRoot,
 )
 
+# How long a disk tier that went away is waited for with what was promised to other nodes: its service starts
+# again, and takes over what it holds.
+_RETURNS_S = 120.0
 _FORGETS_LATER = (
     "the disk tier is not there; what it has of the conversation goes once it is,"
     " unless this node restarts before"
@@ -55,6 +56,7 @@ class DiskSide:
         self.reads = DiskReads(state, self._orphans)
         self.dues = DiskDues(state)
         self._seen = False
+        self._usable_s: float | None = None
         # Grows whenever a write is over, for those who wait for room.
         self.writes_ended = 0
 
@@ -62,6 +64,12 @@ class DiskSide:
         """Whether writes are worth asking for."""
         disk = self._state.disk
         return disk.ready and disk.said.state == "ready"
+
+    def returns(self) -> bool:
+        """Whether the disk takes no writes now, and may do so soon."""
+        state = self._state
+        since_s = self._usable_s if self._usable_s is not None else state.started_s or 0.0
+        return state.settings.disk_expected and not self.usable() and state.now_s < since_s + _RETURNS_S
 
     def wear_left_bytes(self) -> float:
         """What the drive may still be written today, as far as its service has said."""
@@ -160,12 +168,8 @@ class DiskSide:
             slots=[wire.item(meta, slot) for meta, slot in zip(metas, slots, strict=True)],
             records=[WireRecord(c.tenant, c.name, c.version, c.to_bytes()) for c in records],
             models=sorted(models.items()),
-            item_bytes=[self._item_bytes(root) for root in roots],
+            item_bytes=[wire.item_bytes(root, self._state.item_bytes) for root in roots],
         )
-
-    def _item_bytes(self, root: WireRoot) -> int:
-        """Width of the numbers in a root's payloads; 0 where no worker of its model has attached."""
-        return 1 if root.fidelity != EXACT else self._state.item_bytes.get(root.fingerprint, 0)
 
     def save_record(self, conversation: Conversation) -> None:
         """Keep a changed record, with all others that change until the next tick; nobody waits for it."""
@@ -361,11 +365,13 @@ class DiskSide:
         disk = self._state.disk
         if peer != disk.peer:
             return
+        self._note_usable()
         disk.capacity_bytes = message.capacity_bytes
         disk.said = message
 
     def lost(self) -> None:
         """The disk service's connection closed: what it was doing is over, its slots are in limbo."""
+        self._note_usable()
         state = self._state
         peer = state.disk.peer
         sent, unsent = self._requests.take_all()
@@ -377,6 +383,11 @@ class DiskSide:
         self.reads.lost(peer)
         for request in [*sent, *unsent]:
             self._give_up(request)
+
+    def _note_usable(self) -> None:
+        """Before what may end it."""
+        if self.usable():
+            self._usable_s = self._state.now_s
 
     def _give_up(self, request: Request) -> None:
         if isinstance(request, WriteRequest):

@@ -4,13 +4,17 @@ A plan whose tokens are not all here asks the directory where branches of the co
 which node could restore its tokens, then the best of these nodes what exactly it has.  Tokens decide, not
 versions: the chain that reaches furthest wins, whoever parked it.  Each answer is bounded by the plan's own
 deadline; a plan that has waited long enough goes on with what is here.
+
+For ranks with several slices a chain reaches as far as all of them do: each slice is looked for by itself,
+and what is not here of it may be at a node of its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import inf
 from typing import TypeAlias
 
@@ -29,6 +33,7 @@ from kvtier.cluster_messages import (
     Reach,
     TheseAre,
 )
+from kvtier.geometry import Geometry
 from kvtier.keys import BlockRef
 from kvtier.messages import MakePlan
 from kvtier.node import wire
@@ -36,6 +41,7 @@ from kvtier.node.blocks import Block, Private, Stored
 from kvtier.node.coverage import Piece, Source, longest, restored_end
 from kvtier.node.loads import Loads
 from kvtier.node.lookup import Query, wanted_end
+from kvtier.node.ranks import covered, shortest
 from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta, Root
 
@@ -47,7 +53,7 @@ _CHAINS_MOST = 8
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A chain of which another node has objects. metas: by object, as that node has them.
+    """What another node has of one slice of a chain. metas: by object, as that node has them.
 
     after: the conversation's tombstones that were known when it was asked.
     """
@@ -55,36 +61,49 @@ class Remote:
     node: str
     epoch: int
     private: Private | None
-    refs: tuple[BlockRef, ...]
     metas: dict[ObjectId, ObjectMeta]
     after: tuple[str, ...]
 
-    def by_block(self) -> dict[bytes, list[ObjectMeta]]:
-        """The same by block."""
-        found: dict[bytes, list[ObjectMeta]] = {}
-        for object_id, meta in self.metas.items():
-            found.setdefault(object_id.block_key, []).append(meta)
-        return found
+
+# By shard; of those slices of which another node has more than this one.
+Remotes: TypeAlias = Mapping[str, Remote]
+
+
+@dataclass(slots=True)
+class _Sought:
+    """One slice of a chain. tokens: how far it is had, here or by `remote`; rest: who reaches how far."""
+
+    tokens: int
+    rest: deque[Reach]
+    remote: Remote | None = None
+
+    @property
+    def reach(self) -> int:
+        """How far it may come yet."""
+        return max(self.tokens, self.rest[0].tokens if self.rest else 0)
 
 
 @dataclass(slots=True, eq=False)
 class Lookup:
     """One question about the cluster. over: there will be no better answer.  tokens: what is here reaches.
 
-    tell: who only wants to know who reaches how far, until until_s.
+    slices: of which all have to be had.  sought: of each chain, by shard.  asked: what nodes are asked now,
+    by the question's job.  chosen: the chain that all of it is had of, and how far.  tell: who only wants to
+    know who reaches how far, until until_s.
     """
 
     job: str
     message: MakePlan
     worker: Worker
     query: Query
+    slices: Mapping[str, Geometry]
     root: Root
     tokens: int
     after: tuple[str, ...]
     chains: list[tuple[Private | None, list[BlockRef]]] = field(default_factory=list)
-    candidates: deque[Reach] = field(default_factory=deque)
-    asked: Reach | None = None
-    remote: Remote | None = None
+    sought: list[dict[str, _Sought]] = field(default_factory=list)
+    asked: dict[str, tuple[str, Reach]] = field(default_factory=dict)
+    chosen: tuple[int, int] | None = None
     over: bool = False
     tell: TellFronts | None = None
     until_s: float = inf
@@ -97,8 +116,12 @@ class Elsewhere:
         self._state = state
         self._loads = loads
         self._lookups: dict[str, Lookup] = {}
+        # By the job of each question to a node.
+        self._asking: dict[str, Lookup] = {}
 
-    def begin(self, message: MakePlan, worker: Worker, query: Query, tokens: int) -> Lookup | None:
+    def begin(
+        self, message: MakePlan, worker: Worker, query: Query, slices: Mapping[str, Geometry], tokens: int
+    ) -> Lookup | None:
         """Ask the cluster for more than the first `tokens`, if it may have some that are worth the wait."""
         state = self._state
         rest = wanted_end(message, query) - tokens
@@ -106,15 +129,22 @@ class Elsewhere:
         small = bool(tokens) and rest < worker.geometry.block_tokens
         if not state.settings.ask_elsewhere_s or not message.conversation or rest <= 0 or small:
             return None
-        return self._begin(message, worker, query, tokens)
+        return self._begin(message, worker, query, slices, tokens)
 
-    def fronts(self, message: MakePlan, worker: Worker, query: Query, tell: TellFronts) -> None:
+    def fronts(
+        self,
+        message: MakePlan,
+        worker: Worker,
+        query: Query,
+        slices: Mapping[str, Geometry],
+        tell: TellFronts,
+    ) -> None:
         """Tell how far each other node reaches; nothing where there are none, or none answers in time."""
         ask_s = self._state.settings.ask_elsewhere_s
         if not ask_s:
             tell(())
             return
-        lookup = self._begin(message, worker, query, 0)
+        lookup = self._begin(message, worker, query, slices, 0)
         lookup.tell, lookup.until_s = tell, self._state.now_s + ask_s
 
     def tick(self) -> None:
@@ -127,11 +157,13 @@ class Elsewhere:
         if lookup.tell is not None:
             lookup.tell(fronts)
 
-    def _begin(self, message: MakePlan, worker: Worker, query: Query, tokens: int) -> Lookup:
+    def _begin(
+        self, message: MakePlan, worker: Worker, query: Query, slices: Mapping[str, Geometry], tokens: int
+    ) -> Lookup:
         state = self._state
         root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
         after = state.stones_of((message.tenant, message.conversation))
-        lookup = Lookup(state.next_id("e"), message, worker, query, root, tokens, after)
+        lookup = Lookup(state.next_id("e"), message, worker, query, slices, root, tokens, after)
         self._lookups[lookup.job] = lookup
         question = FindBranches(job=lookup.job, tenant=message.tenant, conversation=message.conversation)
         state.send(DIRECTORY, question)
@@ -141,6 +173,8 @@ class Elsewhere:
         """Nobody waits for it any more."""
         lookup.over = True
         self._lookups.pop(lookup.job, None)
+        for job in lookup.asked:
+            self._asking.pop(job, None)
 
     # --- answers ----------------------------------------------------------------------------------------
 
@@ -160,8 +194,9 @@ class Elsewhere:
                 job=lookup.job,
                 tenant=lookup.message.tenant,
                 chains=[_chain(refs) for _, refs in lookup.chains],
-                geometry=lookup.worker.geometry.at(lookup.message.fidelity),
+                geometry=lookup.slices[lookup.worker.shard],
                 shard=lookup.worker.shard,
+                others={s: geometry for s, geometry in lookup.slices.items() if s != lookup.worker.shard},
             ),
         )
 
@@ -171,37 +206,61 @@ class Elsewhere:
         lookup = self._lookups.get(message.job)
         if lookup is None:
             return
+        known = [front for front in message.fronts if 0 <= front.chain < len(lookup.chains)]
         if lookup.tell is not None:
-            self._told(lookup, message.fronts)
+            self._told(lookup, _jointly(known, len(lookup.slices)))
             return
-        useful = [f for f in message.fronts if f.tokens > lookup.tokens and 0 <= f.chain < len(lookup.chains)]
-        lookup.candidates = deque(sorted(useful, key=lambda front: -front.tokens))
+        for chain in range(len(lookup.chains)):
+            sought = {shard: _Sought(self._own(lookup, chain, shard), deque()) for shard in lookup.slices}
+            for front in sorted(known, key=lambda front: -front.tokens):
+                slice_of = sought.get(front.shard or lookup.worker.shard)
+                if slice_of is not None and front.chain == chain and front.tokens > slice_of.tokens:
+                    slice_of.rest.append(front)
+            lookup.sought.append(sought)
         self._ask_next(lookup)
 
+    def _own(self, lookup: Lookup, chain: int, shard: str) -> int:
+        """How far a slice of a chain is here."""
+        if len(lookup.slices) == 1:
+            return lookup.tokens
+        blocks = [self._block(lookup.root, ref, ()) for ref in lookup.chains[chain][1]]
+        at_most = wanted_end(lookup.message, lookup.query)
+        return restored_end(longest(blocks, lookup.slices[shard], shard, self._state.source_of, at_most))
+
     def on_these_are(self, peer: str, message: TheseAre) -> None:
-        """What a node has; one that has nothing, or is not there, is followed by the next."""
-        lookup = self._lookups.get(message.job)
-        if lookup is None or lookup.asked is None:
+        """What a node has of a slice; one that has nothing, or is not there, is followed by the next."""
+        lookup = self._asking.pop(message.job, None)
+        if lookup is None:
             return
-        node, epoch = lookup.asked.node, lookup.asked.epoch
-        private, refs = lookup.chains[lookup.asked.chain]
-        metas = _trusted(lookup, refs, wire.unpack_metas(message.roots, message.metas))
-        if not metas:
+        shard, reach = lookup.asked.pop(message.job)
+        private, refs = lookup.chains[reach.chain]
+        metas = _trusted(lookup, refs, shard, wire.unpack_metas(message.roots, message.metas))
+        if metas:
+            slice_of = lookup.sought[reach.chain][shard]
+            slice_of.remote = Remote(reach.node, reach.epoch, private, metas, lookup.after)
+            slice_of.tokens = reach.tokens
+        if not lookup.asked:
             self._ask_next(lookup)
-            return
-        lookup.remote = Remote(node, epoch, private, tuple(refs), metas, lookup.after)
-        self.end(lookup)
 
     def _ask_next(self, lookup: Lookup) -> None:
-        if not lookup.candidates:
+        """Of the chain that all slices may reach furthest in: who has the most of what is not had yet."""
+        reaches = [min(one.reach for one in sought.values()) for sought in lookup.sought]
+        tokens = max(reaches, default=0)
+        if tokens <= lookup.tokens:
             self.end(lookup)
             return
-        lookup.asked = lookup.candidates.popleft()
-        chain, node, epoch, tokens = lookup.asked[:4]
-        refs = [ref for ref in lookup.chains[chain][1] if ref.start + ref.tokens <= tokens]
-        packed = b"".join(ref.key for ref in refs)
-        shard = lookup.worker.shard
-        self._state.send(PEERS, AskHolder(job=lookup.job, node=node, epoch=epoch, keys=packed, shard=shard))
+        chain = reaches.index(tokens)
+        wanted = {shard: one for shard, one in lookup.sought[chain].items() if one.tokens < tokens}
+        if not wanted:
+            lookup.chosen = chain, tokens
+            self.end(lookup)
+            return
+        packed = b"".join(ref.key for ref in _refs_to(lookup, chain, tokens))
+        lookup.asked = {f"{lookup.job}/{shard}": (shard, one.rest.popleft()) for shard, one in wanted.items()}
+        for job, (shard, reach) in lookup.asked.items():
+            self._asking[job] = lookup
+            question = AskHolder(job=job, node=reach.node, epoch=reach.epoch, keys=packed, shard=shard)
+            self._state.send(PEERS, question)
 
     # --- chains -----------------------------------------------------------------------------------------
 
@@ -244,22 +303,30 @@ class Elsewhere:
 
     # --- using it ---------------------------------------------------------------------------------------
 
-    def merged(self, lookup: Lookup) -> tuple[Remote, list[Block], list[Piece]] | None:
-        """What is here and what the other node has, as one chain; None when nobody has anything."""
-        remote = lookup.remote
-        if remote is None:
+    def merged(self, lookup: Lookup) -> tuple[Remotes, list[Block], list[Piece]] | None:
+        """What is here and what other nodes have, as one chain; None when nobody has anything."""
+        if lookup.chosen is None:
             return None
-        there = remote.by_block()
-        blocks = [self._block(lookup.root, ref, there.get(ref.key, [])) for ref in remote.refs]
-        worker, query = lookup.worker, lookup.query
-        geometry = worker.geometry.at(lookup.message.fidelity)
-        at_most = wanted_end(lookup.message, query)
-        pieces = longest(blocks, geometry, worker.shard, self.source_in(remote), at_most)
-        return (remote, blocks, pieces) if restored_end(pieces) > lookup.tokens else None
+        chain, tokens = lookup.chosen
+        remotes = {shard: one.remote for shard, one in lookup.sought[chain].items() if one.remote is not None}
+        there: dict[bytes, list[ObjectMeta]] = {}
+        for remote in remotes.values():
+            for object_id, meta in remote.metas.items():
+                there.setdefault(object_id.block_key, []).append(meta)
+        refs = _refs_to(lookup, chain, tokens)
+        blocks = [self._block(lookup.root, ref, there.get(ref.key, [])) for ref in refs]
+        at_most = wanted_end(lookup.message, lookup.query)
+        pieces = covered(blocks, lookup.slices, self.source_in(remotes), at_most)
+        return (remotes, blocks, pieces) if restored_end(pieces) > lookup.tokens else None
 
-    def source_in(self, remote: Remote) -> _SourceOf:
-        """Where an object is, if the other node counts too."""
-        return _SourceOf(self._state, remote)
+    def lacking(self, lookup: Lookup) -> list[str]:
+        """Names of the slices without which the rest would reach further, here or elsewhere."""
+        ends = [{shard: one.reach for shard, one in sought.items()} for sought in lookup.sought]
+        return shortest(max(ends, key=lambda one: max(one.values()), default={}))
+
+    def source_in(self, remotes: Remotes) -> _SourceOf:
+        """Where an object is, if the other nodes count too."""
+        return _SourceOf(self._state, remotes)
 
     def _block(self, root: Root, ref: BlockRef, there: Iterable[ObjectMeta]) -> Block:
         """A block as it would be with all that the other node has of it; no part of the tree."""
@@ -276,13 +343,34 @@ class Elsewhere:
 class _SourceOf:
     """See `Elsewhere.source_in`."""
 
-    def __init__(self, state: NodeState, remote: Remote) -> None:
+    def __init__(self, state: NodeState, remotes: Remotes) -> None:
         self._state = state
-        self._remote = remote
+        self._remotes = remotes
 
     def __call__(self, stored: Stored) -> Source | None:
-        there: Source | None = "peer" if stored.meta.object_id in self._remote.metas else None
+        object_id = stored.meta.object_id
+        remote = self._remotes.get(object_id.shard)
+        there: Source | None = "peer" if remote is not None and object_id in remote.metas else None
         return self._state.source_of(stored) or there
+
+
+def _refs_to(lookup: Lookup, chain: int, tokens: int) -> list[BlockRef]:
+    """The blocks of the chain's first tokens."""
+    return [ref for ref in lookup.chains[chain][1] if ref.start + ref.tokens <= tokens]
+
+
+def _jointly(fronts: Iterable[Reach], slices: int) -> list[Reach]:
+    """How far each node reaches by itself with so many slices together; one that lacks any is left out."""
+    if slices == 1:
+        return list(fronts)
+    by_node = sorted(fronts, key=lambda front: (front.chain, front.node, front.epoch))
+    found = []
+    for (chain, node, epoch), group in groupby(by_node, key=lambda front: front[:3]):
+        each = list(group)
+        if len(each) == slices:
+            host, disk = sum(one.host_bytes for one in each), sum(one.disk_bytes for one in each)
+            found.append(Reach(chain, node, epoch, min(one.tokens for one in each), host, disk))
+    return found
 
 
 def _chain(refs: Sequence[BlockRef]) -> Chain:
@@ -290,9 +378,9 @@ def _chain(refs: Sequence[BlockRef]) -> Chain:
 
 
 def _trusted(
-    lookup: Lookup, refs: Sequence[BlockRef], metas: Iterable[ObjectMeta]
+    lookup: Lookup, refs: Sequence[BlockRef], shard: str, metas: Iterable[ObjectMeta]
 ) -> dict[ObjectId, ObjectMeta]:
-    """Of what a node says it has, that which is of these blocks and has a checksum to be held to."""
+    """Of what a node says it has, that which is of this slice and has a checksum to be held to."""
     of_key = {ref.key: ref for ref in refs}
     found: dict[ObjectId, ObjectMeta] = {}
     for meta in metas:
@@ -302,7 +390,7 @@ def _trusted(
             and len(meta.object_id.block_key) == KEY_BYTES
             and (meta.parent_key, meta.start, meta.tokens) == (ref.parent, ref.start, ref.tokens)
             and meta.root == lookup.root
-            and meta.object_id.shard == lookup.worker.shard
+            and meta.object_id.shard == shard
             and meta.checksum is not None
             and 0 <= meta.first_valid < meta.tokens
         ):

@@ -123,6 +123,9 @@ def _decision(state: NodeState, tiers: tuple[str, ...], key: bytes, nbytes: int)
     if tiers == ("host", "disk"):
         return "kept in host memory and on disk; it leaves host memory without a write"
     if tiers == ("host",):
+        block = state.tree.get(key)
+        if block is not None and block.kept and state.settings.disk_expected:
+            return "kept in host memory, one of the copies asked for; written to disk before it leaves"
         if not state.disk.ready:
             return "kept in host memory; dropped when its room is needed, since there is no disk"
         demoted = state.policies.admission.demote(key, nbytes, state.now_s)

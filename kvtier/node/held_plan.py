@@ -9,7 +9,7 @@ from kvtier.messages import Planned
 from kvtier.node.blocks import Block
 from kvtier.node.choosing import Chosen
 from kvtier.node.coverage import Piece
-from kvtier.node.elsewhere import Remote
+from kvtier.node.elsewhere import Remotes
 from kvtier.node.ranks import Slices
 from kvtier.node.state import Worker
 from kvtier.receipts import Plan
@@ -43,8 +43,8 @@ class HeldPlan:
     """A plan, and the pieces that it holds in host memory and pins on disk.
 
     blocks: in order; all of them, also those that are not loaded.  chosen: what the policy said.
-    remote: the node that has those pieces whose source is 'peer'.  shared: the plan that this is one rank's
-    part of; plan.plan_id is the part's own id then, and the pieces are those of `shard`.
+    remotes: by shard, the node that has those pieces whose source is 'peer'.  shared: the plan that this is
+    one rank's part of; plan.plan_id is the part's own id then, and the pieces are those of `shard`.
     """
 
     plan: Plan
@@ -55,7 +55,7 @@ class HeldPlan:
     pieces: tuple[Piece, ...]
     until_s: float
     chosen: Chosen
-    remote: Remote | None = None
+    remotes: Remotes = field(default_factory=dict)
     shared: SharedPlan | None = None
 
     def parts(self, slices: Slices, answer: Planned) -> list[HeldPlan]:

@@ -10,11 +10,10 @@ that was parked to the disk.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kvtier.cluster_messages import DIRECTORY, Erase, Keep, Kept
-from kvtier.errors import KvtierError, ObjectExists, SlotLeased
+from kvtier.errors import KvtierError
 from kvtier.node import limits, usage, wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Head
@@ -22,6 +21,7 @@ from kvtier.node.counters import count
 from kvtier.node.disk_requests import Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.graves import Burials
+from kvtier.node.holding import Holding
 from kvtier.node.naming import drop_tails
 from kvtier.node.peer_reads import PeerReads
 from kvtier.node.replicas import wanted_bytes
@@ -71,6 +71,11 @@ class _Job:
         """(tenant, conversation)."""
         return (self.message.tenant, self.message.conversation)
 
+    @property
+    def held_until_s(self) -> float:
+        """Of its leases."""
+        return self.until_s + _MORE_S
+
 
 class Keeping:
     """See the module's text. reads: from other nodes."""
@@ -81,7 +86,7 @@ class Keeping:
         self._state = state
         self._reads = reads
         self._disk = disk
-        self._room = room
+        self._holding = Holding(state, room)
         self._burials = burials
         self._jobs: dict[str, _Job] = {}
 
@@ -173,61 +178,13 @@ class Keeping:
         in_flight = self._state.settings.batches_in_flight
         while not (job.failure or stuck) and job.todo and job.reading < in_flight:
             read_id = self._state.next_id("x")
-            pairs, stuck = self._next_read(job, read_id)
+            pairs, stuck = self._holding.next_batch(job, read_id, job.held_until_s)
             if pairs:
                 self._read(job, read_id, pairs)
         if stuck == "full" and not (job.reading or self._reads.running() or self._disk.reads.running()):
             job.failure = "busy"
         if not (job.reading or job.recording) and (job.failure or not job.todo):
             self._all_there(job)
-
-    def _next_read(self, job: _Job, read_id: str) -> tuple[list[tuple[ObjectMeta, Slot]], str]:
-        """Slots for the next objects, and what stopped it from taking more."""
-        pairs: list[tuple[ObjectMeta, Slot]] = []
-        nbytes = 0
-        while job.todo and (not pairs or nbytes < self._state.settings.batch_bytes):
-            meta = job.todo[0]
-            if not self._hold(job, meta):
-                try:
-                    slot = self._room.reserve(meta, read_id)
-                except ObjectExists:
-                    return pairs, "filling"
-                if not isinstance(slot, Slot):
-                    return pairs, slot
-                pairs.append((meta, slot))
-                nbytes += meta.nbytes
-            job.todo.popleft()
-        return pairs, ""
-
-    def _hold(self, job: _Job, meta: ObjectMeta) -> bool:
-        """Whether the object is here, with as many rows; if so it is held for the job."""
-        state = self._state
-        stored = state.tree.stored(meta.object_id)
-        if stored is None:
-            return False
-        slot = state.host.find(meta.object_id)
-        if stored.meta.first_valid > meta.first_valid:
-            block = state.tree.get(meta.object_id.block_key)
-            if slot is not None and block is not None and not stored.writing:
-                # In use: the job waits until it is not.
-                with suppress(SlotLeased):
-                    state.remove_from_host(block, stored)
-            return False
-        if state.source_of(stored) is None:
-            return False
-        if slot is not None:
-            state.host.lease(slot, job.id, job.until_s + _MORE_S)
-        if job.held.get(meta.object_id) is not stored:
-            self._let_go(job, meta.object_id)
-            stored.pins += 1
-            job.held[meta.object_id] = stored
-        return True
-
-    @staticmethod
-    def _let_go(job: _Job, object_id: ObjectId) -> None:
-        stored = job.held.pop(object_id, None)
-        if stored is not None:
-            stored.pins -= 1
 
     def _read(self, job: _Job, read_id: str, pairs: list[tuple[ObjectMeta, Slot]]) -> None:
         job.reading += 1
@@ -260,14 +217,14 @@ class Keeping:
         state.counters.kept_bytes += meta.nbytes
         job.read_bytes += meta.nbytes
         if job.id in self._jobs:
-            self._hold(job, meta)
+            self._holding.hold(job, meta, job.held_until_s)
 
     # --- ends -------------------------------------------------------------------------------------------
 
     def _all_there(self, job: _Job) -> None:
         """All of it is held, or it has failed: answer; unless something went again meanwhile."""
         if not job.failure:
-            lost = [meta for meta in job.metas if not self._hold(job, meta)]
+            lost = [meta for meta in job.metas if not self._holding.hold(job, meta, job.held_until_s)]
             if lost and job.rounds < _ROUNDS_MOST:
                 job.rounds += 1
                 job.todo = deque(lost)
@@ -332,10 +289,10 @@ class Keeping:
         tier = ""
         if not job.failure:
             tier = "disk" if job.recorded else "host"
-        state.send(job.peer, Kept(tier=tier, reason=job.failure, bytes=job.read_bytes))
+        kept = Kept(tier=tier, reason=job.failure, bytes=job.read_bytes, epoch=state.epoch)
+        state.send(job.peer, kept)
         self._jobs.pop(job.id, None)
-        for object_id in list(job.held):
-            self._let_go(job, object_id)
+        self._holding.let_go(job)
         state.host.holder_ended(job.id)
         if tier and job.head is not None:
             tails = [tail for key in job.message.replaces if (tail := state.tree.get(key)) is not None]

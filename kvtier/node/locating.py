@@ -20,6 +20,7 @@ from kvtier.node.everywhere import Everywhere
 from kvtier.node.loads import Loads
 from kvtier.node.lookup import Query
 from kvtier.node.plans import Plans
+from kvtier.node.ranks import present, slices_of
 from kvtier.node.state import NodeState, Worker
 
 # (node, tokens held, expected seconds)
@@ -110,7 +111,8 @@ class Locating:
             nodes = self._ranked(query.end, [own, *others] if own.tokens else others, worker)
             self._state.send(peer, Located(id=message.id, nodes=nodes))
 
-        self._elsewhere.fronts(plan, worker, query, answer)
+        slices = present(slices_of(self._state, worker, plan.fidelity))
+        self._elsewhere.fronts(plan, worker, query, slices, answer)
 
     def _ranked(self, tokens: int, fronts: Iterable[Front], worker: Worker) -> list[Place]:
         """The holders by when they would have the first token; behind them those whose load is not known."""

@@ -72,11 +72,21 @@ def match(
     They differ in the recorded tail that ends them; the last one has none.
     """
     blocks = prefix_blocks(tree, root, query, name)
-    for ref in block_refs(root, query, private):
-        block = tree.get(ref.key)
-        if block is None or block.is_tail:
+    found = keys.walk(
+        root,
+        query.tokens,
+        query.extras,
+        parent=query.after_key or None,
+        first_position=query.after_tokens,
+        private=private,
+    )
+    # What follows the first block that is not here is not even keyed.
+    for block in map(tree.get, found):
+        if block is None:
             break
         blocks.append(block)
+    if blocks and blocks[-1].is_tail:
+        blocks.pop()
     last = blocks[-1] if blocks else None
     tails = tails_within(tree, (last.key, last.end) if last else (root.key, 0), root, query, private)
     return [*([*blocks, tail] for tail in tails), *([blocks] if blocks else [])]
@@ -103,7 +113,7 @@ def _tail_key(
     """Of a block of the query's next tokens."""
     parent, start = after
     first = (start - query.after_tokens) * keys.TOKEN_BYTES
-    refs = keys.chain(
+    found = keys.walk(
         root,
         query.tokens[first : first + tokens * keys.TOKEN_BYTES],
         tuple(extra for extra in query.extras if extra[0] < start + tokens),
@@ -111,4 +121,4 @@ def _tail_key(
         first_position=start,
         private=private,
     )
-    return refs[0].key
+    return next(found)

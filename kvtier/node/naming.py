@@ -52,6 +52,7 @@ def drop_tails(state: NodeState, disk: DiskSide, chain: Sequence[Block], tails: 
         by = by_parent.get(tail.parent)
         if by is None or not droppable(state, tail, by):
             continue
+        by.kept = by.kept or tail.kept
         parts = list(tail.parts.values())
         for stored in parts:
             if stored.slot is not None:

@@ -7,7 +7,7 @@ from typing import cast
 
 from kvtier.node import naming
 from kvtier.node.blocks import Stored
-from kvtier.node.conversations import Conversation
+from kvtier.node.conversations import Conversation, Head
 from kvtier.node.disk_requests import Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.park_job import ParkAct, ParkJob
@@ -150,6 +150,11 @@ class ParkWrites:
                 if job.act is not None:
                     job.act.recording = False
             elif record is not None and job.head is not None:
+                if job.over and not self._all_on_disk(job.head):
+                    # Nobody held it there any more: what has left since is no end of the conversation.
+                    if job.act is not None:
+                        job.act.recording = False
+                    return
                 job.recorded = True
                 if job.act is not None:
                     job.act.recorded = True
@@ -162,6 +167,11 @@ class ParkWrites:
 
         records = [record] if record is not None else []
         self._disk.write(objects, records, "park", done, job.message.codec)
+
+    def _all_on_disk(self, head: Head) -> bool:
+        """Whether the disk has everything up to this end."""
+        chain = self._state.tree.chain(head.key)
+        return bool(chain) and all(s.on_disk is not None for block in chain for s in block.parts.values())
 
     def drop_extended_tails(self, job: ParkJob) -> None:
         """A tail goes once the block that contains it is as durable."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
 from dataclasses import replace
 
-from kvtier.errors import ObjectExists, SlotLeased, StaleSlot
+from kvtier.errors import StaleSlot
 from kvtier.messages import Park, ParkDone, ParkStarted, Released
 from kvtier.node import held_cost, limits, naming, usage
 from kvtier.node.blocks import ConversationId, Stored
@@ -14,6 +13,7 @@ from kvtier.node.conversations import Head
 from kvtier.node.copies import Copies, Pair
 from kvtier.node.counters import count
 from kvtier.node.disk_side import DiskSide
+from kvtier.node.holding import Holding
 from kvtier.node.park_acts import ParkActs
 from kvtier.node.park_job import ParkJob
 from kvtier.node.park_request import new_job
@@ -21,9 +21,7 @@ from kvtier.node.park_writes import ParkWrites
 from kvtier.node.replicas import Replicas
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker
-from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.receipts import Level, Reason
-from kvtier.tier import Slot
 from kvtier.tier_messages import Copied
 
 # Least and most that a refused caller is told to wait.
@@ -42,6 +40,7 @@ class Parks:
         self._copies = copies
         self._disk = disk
         self._room = room
+        self._holding = Holding(state, room)
         self._writes = ParkWrites(state, disk, replicas)
         self._acts = ParkActs(state)
         self._jobs: dict[str, ParkJob] = {}
@@ -143,7 +142,9 @@ class Parks:
             return
         stuck = ""
         while job.todo and not stuck and len(job.running) < self._state.settings.batches_in_flight:
-            batch, stuck = self._next_batch(job)
+            batch, stuck = self._holding.next_batch(job, job.id, self._held_until_s(job))
+            for _, slot in batch:
+                self._state.host.lease(slot, job.id, self._state.now_s + self._state.settings.copy_lease_s)
             if batch:
                 self._copies.start(job, "gather", batch, last=not job.todo)
         if job.running:
@@ -153,65 +154,9 @@ class Parks:
         else:
             self._all_gathered(job)
 
-    def _next_batch(self, job: ParkJob) -> tuple[list[Pair], str]:
-        """Slots for the next objects, and what stopped it from taking more."""
-        state = self._state
-        batch: list[Pair] = []
-        nbytes = 0
-        while job.todo and (not batch or nbytes + job.todo[0].nbytes <= state.settings.batch_bytes):
-            meta = job.todo[0]
-            if not self._hold_stored(job, meta):
-                try:
-                    slot = self._room.reserve(meta, job.id)
-                except ObjectExists:
-                    return batch, "filling"
-                if not isinstance(slot, Slot):
-                    return batch, slot
-                state.host.lease(slot, job.id, state.now_s + state.settings.copy_lease_s)
-                batch.append((meta, slot))
-                nbytes += meta.nbytes
-            job.todo.popleft()
-        return batch, ""
-
-    def _hold_stored(self, job: ParkJob, meta: ObjectMeta) -> bool:
-        """Whether the object is here already, complete enough; if so it is held for the job."""
-        state = self._state
-        stored = state.tree.stored(meta.object_id)
-        if stored is None:
-            return False
-        slot = state.host.find(meta.object_id)
-        if stored.meta.first_valid > meta.first_valid:
-            if slot is not None:
-                self._drop_incomplete(stored)
-            return False
-        if slot is None and not state.disk.ready:
-            return False
-        if slot is not None and not self._writes.streams(job):
-            state.host.lease(slot, job.id, job.started_s + 2 * job.message.timeout_s)
-        if job.held.get(meta.object_id) is not stored:
-            self._let_go(job, meta.object_id)
-            stored.pins += 1
-            job.held[meta.object_id] = stored
-        state.used((stored,))
-        return True
-
-    @staticmethod
-    def _let_go(job: ParkJob, object_id: ObjectId) -> None:
-        stored = job.held.pop(object_id, None)
-        if stored is not None:
-            stored.pins -= 1
-
-    def _drop_incomplete(self, stored: Stored) -> None:
-        """A sliding layer's object that lacks rows which a park has: out of host memory, to store it whole.
-
-        A copy on disk stays until the new one is written.
-        """
-        block = self._state.tree.get(stored.meta.object_id.block_key)
-        if block is None or stored.writing:
-            return
-        # In use: the park waits until it is not.
-        with suppress(SlotLeased):
-            self._state.remove_from_host(block, stored)
+    def _held_until_s(self, job: ParkJob) -> float | None:
+        """Of leases on what it holds; None where there would be no room for all of it."""
+        return None if self._writes.streams(job) else job.started_s + 2 * job.message.timeout_s
 
     def _is_too_large(self, job: ParkJob) -> bool:
         """Whether even empty tiers would not do."""
@@ -268,7 +213,7 @@ class Parks:
                 if self._writes.streams(job):
                     # The others are held until the park is over.
                     usage.stored(state, job.name, block)
-            self._hold_stored(job, meta)
+            self._holding.hold(job, meta, self._held_until_s(job))
             written.append(stored)
             job.objects_stored += 1
             job.bytes_stored += meta.nbytes
@@ -280,7 +225,10 @@ class Parks:
 
     def _all_gathered(self, job: ParkJob) -> None:
         """All objects are stored: the pages may go, the conversation has a new head."""
-        lost = [m for m in job.metas if not (self._writes.is_there(job, m) or self._hold_stored(job, m))]
+        until_s = self._held_until_s(job)
+        lost = [
+            m for m in job.metas if not (self._writes.is_there(job, m) or self._holding.hold(job, m, until_s))
+        ]
         if lost:
             job.rounds += 1
             if job.rounds > _ROUNDS_MOST:
@@ -386,8 +334,7 @@ class Parks:
         self._jobs.pop(job.id, None)
         self._acts.left(job)
         self._writes.over(job)
-        for object_id in list(job.held):
-            self._let_go(job, object_id)
+        self._holding.let_go(job)
         self._copies.settle(job)
         if level != "none":
             self._writes.drop_extended_tails(job)

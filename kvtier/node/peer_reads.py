@@ -63,11 +63,16 @@ class PeerReads:
                 slots=[wire.item(meta, slot) for meta, slot in pairs],
                 timeout_s=timeout_s,
                 behind=behind,
+                item_bytes=tuple(wire.item_bytes(meta.root, state.item_bytes) for meta, _ in pairs),
             ),
         )
 
     def on_done(self, peer: str, message: PeerReadDone) -> None:
         """The answer to a read: nothing of it touches a slot any more."""
+        counters = self._state.counters
+        counters.peer_received_bytes += message.received_bytes
+        counters.peer_coded_bytes += message.coded_bytes
+        counters.peer_wire_bytes += message.wire_bytes
         read = self._reads.pop(message.job, None)
         if read is None:
             if message.job in self._late:

@@ -22,7 +22,7 @@ from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES
 from kvtier.policy.interfaces import PrefillRate
 from kvtier.receipts import Reason
-from kvtier.tier_messages import Arenas, PoolJoined, PoolLeft, TierHello
+from kvtier.tier_messages import Arenas, GpuUsage, PoolJoined, PoolLeft, TierHello
 
 _MOST_DEVICES = 65536
 
@@ -127,7 +127,7 @@ class Peers:
     ) -> None:
         """A tier service is ready to work."""
         state = self._state
-        arenas = Arenas(arena_bytes=arena_bytes, generation_slots=generation_slots)
+        arenas = Arenas(arena_bytes=arena_bytes, generation_slots=generation_slots, takes_gpu_usage=True)
         if peer.startswith("disk"):
             self._disk.joined(peer, message.pid, message.capacity_bytes)
             self._adoption.begin()
@@ -143,6 +143,15 @@ class Peers:
         for worker in state.workers.values():
             if worker.connected:
                 self._introduce(worker)
+
+    def gpu_usage(self, peer: str, message: GpuUsage) -> None:
+        """What the GPU service takes of its workers' GPUs."""
+        if peer != self._state.gpu_peer:
+            return
+        self._state.gpu_said = message
+        for name, nbytes in message.workers.items():
+            if name in self._state.workers:
+                self._state.workers[name].gpu_bytes = nbytes
 
     def _introduce(self, worker: Worker) -> None:
         message = PoolJoined(
@@ -227,7 +236,7 @@ class Peers:
             self._state.send(self._state.gpu_peer, PoolLeft(worker=worker.name))
 
     def _gpu_left(self, peer: str) -> None:
-        self._state.gpu_peer = ""
+        self._state.gpu_peer, self._state.gpu_said = "", GpuUsage()
         for job in self._copies.all():
             if job.running:
                 self._abandon(job, "copy_failed", "the GPU service went away")

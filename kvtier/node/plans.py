@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,12 +16,12 @@ from kvtier.node.blocks import Block, ConversationId
 from kvtier.node.choosing import Chooser, Chosen, Front, check_wishes
 from kvtier.node.counters import count
 from kvtier.node.coverage import Piece, restored_end
-from kvtier.node.elsewhere import Elsewhere, Lookup, Remote
+from kvtier.node.elsewhere import Elsewhere, Lookup, Remotes
 from kvtier.node.held_plan import HeldPlan, SharedPlan
 from kvtier.node.limits import check_seconds
 from kvtier.node.lookup import Query, match, wanted_end
 from kvtier.node.parks import Parks
-from kvtier.node.ranks import Slices, absent, covered, of_same_ranks, slices_of
+from kvtier.node.ranks import Slices, absent, covered, lacking, of_same_ranks, present, slices_of
 from kvtier.node.state import NodeState, Worker
 from kvtier.receipts import Plan, Reason
 
@@ -34,6 +36,15 @@ class _Deferred:
     asked_s: float
     until_s: float
     lookup: Lookup | None = None
+
+
+class _Found(NamedTuple):
+    """What a plan can be made of. lacks: slices without which it would reach further."""
+
+    blocks: list[Block]
+    pieces: list[Piece]
+    remotes: Remotes
+    lacks: list[str]
 
 
 class Plans:
@@ -178,16 +189,18 @@ class Plans:
         found = self._found(deferred, query, slices)
         if found is None:
             return
-        blocks, pieces, remote = found
-        where = state.source_of if remote is None else self._elsewhere.source_in(remote)
-        front = Front(blocks, pieces, where, slices, remote.node if remote is not None else "")
+        blocks, pieces, remotes, lacks = found
+        where = self._elsewhere.source_in(remotes) if remotes else state.source_of
+        front = Front(blocks, pieces, where, slices, _most_of(remotes))
         waited_s = state.now_s - deferred.asked_s
         chosen = self._chooser.choose(message, worker, front, query.end, waited_s)
         choice, loads = chosen.choice, bool(chosen.pieces)
         reason = "" if loads else self._why_nothing(message, blocks, chosen, slices)
+        if lacks and (loads or not chosen.stored):
+            reason = "shard_missing"
         if chosen.stored:
             count(state.counters.eta.ways, chosen.way)
-        if reason and reason != "recompute":
+        if reason and reason != "recompute" and not loads:
             count(state.counters.misses, reason)
         lease_s = min(message.lease_s, state.settings.plan_lease_s)
         known = state.conversations.get((message.tenant, message.conversation))
@@ -206,9 +219,9 @@ class Plans:
             why=choice.why if chosen.stored else "",
             load_ttft_s=choice.load_s,
             recompute_ttft_s=choice.recompute_s,
-            cost_per_hour=held_cost.of_blocks(state, blocks) if remote is None else None,
+            cost_per_hour=None if remotes else held_cost.of_blocks(state, blocks),
             saved_gpu_s=chosen.saved_gpu_s(worker, query.end) if loads else 0.0,
-            detail=f"no worker has {absent(slices)}" if reason == "shard_missing" else "",
+            detail=_what_is_missing(slices, lacks, restored_end(pieces)) if reason == "shard_missing" else "",
         )
         # A park can only go on after what is here.
         there = (b for b in reversed(blocks) if not b.is_tail and state.tree.get(b.key) is not None)
@@ -219,32 +232,35 @@ class Plans:
             geometry = worker.geometry.at(message.fidelity)
             until_s, pieces = state.now_s + lease_s, chosen.pieces
             held = HeldPlan(
-                plan, worker, worker.shard, geometry, tuple(blocks), tuple(pieces), until_s, chosen, remote
+                plan, worker, worker.shard, geometry, tuple(blocks), tuple(pieces), until_s, chosen, remotes
             )
             for part in held.parts(slices, answer):
                 self._hold(part)
         state.send(deferred.peer, answer)
 
-    def _found(
-        self, deferred: _Deferred, query: Query, slices: Slices
-    ) -> tuple[list[Block], list[Piece], Remote | None] | None:
-        """The longest restorable front, here or with another node's help; None: others are asked first."""
+    def _found(self, deferred: _Deferred, query: Query, slices: Slices) -> _Found | None:
+        """The longest restorable front, here or with other nodes' help; None: others are asked first."""
         blocks, pieces = self._best(deferred.message, deferred.worker, query)
         lookup = deferred.lookup
         if lookup is None:
-            if len(slices) == 1 and len(self._deferred) < limits.MOST_WAITING:
+            if not absent(slices) and len(self._deferred) < limits.MOST_WAITING:
                 tokens = restored_end(pieces)
-                lookup = self._elsewhere.begin(deferred.message, deferred.worker, query, tokens)
+                lookup = self._elsewhere.begin(
+                    deferred.message, deferred.worker, query, present(slices), tokens
+                )
             if lookup is not None:
                 until_s = self._state.now_s + self._state.settings.ask_elsewhere_s
                 self._deferred.append(replace(deferred, lookup=lookup, until_s=until_s))
                 return None
-            return blocks, pieces, None
+            at_most = wanted_end(deferred.message, query)
+            return _Found(blocks, pieces, {}, lacking(blocks, slices, self._state.source_of, at_most))
         self._elsewhere.end(lookup)
-        merged = self._elsewhere.merged(lookup)
+        lacks = self._elsewhere.lacking(lookup)
+        # A rank may have gone meanwhile.
+        merged = None if absent(slices) else self._elsewhere.merged(lookup)
         if merged is None or restored_end(merged[2]) <= restored_end(pieces):
-            return blocks, pieces, None
-        return merged[1], merged[2], merged[0]
+            return _Found(blocks, pieces, {}, lacks)
+        return _Found(merged[1], merged[2], merged[0], lacks)
 
     def _best(self, message: MakePlan, worker: Worker, query: Query) -> tuple[list[Block], list[Piece]]:
         """The longest restorable front over all branches, however they were keyed."""
@@ -290,3 +306,15 @@ class Plans:
         if held.shared is not None:
             self._shared[held.shared.plan_id] = held.shared
         state.plan_ends_s[held.plan.plan_id] = held.until_s
+
+
+def _what_is_missing(slices: Slices, lacks: Sequence[str], tokens: int) -> str:
+    if absent(slices):
+        return f"no worker has {absent(slices)}"
+    return f"beyond {tokens} tokens nobody has {', '.join(lacks)}"
+
+
+def _most_of(remotes: Remotes) -> str:
+    """The node that most slices come from; '' for none."""
+    nodes = Counter(remote.node for remote in remotes.values())
+    return max(sorted(nodes), key=lambda node: nodes[node], default="")

@@ -35,8 +35,7 @@ class Pulls:
         ended: PullEnded,
     ) -> None:
         """Read objects of the plan's other node into slots that `read_id` reserved; `ended` is told."""
-        state, remote = self._state, held.remote
-        assert remote is not None, "only a plan with another node's help has pieces that are there"
+        state, remote = self._state, held.remotes[held.shard]
         name = (held.plan.tenant, held.plan.conversation)
 
         def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
@@ -59,8 +58,8 @@ class Pulls:
 
     def _arrived(self, held: HeldPlan, name: ConversationId, meta: ObjectMeta, slot: Slot) -> Stored:
         """It is the conversation's to forget from now on."""
-        state, remote = self._state, held.remote
-        assert meta.checksum is not None and remote is not None, "a plan has no others"
+        state, remote = self._state, held.remotes[held.shard]
+        assert meta.checksum is not None, "a plan has no others"
         state.host.commit([(slot, meta.checksum)])
         stored = state.stored_in_host(meta)
         block = state.tree.get(meta.object_id.block_key)

@@ -58,6 +58,11 @@ def absent(slices: Slices) -> str:
     return ", ".join(shard for shard, geometry in slices.items() if geometry is None)
 
 
+def present(slices: Slices) -> dict[str, Geometry]:
+    """Those that an attached worker has."""
+    return {shard: geometry for shard, geometry in slices.items() if geometry is not None}
+
+
 def covered(blocks: Sequence[Block], slices: Slices, source_of: SourceOf, at_most: int) -> list[Piece]:
     """The pieces of all slices to restore the longest front that every one of them has.
 
@@ -69,6 +74,23 @@ def covered(blocks: Sequence[Block], slices: Slices, source_of: SourceOf, at_mos
     found = together(blocks, slices, source_of, at_most)
     pieces = [piece for one in found.values() for piece in one]
     return sorted(pieces, key=lambda piece: (piece.stored.meta.start, piece.stored.meta.object_id.group))
+
+
+def lacking(blocks: Sequence[Block], slices: Slices, source_of: SourceOf, at_most: int) -> list[str]:
+    """Names of the slices that end before another one does."""
+    if len(slices) == 1:
+        return []
+    ends = {
+        shard: restored_end(longest(blocks, geometry, shard, source_of, at_most))
+        for shard, geometry in present(slices).items()
+    }
+    return shortest(ends)
+
+
+def shortest(ends: Mapping[str, int]) -> list[str]:
+    """Names of the slices that end first; none where all end together. ends: of each."""
+    least = min(ends.values(), default=0)
+    return [shard for shard, end in ends.items() if end == least < max(ends.values())]
 
 
 def together(

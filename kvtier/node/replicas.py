@@ -4,6 +4,8 @@ The node that has it asks as many others as are wanted, in failure domains of th
 counts when its node has said that all of it is there.  Which nodes: by a hash of the conversation's name,
 weighted with their room, so that the next turn's copy goes where the front is already, and no node gets
 what all others have at once.  One that fails is followed by the next; one that is busy is asked again.
+Where several are to have it, the directory is asked at the end which of them have restarted since they
+answered: what was in their memory is gone.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from kvtier.objects import ObjectMeta
 # the least, unless there is less.
 _SHARE, _LEAST_S = 0.5, 2.0
 _AGAIN_S = 0.5
+# The directory is waited for so long before it is told who has it.
+_PROVE_S = 0.5
 # A node that has so much to read from others is asked after the rest.
 _QUEUE_S = 1.0
 
@@ -61,7 +65,11 @@ TellCopied: TypeAlias = Callable[[Copied], None]
 
 @dataclass(slots=True, eq=False)
 class Wish:
-    """One conversation that `others` more nodes are to have. asked: nodes by the job of their question."""
+    """One conversation that `others` more nodes are to have. asked: nodes by the job of their question.
+
+    holders: those of copies, as they were when they answered.  why, late: of the end that is under way: until
+    prove_s the directory may say which of them have restarted since.
+    """
 
     job: str
     keep: Keep
@@ -74,6 +82,10 @@ class Wish:
     busy: list[NodeThere] = field(default_factory=list)
     asked: dict[str, NodeThere] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    holders: dict[str, NodeThere] = field(default_factory=dict)
+    why: str = ""
+    late: bool = False
+    prove_s: float = math.inf
     domains: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
     again_s: float = math.inf
@@ -105,11 +117,11 @@ class Replicas:
         wish = Wish(self._state.next_id("k"), keep, nbytes, others, until_s, tell, apart)
         self._wishes[wish.job] = wish
         if not self._state.settings.ask_elsewhere_s:
-            self._end(wish, "this node is alone")
+            self._over(wish, "this node is alone")
         elif len(keep.metas) > MOST_METAS:
-            self._end(wish, f"{len(keep.metas)} objects are too many for one question")
+            self._over(wish, f"{len(keep.metas)} objects are too many for one question")
         elif len(self._wishes) > MOST_WAITING:
-            self._end(wish, f"{MOST_WAITING} conversations are being copied already")
+            self._over(wish, f"{MOST_WAITING} conversations are being copied already")
         else:
             self._state.send(DIRECTORY, FindNodes(job=wish.job))
         return wish.job
@@ -124,8 +136,10 @@ class Replicas:
         """Nodes that were busy are asked again; what takes too long is over."""
         now_s = self._state.now_s
         for wish in list(self._wishes.values()):
-            if wish.until_s <= now_s:
-                self._end(wish, "", late=True)
+            if wish.prove_s <= now_s:
+                self._end(wish)
+            elif wish.until_s <= now_s and not wish.late:
+                self._over(wish, late=True)
             elif wish.again_s <= now_s:
                 wish.candidates.extend(wish.busy)
                 wish.busy, wish.again_s = [], math.inf
@@ -134,12 +148,15 @@ class Replicas:
     # --- answers ----------------------------------------------------------------------------------------
 
     def on_nodes(self, peer: str, message: NodesThere) -> None:
-        """Which nodes are there."""
+        """Which nodes are there: at the beginning, and before it is said who has it."""
         wish = self._wishes.get(message.job)
         if wish is None:
             return
-        wish.candidates = self._ranked(wish, message.nodes)
-        self._go_on(wish)
+        if wish.prove_s < math.inf:
+            self._proven(wish, message.nodes)
+        else:
+            wish.candidates = self._ranked(wish, message.nodes)
+            self._go_on(wish)
 
     def on_kept(self, peer: str, message: Kept) -> None:
         """What one node says that was asked."""
@@ -150,6 +167,7 @@ class Replicas:
         wish.bytes += message.bytes
         if message.tier:
             wish.copies[node.node] = message.tier
+            wish.holders[node.node] = msgspec.structs.replace(node, epoch=message.epoch)
             wish.failures.pop(node.node, None)
         else:
             wish.domains.discard(_domain_of(node))
@@ -159,6 +177,8 @@ class Replicas:
         self._go_on(wish)
 
     def _go_on(self, wish: Wish) -> None:
+        if wish.late:
+            return
         while len(wish.copies) + len(wish.asked) < wish.others:
             node = next((n for n in wish.candidates if _domain_of(n) not in wish.domains), None)
             if node is None:
@@ -166,12 +186,40 @@ class Replicas:
             wish.candidates.remove(node)
             self._ask(wish, node)
         if len(wish.copies) >= wish.others:
-            self._end(wish, "")
+            self._over(wish)
         elif not wish.asked:
             if wish.busy:
                 wish.again_s = self._state.now_s + _AGAIN_S
             else:
-                self._end(wish, "there is no other node with room, in a failure domain of its own")
+                self._over(wish, "there is no other node with room, in a failure domain of its own")
+
+    def _over(self, wish: Wish, why: str = "", *, late: bool = False) -> None:
+        """Nobody else is asked: it is told, once it is known who still has it."""
+        wish.why, wish.late = why, late
+        if wish.others == 1 or not wish.copies:
+            # The only one has answered just now.
+            self._end(wish)
+        elif wish.prove_s == math.inf:
+            wish.prove_s = self._state.now_s + _PROVE_S
+            self._state.send(DIRECTORY, FindNodes(job=wish.job))
+
+    def _proven(self, wish: Wish, nodes: Iterable[NodeThere]) -> None:
+        wish.prove_s = math.inf
+        lost = False
+        for node in nodes:
+            answered = wish.holders.get(node.node)
+            if answered is None or not 0 < answered.epoch < node.epoch:
+                continue
+            if wish.copies.get(node.node) == "host":
+                del wish.copies[node.node]
+                wish.domains.discard(_domain_of(answered))
+                wish.failures[node.node] = "peer_lost"
+                wish.candidates.append(node)
+                lost = True
+        if lost and not wish.late:
+            self._go_on(wish)
+        else:
+            self._end(wish)
 
     def _ask(self, wish: Wish, node: NodeThere) -> None:
         wish.domains.add(_domain_of(node))
@@ -197,12 +245,12 @@ class Replicas:
         name = (wish.keep.tenant, wish.keep.conversation)
         return sorted(able, key=lambda n: (n.load.peer.start_s > _QUEUE_S, -_weight(name, n), n.node))
 
-    def _end(self, wish: Wish, why: str, *, late: bool = False) -> None:
+    def _end(self, wish: Wish) -> None:
         self.end(wish.job)
         failed = [f"{node}: {reason}" for node, reason in sorted(wish.failures.items())]
-        if len(wish.copies) < wish.others:
-            why = "; ".join([*filter(None, [why]), *failed])
-        wish.tell(Copied(wish.copies, why, late, wish.bytes))
+        short = len(wish.copies) < wish.others
+        why = "; ".join([*filter(None, [wish.why]), *failed]) if short else ""
+        wish.tell(Copied(wish.copies, why, wish.late, wish.bytes))
 
 
 def keep_of(

@@ -10,7 +10,7 @@ from kvtier.node.conversations import Conversation
 from kvtier.node.eta import OUTCOMES, WAYS
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo, ModelInfo, StatusReport, TierInfo, WorkerInfo
-from kvtier.tier_messages import DiskUsage
+from kvtier.tier_messages import DiskUsage, GpuUsage
 
 # Below this share of a day's writes the status says so.
 _WEAR_LOW = 0.05
@@ -70,6 +70,10 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
     warnings = []
     if not state.gpu_peer:
         warnings.append("the GPU service is not connected: parks and restores are refused")
+    if state.gpu_said.late:
+        warnings.append(
+            f"copies of {', '.join(state.gpu_said.late)} do not end: their streams may stand still"
+        )
     if state.disk.said.state == "degraded":
         warnings.append(f"the disk tier is degraded: {state.disk.said.detail}")
     if state.disk.ready and state.disk.said.crowded:
@@ -131,7 +135,7 @@ def _tiers(state: NodeState) -> list[TierInfo]:
         used_bytes=0,
         limbo_bytes=0,
         objects=0,
-        detail=f"{len(workers)} pools of serving engines",
+        detail=_gpu_detail(len(workers), state.gpu_said),
     )
     usage = state.host.usage()
     share = state.faulted_in_bytes / usage.capacity_bytes
@@ -164,6 +168,12 @@ def _tiers(state: NodeState) -> list[TierInfo]:
     ]
 
 
+def _gpu_detail(pools: int, said: GpuUsage) -> str:
+    """In MiB, which need no rounding to be short."""
+    context = f", {said.context_bytes >> 20} MiB for the CUDA contexts of the GPU service"
+    return f"{pools} pools of serving engines{context if said.context_bytes else ''}"
+
+
 def _disk_detail(said: DiskUsage) -> str:
     parts = [said.detail] if said.detail else []
     if said.user_bytes:
@@ -184,6 +194,12 @@ def _counters(state: NodeState) -> dict[str, float]:
         "restored_tokens": c.restored_tokens,
         "pulled_bytes": c.pulled_bytes,
         "kept_bytes": c.kept_bytes,
+        "prefetched_bytes": c.prefetched_bytes,
+        "prefetch_used_bytes": c.prefetch_used_bytes,
+        "prefetch_wasted_bytes": c.prefetch_wasted_bytes,
+        "peer_received_bytes": c.peer_received_bytes,
+        "peer_coded_bytes": c.peer_coded_bytes,
+        "peer_wire_bytes": c.peer_wire_bytes,
         "damaged_records": c.damaged_records,
         "host_dirty_bytes": state.dirty_bytes,
         "disk_written_bytes": said.written_bytes,

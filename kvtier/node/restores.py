@@ -121,6 +121,7 @@ class Restores:
             return
         until_s = job.deadline_s + state.settings.quiet_grace_s + state.settings.copy_lease_s
         state.host.lease(slot, job.id, until_s)
+        state.counters.prefetch_used_bytes += state.prefetched.pop(stored.meta.object_id, 0)
         job.to_copy.append((stored.meta, slot))
 
     # --- moving on --------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Literal, TypeAlias
 
 from kvtier.errors import SlotLeased, TierFull
@@ -10,7 +12,7 @@ from kvtier.node import naming
 from kvtier.node.blocks import Block, Stored
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.spills import Spills
-from kvtier.node.state import NodeState
+from kvtier.node.state import NodeState, room_bytes
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.states import State
 from kvtier.tier import Slot
@@ -37,8 +39,8 @@ class Room:
         self._spills = spills
         self._behind_window: dict[ObjectId, GroupGeometry] = {}
         self._sweep_at = _SWEEP_FROM
-        # Of the last search that found nothing: when, and how many writes had ended by then.
-        self._in_vain: tuple[float, int] | None = None
+        # Of the last search that found nothing: when, how many writes had ended by then, and the room wanted.
+        self._in_vain: tuple[float, int, int] | None = None
 
     def passed_by(self, object_id: ObjectId, shape: GroupGeometry) -> None:
         """A sliding layer's object that a conversation has left behind: the first to go."""
@@ -52,7 +54,7 @@ class Room:
         slot = self._try(meta, holder)
         if slot is None and self._drop_behind_window():
             slot = self._try(meta, holder)
-        if slot is None and not self._is_in_vain():
+        if slot is None and not self._is_in_vain(meta.nbytes):
             possible = self._spills.possible()
             slot = self._evict_for(meta, holder)
             if slot is None and possible and not self._spills.possible():
@@ -62,12 +64,42 @@ class Room:
             return slot
         return "wait" if self._disk.writes_running() else "full"
 
-    def _is_in_vain(self) -> bool:
-        """Whether the end of a write is to be waited for, before another look at who could go."""
+    def spare(self, meta: ObjectMeta, holder: str, may_go: Callable[[bytes], bool]) -> Slot | None:
+        """A slot for what nobody waits for: evicting only blocks that may go, and need no write.
+
+        Raises ObjectExists.
+        """
+        state = self._state
+        slot = self._try(meta, holder)
+        if slot is not None:
+            return slot
+        for key in islice(state.policies.host.victims(state.now_s), _PASS_OVER_BLOCKS):
+            block = state.tree.get(key)
+            if block is None:
+                continue
+            if not may_go(key):
+                return None
+            evicted = state.counters.evicted_objects
+            self._evict_clean(block)
+            slot = self._try(meta, holder) if state.counters.evicted_objects > evicted else None
+            if slot is not None:
+                return slot
+        return None
+
+    def is_written_first(self, block: Block, stored: Stored) -> bool:
+        """Whether other nodes count on an object that the disk lacks; then it is on its way there."""
+        first = block.kept and self._spills.wanted(block, stored)
+        if first:
+            self._spills.for_room([block], room_bytes(stored.meta))
+        return first
+
+    def _is_in_vain(self, nbytes: int) -> bool:
+        """Whether the end of a write is to be waited for, before another look at who could go for so much."""
         if self._in_vain is None or not self._disk.writes_running():
             return False
-        searched_s, ended = self._in_vain
-        return ended == self._disk.writes_ended and self._state.now_s < searched_s + _SEARCH_AGAIN_S
+        searched_s, ended, wanted_bytes = self._in_vain
+        new = ended != self._disk.writes_ended or self._state.now_s >= searched_s + _SEARCH_AGAIN_S
+        return not new and nbytes >= wanted_bytes
 
     def _try(self, meta: ObjectMeta, holder: str) -> Slot | None:
         try:
@@ -81,6 +113,7 @@ class Room:
         dirty: list[Block] = []
         passed_over: set[bytes] = set()
         may_pass_bytes = _PASS_OVER * sum(state.arena_bytes)
+        try_from = 0
         for key in state.policies.host.victims(state.now_s):
             block = state.tree.get(key)
             if block is None:
@@ -92,12 +125,15 @@ class Room:
             if slot is not None:
                 return slot
             may_pass_bytes -= self._dirty_room(block, passed_over)
-            enough = may_pass_bytes < 0 or len(passed_over) >= _PASS_OVER_BLOCKS
-            if dirty and (enough or not self._has_clean()):
-                break
-        if dirty:
+            enough = may_pass_bytes < 0 or len(passed_over) >= _PASS_OVER_BLOCKS or not self._has_clean()
+            if dirty and enough and len(passed_over) >= try_from:
+                if self._spills.for_room(dirty, meta.nbytes):
+                    break
+                # Parks hold all of these, or there is no disk: what follows goes, or is written, for them.
+                dirty, try_from = [], 2 * len(passed_over)
+        else:
             self._spills.for_room(dirty, meta.nbytes)
-        self._in_vain = (state.now_s, self._disk.writes_ended)
+        self._in_vain = (state.now_s, self._disk.writes_ended, meta.nbytes)
         return None
 
     def _dirty_room(self, victim: Block, seen: set[bytes]) -> int:

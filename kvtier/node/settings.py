@@ -23,7 +23,7 @@ class NodeSettings:
     retire_after_s: when a model's KV is worth nothing that no worker serves, while others serve its name.
     failure_domain: what may fail at once with this node; '' for the node alone.  move_bytes_per_s: what a
     node on its way out of service may give to others; 0 for nothing.  transport: by which it speaks to other
-    nodes, for people.
+    nodes, for people.  prefetch_s: how far ahead of a return the disk is read, if that pays; 0: not at all.
     """
 
     node: str = "local"
@@ -46,3 +46,4 @@ class NodeSettings:
     failure_domain: str = ""
     move_bytes_per_s: int = 0
     transport: str = ""
+    prefetch_s: float = 0.0

@@ -45,7 +45,12 @@ class Spills:
 
     def wanted(self, block: Block, stored: Stored) -> bool:
         """Whether the object is to be written before its host copy goes; if not, it may be dropped."""
-        if stored.durable or not self.possible() or disk_bytes(stored.meta) > self._disk.wear_left_bytes():
+        if stored.durable:
+            return False
+        if not self.possible():
+            # Other nodes count on what is kept: it waits for a disk that may be back soon.
+            return block.kept and self._disk.returns()
+        if disk_bytes(stored.meta) > self._disk.wear_left_bytes():
             return False
         if self._state.draining or block.kept:
             # Memory is about to go as a whole, or other nodes count on it: it is not a question of worth.
@@ -64,10 +69,11 @@ class Spills:
         if state.now_s >= self._look_again_s and not self._write(self._next_victims(), "ahead"):
             self._look_again_s = state.now_s + _LOOK_AGAIN_S
 
-    def for_room(self, victims: Iterable[Block], nbytes: int) -> None:
-        """Write these, so that an object of nbytes finds room when that is done."""
-        if sum(self._disk.spilling()) < nbytes:
-            self._write(victims, "spill")
+    def for_room(self, victims: Iterable[Block], nbytes: int) -> bool:
+        """Write these, so that an object of nbytes finds room when that is done; False: nothing goes out."""
+        if not self.possible():
+            return False
+        return sum(self._disk.spilling()) >= nbytes or self._write(victims, "spill")
 
     # --- what goes together -----------------------------------------------------------------------------
 
@@ -135,5 +141,6 @@ class Spills:
         return self._state.host.state(slot) is State.PRESENT
 
     def _written(self, result: Written) -> None:
-        if not result.ok:
+        # A disk that is not there is waited for anyhow, and takes what comes as soon as it is back.
+        if not result.ok and result.reason != "no_disk":
             self._pause_until_s = self._state.now_s + _PAUSE_S

@@ -21,7 +21,7 @@ from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.policy.interfaces import Policies, PrefillRate
-from kvtier.tier_messages import DiskUsage
+from kvtier.tier_messages import DiskUsage, GpuUsage
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Worker:
     """An attached worker. connected: its control connection is open.  rate: how fast it computes.
 
     ranks: shards of all ranks that park and restore together with it; () where it does so alone.  engine,
-    place, gpu_bytes: as it said when it attached.
+    place: as it said when it attached; gpu_bytes: so too, or as the GPU service says that copies for it.
     """
 
     name: str
@@ -128,6 +128,7 @@ class NodeState:
         self.disk = DiskView()
         self.gpu_peer = ""
         self.gpu_address = ""
+        self.gpu_said = GpuUsage()
         self.counters = Counters()
         self.arena_bytes: list[int] = []
         # When plans stop to hold what they name in host memory, if nobody restores them.
@@ -138,6 +139,8 @@ class NodeState:
         # Of each model, by fingerprint: bytes of its objects in each tier.
         self.host_bytes_of: dict[bytes, int] = {}
         self.disk_bytes_of: dict[bytes, int] = {}
+        # Bytes of what was read ahead of a return and is in host memory, unused.
+        self.prefetched: dict[ObjectId, int] = {}
         # Conversations that are over, by the version of the record that the disk may still have.
         self.ended: dict[ConversationId, int] = {}
         # Those of them of which the disk has not been told.
@@ -280,6 +283,7 @@ class NodeState:
     def vacated(self, stored: Stored) -> None:
         """Its slot is no longer its own; whoever calls sees to what follows from that."""
         stored.slot = None
+        self.counters.prefetch_wasted_bytes += self.prefetched.pop(stored.meta.object_id, 0)
         count(self.host_bytes_of, stored.meta.root.fingerprint, -stored.meta.nbytes)
 
     def removed_from_disk(self, block: Block, stored: Stored) -> None:
@@ -374,16 +378,24 @@ class NodeState:
                         self.end_conversation(name)
 
     def _left_disk(self, block: Block) -> None:
-        """After power loss, conversations that run through the block end before it."""
+        """After power loss, conversations that run through the block end before it.
+
+        Also those that were never asked to be on disk: with what is spilled of them their records are there.
+        """
         parent = self.tree.get(block.parent)
         for name in sorted(block.names):
             conversation = self.conversations.get(name)
-            for end in conversation.ends if conversation is not None else ():
-                if conversation is None or end.key not in conversation.durable or end.tokens < block.end:
+            for end in conversation.ends if conversation is not None and conversation.recorded else ():
+                if conversation is None or end.tokens < block.end:
                     continue
-                if end.key == block.key or block in self.tree.chain(end.key):
+                if end.key == block.key or (self._may_end_on_disk(end) and block in self.tree.chain(end.key)):
                     conversation.left_disk(end, _before(end, parent))
                     self.records_changed[name] = None
+
+    def _may_end_on_disk(self, end: Head) -> bool:
+        """Whether the disk has the end itself: if not, whoever reads the record passes over it."""
+        last = self.tree.get(end.key)
+        return last is not None and last.recorded
 
 
 def _before(end: Head, parent: Block | None) -> Head | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvtier.errors import MalformedMessage
+from kvtier.geometry import EXACT
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.tier import Slot
 from kvtier.tier_messages import WireItem, WireMeta, WireRoot
@@ -29,6 +30,11 @@ def item(meta: ObjectMeta, slot: Slot) -> WireItem:
 def key_of(object_id: ObjectId) -> tuple[bytes, int, str]:
     """An ObjectId as a plain tuple."""
     return (object_id.block_key, object_id.group, object_id.shard)
+
+
+def item_bytes(root: Root | WireRoot, widths: Mapping[bytes, int]) -> int:
+    """Width of the numbers in its objects; 0 where none of `widths`, by fingerprint, says it."""
+    return 1 if root.fidelity != EXACT else widths.get(root.fingerprint, 0)
 
 
 def pack_metas(metas: Iterable[ObjectMeta]) -> tuple[list[WireRoot], list[WireMeta]]:

@@ -18,19 +18,15 @@ from kvtier.node.blocks import ConversationId
 from kvtier.node.coverage import restored_end
 from kvtier.node.park_job import ParkJob
 from kvtier.receipts import AskedLevel, Level
-from kvtier.testing.node_rules import PICK, TOLD
+from kvtier.testing.node_rules import NAMES, PICK, Turn, turns
 from kvtier.testing.rig_checks import drain, pieces_of, problems
 from kvtier.testing.rig_cluster import NodeRig, RigCluster
-from kvtier.testing.rig_uses import HYBRID, PLAIN
+from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT
 from kvtier.testing.rig_world import DiskStore
 
 # Two nodes share what may fail at once.
 DOMAINS = {"a": "rack 1", "b": "rack 2", "d": "rack 2", "e": ""}
-NAMES = st.sampled_from([("acme", "a"), ("acme", "a"), ("acme", "b"), ("rival", "a")])
-LEVELS = st.sampled_from(["copies=2", "copies=2", "copies=3", "host", "disk"])
-STORIES = st.integers(0, 1)
-LENGTHS = st.integers(1, 18)
-PRIVATE = st.sampled_from([None, None, 5])
+LEVELS: st.SearchStrategy[AskedLevel] = st.sampled_from(["copies=2", "copies=2", "copies=3", "host", "disk"])
 FAILURES = st.sampled_from(["", "", "", "missing", "busy", "peer_lost", "deadline", "corrupt"])
 
 
@@ -68,7 +64,11 @@ class CopiesMachine(RuleBasedStateMachine):
     def _join(self, name: str, disk: DiskStore | int | None, graves: tuple[c.Stone, ...]) -> None:
         self.epoch += 1
         wishes = {"failure_domain": DOMAINS[name], "disk_expected": disk is not None}
-        rig = NodeRig(self.cluster, name, graves, epoch=self.epoch, disk=disk, wishes=wishes)
+        # Where no disk takes it, a copy may go for room: only memory that is never full keeps it.
+        arena_bytes = ((64 if disk is not None else 4096) * UNIT,)
+        rig = NodeRig(
+            self.cluster, name, graves, epoch=self.epoch, disk=disk, wishes=wishes, arena_bytes=arena_bytes
+        )
         rig.now_s = max(other.now_s for other in self.cluster.rigs.values())
         self._watch(rig)
 
@@ -129,20 +129,12 @@ class CopiesMachine(RuleBasedStateMachine):
 
     # -- what happens
 
-    @rule(
-        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, private=PRIVATE, late=st.booleans()
-    )
-    def park(
-        self,
-        pick: int,
-        who: tuple[str, str],
-        story: int,
-        length: int,
-        level: AskedLevel,
-        private: int | None,
-        late: bool,
-    ) -> None:
-        rig, tokens = self._rig(pick), tuple(TOLD[story][:length])
+    @rule(pick=PICK, turn=turns(LEVELS))
+    def park(self, pick: int, turn: Turn) -> None:
+        rig, who, tokens = self._rig(pick), turn.who, tuple(turn.tokens)
+        if rig.store is None:
+            # A copy gives way to one with more rows of a window, which may then not come.
+            turn = turn._replace(late=False)
         # A later turn takes the place of what it goes on from.
         self.promises = [
             promise
@@ -152,13 +144,7 @@ class CopiesMachine(RuleBasedStateMachine):
         self.forgotten.discard(who)
         self.turns.setdefault(who, []).append(tokens)
         worker = next((w for w in rig.workers if w.proc.connected), None) or rig.attach(self.geometry)
-        held = [0] * len(self.geometry.groups)
-        if late and len(held) > 1:
-            held[1] = self.geometry.groups[1].needed_from(length)
-        park = rig.park(
-            worker, who[1], tokens, tenant=who[0], level=level, private_from=private, held_from=held,
-            timeout_s=20.0,
-        )  # fmt: skip
+        park = rig.park(worker, who[1], tokens, timeout_s=20.0, **turn.asked(self.geometry))
         self.began[rig.name, park.job] = self.losses
         rig.run_copies()
 

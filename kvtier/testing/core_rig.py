@@ -24,6 +24,7 @@ from kvtier import messages as m
 from kvtier.geometry import Geometry
 from kvtier.host.slots import HostSlots
 from kvtier.keys import pack_tokens
+from kvtier.node.blocks import Stored
 from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, Received, Send, Stimulus, Tick
 from kvtier.node.settings import NodeSettings
@@ -88,6 +89,13 @@ class CoreRig(RigServices):
             self.start_gpu()
             if self.store is not None:
                 self.start_disk()
+
+    def remove_from_disk(self, objects: Iterable[Stored]) -> None:
+        """Have the core remove copies from the disk, for no reason of its own."""
+        self.core.state.out = []
+        self.core._disk.remove(objects)
+        for send in self.core.state.out:
+            self._arrive(send)
 
     # --- time and messages ------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Several nodes of real processes with one directory, on loopback and without Ray, for fault tests.
 
-The first node runs the directory's service too.
+The first of them run the directory's services too.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def free_port() -> int:
         return port
 
 
-def cluster_settings(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Settings by node. folder: for the secrets that they share."""
+def cluster_settings(folder: Path, names: tuple[str, ...], services: int = 1) -> dict[str, dict[str, Any]]:
+    """Settings by node. folder: for the secrets that they share. services: so many have the directory's."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("token", _TOKEN), ("secret", _SECRET)):
         path = folder / name
         path.touch(mode=0o600)
         path.write_text(text)
-    directory = f"127.0.0.1:{free_port()}"
+    directory = [f"127.0.0.1:{free_port()}" for _ in names[:services]]
     settings = {
         name: {
             "node.name": name,
             "cluster.listen": f"127.0.0.1:{free_port()}",
-            "cluster.directory": directory,
+            "cluster.directory": ",".join(directory),
             "cluster.token_file": str(folder / "token"),
             "cluster.shards": 4,
             # They are on one machine, and not meant to be.
@@ -47,18 +47,21 @@ def cluster_settings(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str
         }
         for name in names
     }
-    settings[names[0]]["cluster.directory_listen"] = directory
+    for name, address in zip(names, directory, strict=False):
+        settings[name]["cluster.directory_listen"] = address
     return settings
 
 
 class NodeCluster:
     """Nodes by name, each a Bench. Ended, with all that it holds, at the end of a `with`."""
 
-    def __init__(self, folder: Path, names: tuple[str, ...] = ("a", "b"), **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, names: tuple[str, ...] = ("a", "b"), services: int = 1, **settings: Any
+    ) -> None:
         more = {name.replace("__", "."): value for name, value in settings.items()}
         self.nodes: dict[str, Bench] = {}
         try:
-            for name, own in cluster_settings(folder / "shared", names).items():
+            for name, own in cluster_settings(folder / "shared", names, services).items():
                 self.nodes[name] = Bench(folder / name, {**own, **more})
         except BaseException:
             self.close()

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
 from kvtier.messages import Forget, Mode
-from kvtier.testing.node_rules import LENGTHS, MODES, NAMES, PICK, STORIES, TOLD, NodeRules
+from kvtier.testing.node_rules import LENGTHS, MODES, NAMES, PICK, STORIES, TOLD, NodeRules, Turn
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_uses import HYBRID
 from kvtier.tier_messages import DiskRemove
@@ -44,7 +44,7 @@ class NodeMachine(NodeRules):
         if seldom:
             return
         # A spill writes objects and their name at once, a park the name last.
-        self.park(pick, who, story, 9 + length // 2, "disk" if pick % 2 else "host", None, late=False)
+        self.park(pick, Turn(who, story, 9 + length // 2, "disk" if pick % 2 else "host"))
         self.rig.run_copies()
         self.wish(pick, who, "forget")
         for op in [op for op in self.rig.disk_ops() if isinstance(op.message, DiskRemove)]:
@@ -60,8 +60,8 @@ class NodeMachine(NodeRules):
         """What the disk has of a sliding layer is less than the next park of the same tokens has."""
         if seldom:
             return
-        self.park_all_the_way(pick, who, story, 7 + more, "disk", None, late=True)
-        self.park(pick, who, story, 7 + more, "disk", None, late=False)
+        self.park_all_the_way(pick, Turn(who, story, 7 + more, "disk", late=True))
+        self.park(pick, Turn(who, story, 7 + more, "disk"))
         self.rig.run_copies()
 
     @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS)
@@ -80,7 +80,7 @@ class NodeMachine(NodeRules):
             return
         self.plan(pick, who, story, len(TOLD[story]))
         for tenant, name in (("acme", "crowd"), ("rival", "crowd")):
-            self.park_all_the_way(pick, (tenant, name), 1 - story, 18, "host", None, late=False)
+            self.park_all_the_way(pick, Turn((tenant, name), 1 - story, 18))
 
     # -- what always holds
 

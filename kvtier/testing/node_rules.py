@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from kvtier.geometry import Geometry
 from kvtier.messages import DropPlan, Forget, Forgotten, Hint, Mode, Planned
 from kvtier.node.blocks import ConversationId
 from kvtier.node.settings import NodeSettings
+from kvtier.receipts import AskedLevel
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.node_promises import Promises
 from kvtier.testing.rig_ops import Proc
@@ -18,7 +20,7 @@ from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT, RigWorker
 from kvtier.tier_messages import Copy
 
 NAMES = st.sampled_from([("acme", "a"), ("acme", "a"), ("acme", "b"), ("rival", "a")])
-LEVELS = st.sampled_from(["host", "disk", "disk"])
+LEVELS: st.SearchStrategy[AskedLevel] = st.sampled_from(["host", "disk", "disk"])
 PRIVATE = st.sampled_from([None, None, None, 0, 5])
 PICK = st.integers(0, 255)
 MODES = st.sampled_from(["worker", "shared"])
@@ -28,7 +30,38 @@ STORIES = st.integers(0, 1)
 LENGTHS = st.integers(1, 18)
 MOST_WORKERS = 3
 
-ParkLevel: TypeAlias = Literal["host", "disk"]
+
+class Turn(NamedTuple):
+    """What somebody parks. who: tenant and conversation.  story, length: the first so many tokens of TOLD.
+
+    private: from which token on nothing is shared.  late: of sliding layers only what going on takes is held.
+    """
+
+    who: ConversationId
+    story: int
+    length: int
+    level: AskedLevel = "host"
+    private: int | None = None
+    late: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of it."""
+        return TOLD[self.story][: self.length]
+
+    def asked(self, geometry: Geometry) -> dict[str, Any]:
+        """The other arguments of CoreRig.park."""
+        held = [0] * len(geometry.groups)
+        if self.late and len(held) > 1:
+            held[1] = geometry.groups[1].needed_from(self.length)
+        return {
+            "tenant": self.who[0], "level": self.level, "private_from": self.private, "held_from": held,
+        }  # fmt: skip
+
+
+def turns(levels: st.SearchStrategy[AskedLevel] = LEVELS) -> st.SearchStrategy[Turn]:
+    """Any."""
+    return st.builds(Turn, NAMES, STORIES, LENGTHS, levels, PRIVATE, st.booleans())
 
 
 class NodeRules(RuleBasedStateMachine):
@@ -93,46 +126,17 @@ class NodeRules(RuleBasedStateMachine):
     def _worker(self, pick: int) -> RigWorker:
         return self.workers[pick % len(self.workers)]
 
-    def _park(self, worker: RigWorker, name: str, tokens: Sequence[int], **how: Any) -> None:
-        self.forgotten.pop((how["tenant"], name), None)
-        held = [0] * len(self.geometry.groups)
-        if how.pop("late") and len(held) > 1:
-            held[1] = self.geometry.groups[1].needed_from(len(tokens))
-        self.rig.park(worker, name, tokens, held_from=held, **how)
+    def _park(self, worker: RigWorker, turn: Turn, **how: Any) -> None:
+        self.forgotten.pop(turn.who, None)
+        self.rig.park(worker, turn.who[1], turn.tokens, **turn.asked(self.geometry), **how)
 
-    @rule(
-        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, private=PRIVATE, late=st.booleans()
-    )
-    def park(
-        self,
-        pick: int,
-        who: tuple[str, str],
-        story: int,
-        length: int,
-        level: ParkLevel,
-        private: int | None,
-        late: bool,
-    ) -> None:
-        tenant, name = who
-        self._park(
-            self._worker(pick), name, TOLD[story][:length], tenant=tenant, level=level,
-            private_from=private, late=late,
-        )  # fmt: skip
+    @rule(pick=PICK, turn=turns())
+    def park(self, pick: int, turn: Turn) -> None:
+        self._park(self._worker(pick), turn)
 
-    @rule(
-        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, private=PRIVATE, late=st.booleans()
-    )
-    def park_all_the_way(
-        self,
-        pick: int,
-        who: tuple[str, str],
-        story: int,
-        length: int,
-        level: ParkLevel,
-        private: int | None,
-        late: bool,
-    ) -> None:
-        self.park(pick, who, story, length, level, private, late)
+    @rule(pick=PICK, turn=turns())
+    def park_all_the_way(self, pick: int, turn: Turn) -> None:
+        self.park(pick, turn)
         self.rig.run()
 
     @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS)
@@ -151,13 +155,11 @@ class NodeRules(RuleBasedStateMachine):
 
     @precondition(lambda self: self.plans)
     @rule(pick=PICK, more=st.integers(1, 9), level=LEVELS, late=st.booleans())
-    def park_after(self, pick: int, more: int, level: ParkLevel, late: bool) -> None:
+    def park_after(self, pick: int, more: int, level: AskedLevel, late: bool) -> None:
         worker, planned, story, _ = self.plans[pick % len(self.plans)]
         if planned.front_tokens and worker in self.workers:
-            self._park(
-                worker, planned.plan.conversation, TOLD[story][: planned.front_tokens + more],
-                tenant=planned.plan.tenant, level=level, after=planned, late=late,
-            )  # fmt: skip
+            who = (planned.plan.tenant, planned.plan.conversation)
+            self._park(worker, Turn(who, story, planned.front_tokens + more, level, late=late), after=planned)
 
     @rule(pick=PICK, who=NAMES, what=st.sampled_from(["drop plan", "hint", "hint", "forget"]))
     def wish(self, pick: int, who: tuple[str, str], what: str) -> None:

@@ -12,9 +12,10 @@ from hypothesis.stateful import invariant, precondition, rule
 from kvtier.messages import JoinPlan, Mode, Planned
 from kvtier.node.coverage import longest, restored_end
 from kvtier.node.held_plan import HeldPlan
+from kvtier.receipts import AskedLevel
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.node_machine import NodeMachine
-from kvtier.testing.node_rules import LENGTHS, LEVELS, NAMES, PICK, PRIVATE, STORIES, TOLD, ParkLevel
+from kvtier.testing.node_rules import LENGTHS, LEVELS, NAMES, PICK, STORIES, TOLD, Turn, turns
 from kvtier.testing.rig_uses import HYBRID, RigRestore, RigWorker
 
 # With two equal slices where the geometry has several groups.
@@ -55,38 +56,23 @@ class RankMachine(NodeMachine):
 
     # -- rules
 
-    @rule(
-        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, private=PRIVATE,
-        late=st.booleans(), coming=WHO,
-    )  # fmt: skip
-    def park_ranks(
-        self,
-        pick: int,
-        who: tuple[str, str],
-        story: int,
-        length: int,
-        level: ParkLevel,
-        private: int | None,
-        late: bool,
-        coming: str,
-    ) -> None:
-        tenant, name = who
+    @rule(pick=PICK, turn=turns(), others=LEVELS, coming=WHO)
+    def park_ranks(self, pick: int, turn: Turn, others: AskedLevel, coming: str) -> None:
+        """others: the level that all but the first rank ask for."""
         coming_ranks = self._coming(pick, coming)
-        self.told.append((who, story, length))
+        self.told.append((turn.who, turn.story, turn.length))
         for index, rank in enumerate(coming_ranks):
             if index and coming == "the others later":
                 self.rig.run()
             if rank.proc.alive and rank.proc.connected:
-                self._park(
-                    rank, name, TOLD[story][:length], tenant=tenant, level=level, private_from=private,
-                    late=late, timeout_s=(30.0, 5.0)[pick % 2],
-                )  # fmt: skip
+                own = turn._replace(level=others) if index else turn
+                self._park(rank, own, timeout_s=(30.0, 5.0)[pick % 2])
 
-    @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS)
+    @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, others=LEVELS)
     def park_ranks_all_the_way(
-        self, pick: int, who: tuple[str, str], story: int, length: int, level: ParkLevel
+        self, pick: int, who: tuple[str, str], story: int, length: int, level: AskedLevel, others: AskedLevel
     ) -> None:
-        self.park_ranks(pick, who, story, length, level, None, False, "all")
+        self.park_ranks(pick, Turn(who, story, length, level), others, "all")
         self.rig.run()
 
     @rule(pick=PICK, who=NAMES, story=STORIES, length=LENGTHS)
@@ -116,7 +102,7 @@ class RankMachine(NodeMachine):
                 self.acts.setdefault(planned.plan.plan_id, []).append(use)
 
     @rule(
-        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, coming=WHO,
+        pick=PICK, who=NAMES, story=STORIES, length=LENGTHS, level=LEVELS, others=LEVELS, coming=WHO,
         short=st.sampled_from([False, False, True]),
     )  # fmt: skip
     def a_turn_of_ranks(
@@ -125,12 +111,13 @@ class RankMachine(NodeMachine):
         who: tuple[str, str],
         story: int,
         length: int,
-        level: ParkLevel,
+        level: AskedLevel,
+        others: AskedLevel,
         coming: str,
         short: bool,
     ) -> None:
         """They park, and restore what they have parked."""
-        self.park_ranks_all_the_way(pick, who, story, length, level)
+        self.park_ranks_all_the_way(pick, who, story, length, level, others)
         self.resume_ranks(0, pick % 4, coming, short)
 
     @precondition(lambda self: self._whose is self.rig and self.told)

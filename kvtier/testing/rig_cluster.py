@@ -177,7 +177,10 @@ class NodeRig(CoreRig):
         while not self.cluster.is_cut(self.name):
             sender = self.announcer.senders[0]
             if sender.wants_snapshot:
-                saying.say_everything(self.announcer, self.core.cluster.announcing.everything(), self.proven)
+                self.announcer.begin()
+                for part in self.core.cluster.announcing.everything():
+                    saying.say_part(self.announcer, part)
+                self.announcer.end([saying.tombstone(stone) for stone in self.proven])
             message = sender.next()
             if message is None:
                 return
@@ -254,11 +257,13 @@ class RigCluster:
             known = tuple(map(saying.known, self._known(message)))
             return c.Known(job=message.job, conversations=known, loads=self._loads_but(rig))
         if isinstance(message, c.FindHolders):
-            fronts = []
-            for index, chain in enumerate(message.chains):
-                refs = saying.refs_of(chain)
-                answers = [(q, self.shard.find(message.tenant, q.keys)) for q in questions(refs, 1)]
-                fronts += saying.reaches_of(index, saying.fronts_of(message, refs, answers), rig.name)
+            answers = {
+                index: [
+                    (q, self.shard.find(message.tenant, q.keys)) for q in questions(saying.refs_of(chain), 1)
+                ]
+                for index, chain in enumerate(message.chains)
+            }
+            fronts = saying.reaches(message, answers, rig.name)
             return c.Holders(job=message.job, fronts=tuple(fronts), loads=self._loads_but(rig))
         return None
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from kvtier.breaker import Backoff
 from kvtier.client import connect
@@ -117,35 +117,19 @@ class _Station:
         self.client.close()
 
 
-class WorkerProcess:
-    """Started when made; ended by `kill` or at the end of a `with`.
+class OrderedProcess:
+    """A module as a process that serves orders, see `serve`; ended by `kill` or at the end of a `with`."""
 
-    path: of the node's socket.  gates: folder of the gate 'copy'.  mode: 'worker' or 'shared'.  rank: its
-    number, and of how many tensor-parallel ranks.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        gates: Path,
-        *,
-        pages: int = 64,
-        mode: str = "worker",
-        call_timeout_s: float = 5.0,
-        rank: tuple[int, int] = (0, 1),
-    ) -> None:
-        arguments = [path, str(gates), str(pages), mode, str(call_timeout_s), *map(str, rank)]
+    def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvtier.testing.worker_process", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._rest = b""
         if self._hear() != "ready":
             self.kill()
             raise RuntimeError("the worker process did not start")
 
-    def __enter__(self) -> WorkerProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -164,6 +148,50 @@ class WorkerProcess:
         self._process.stdin.write(json.dumps({"do": order, **options}).encode() + b"\n")
         self._process.stdin.flush()
         return self._hear()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone; again is no error."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None and not pipe.closed:
+                pipe.close()
+
+    def _hear(self) -> Any:
+        assert self._process.stdout is not None
+        end_s = time.monotonic() + _ANSWER_S
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end_s - time.monotonic()))
+            more = self._process.stdout.read1(65536) if ready else b""  # type: ignore[attr-defined]
+            if not more:
+                raise RuntimeError("the worker process does not answer")
+            self._rest += more
+        line, _, self._rest = self._rest.partition(b"\n")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["is"]
+
+
+class WorkerProcess(OrderedProcess):
+    """Started when made.
+
+    path: of the node's socket.  gates: folder of the gate 'copy'.  mode: 'worker' or 'shared'.  rank: its
+    number, and of how many tensor-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        gates: Path,
+        *,
+        pages: int = 64,
+        mode: str = "worker",
+        call_timeout_s: float = 5.0,
+        rank: tuple[int, int] = (0, 1),
+    ) -> None:
+        arguments = [path, str(gates), str(pages), mode, str(call_timeout_s), *map(str, rank)]
+        super().__init__("kvtier.testing.worker_process", *arguments)
 
     def park(self, seed: int, pages: Sequence[int], count: int, **options: Any) -> int:
         """Put the right content into the pages and park it; answers a handle."""
@@ -190,29 +218,6 @@ class WorkerProcess:
         """See KvMemory.front and .strange."""
         found: dict[str, int] = self.do("look", seed=seed, pages=list(pages), count=count)
         return found
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is gone; again is no error."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None and not pipe.closed:
-                pipe.close()
-
-    def _hear(self) -> Any:
-        assert self._process.stdout is not None
-        end_s = time.monotonic() + _ANSWER_S
-        while b"\n" not in self._rest:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end_s - time.monotonic()))
-            more = self._process.stdout.read1(65536) if ready else b""  # type: ignore[attr-defined]
-            if not more:
-                raise RuntimeError("the worker process does not answer")
-            self._rest += more
-        line, _, self._rest = self._rest.partition(b"\n")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["is"]
 
 
 def _answer(station: object, order: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from chaos_wires import STATES
 _MEAN_GAP_S = 1.2
 # How often, against each other.
 _KINDS = {"kill": 5, "stop": 4, "kill node": 2, "kill worker": 2, "stop worker": 3, "link": 6, "leave": 1}
-_PATIENCE_S = 60.0
+_PATIENCE_S = 150.0
 
 
 @dataclass(frozen=True, slots=True)

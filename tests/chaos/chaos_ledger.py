@@ -50,7 +50,7 @@ class Gone:
 
 @dataclass(slots=True, eq=False)
 class Chat:
-    """One conversation. sure: it is not known to be forgotten in part.  users: turns that are under way."""
+    """One conversation. went: texts that may have been stored.  users: turns that are under way."""
 
     model: int
     tenant: str
@@ -59,6 +59,7 @@ class Chat:
     texts: list[Text] = field(default_factory=list)
     promises: list[Promise] = field(default_factory=list)
     copies: list[Copies] = field(default_factory=list)
+    went: list[Text] = field(default_factory=list)
     gone: list[Gone] = field(default_factory=list)
     users: int = 0
     forgetting: bool = False
@@ -137,14 +138,22 @@ class Ledger:
             chat.promises.append(promise)
 
     def keep_copies(self, chat: Chat, copies: Copies) -> None:
-        """The daemon said that these nodes have it."""
+        """The daemon said that these nodes have it; another park may have gone on from it before that."""
+        said = copies.text.cut(copies.tokens)
         with self._lock:
-            if not any(set(copies.nodes) & set(gone.late) for gone in chat.gone):
+            late = any(set(copies.nodes) & set(gone.late) for gone in chat.gone)
+            if not late and not self.longer(chat, said):
                 chat.copies.append(copies)
 
+    @staticmethod
+    def longer(chat: Chat, said: Text) -> list[Text]:
+        """What may be stored that goes on from a text: the text's last tokens may be in a block of it."""
+        return [text for text in chat.went if said.count < text.count and said.begins(text)]
+
     def went_on(self, chat: Chat, text: Text) -> None:
-        """The text was parked: what it goes on from may end in a block of it by now, and not in a tail."""
+        """The text may be stored: what it goes on from may end in a block of it by now, and not in a tail."""
         with self._lock:
+            chat.went.append(text)
             chat.copies = [old for old in chat.copies if not old.text.cut(old.tokens).begins(text)]
 
     def all_heard(self) -> None:
@@ -162,6 +171,7 @@ class Ledger:
             chat.texts.clear()
             chat.promises.clear()
             chat.copies.clear()
+            chat.went.clear()
             if not certain or draw.random() < 0.6:
                 chat.over = True
                 self._add(chat.model, draw)

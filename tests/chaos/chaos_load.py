@@ -27,6 +27,8 @@ _ABSENT = "when they are back: "
 _ANSWER_S = 120.0
 _AWAY_S = 0.1
 _BRANCHES_MOST = 12
+# A park that ended so, as the worker knows, may have been stored all the same.
+_NOBODY_KNOWS = ("daemon_unavailable", "worker killed")
 
 
 class Chair:
@@ -162,24 +164,28 @@ class Chair:
         level, asked_s = draw.choice(("host", "disk", "disk", "copies=2")), time.monotonic()
         codec = draw.choice(("", "", "lz4", "planes-lz4"))
         names = {"tenant": chat.tenant, "name": chat.name, "level": level, "codec": codec}
-        self.do("park", text=text.pieces, timeout_s=draw.choice((0.5, 5.0, 10.0)), **names)
-        if draw.random() < 0.3:
-            with self._ledger.some(self.model, draw) as other:
-                if other is not None:
-                    self._restore_some(other, draw)
-        receipt = self.do("finish")
+        receipt: dict[str, Any] = {}
+        try:
+            self.do("park", text=text.pieces, timeout_s=draw.choice((0.5, 5.0, 10.0)), **names)
+            if draw.random() < 0.3:
+                with self._ledger.some(self.model, draw) as other:
+                    if other is not None:
+                        self._restore_some(other, draw)
+            receipt = self.do("finish")
+        finally:
+            if receipt.get("level") != "none" or receipt["reason"] in _NOBODY_KNOWS:
+                self._ledger.went_on(chat, text)
         self.seen[f"parked {receipt['level']} {receipt['reason']}".rstrip()] += 1
         if not receipt["let_go"]:
             raise Broken(f"{self.name}: the pages of a park of {chat.name} are never released: {receipt}")
         if receipt["tokens"] > text.count:
             raise Broken(f"{self.name}: a park of {text.count} tokens says {receipt}")
-        if receipt["level"] != "none":
-            self._ledger.went_on(chat, text)
         for node, tier in receipt["copies"].items():
             if tier == "disk":
                 self._ledger.keep(chat, Promise(node, text, receipt["tokens"]))
         if receipt["copies"]:
             nodes = (self.node.name, *receipt["copies"])
+            self._note(f"{self.name} copied {chat.name} {text.pieces} {receipt['tokens']} to {nodes[1:]}")
             self._ledger.keep_copies(chat, Copies(nodes, text, receipt["tokens"], asked_s))
         if receipt["level"] == "disk":
             self._note(f"{self.name} promised {chat.name} {text.pieces} {receipt['tokens']}")

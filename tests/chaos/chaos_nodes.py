@@ -56,7 +56,7 @@ class Node:
         self._lock = threading.Lock()
         self._stopped: set[int] = set()
         self._client: Client | None = None
-        # By time.monotonic(): when it last lost what only its memory held, or the disk that takes it.
+        # By time.monotonic(): when it last had lost what only its memory held.
         self.harmed_s = 0.0
 
     @property
@@ -92,12 +92,12 @@ class Node:
         with self._lock:
             running = self.services.running()
             chosen = [name for name in services or running if name in running]
-            if {"node", "disk"} & set(chosen):
-                self.harmed_s = time.monotonic()
             for name in chosen:
                 os.kill(self.services.pid(name), signal.SIGKILL)
             for name in chosen:
                 self.services.kill(name)
+            if "node" in chosen:
+                self.harmed_s = time.monotonic()
 
     def stop(self, service: str) -> None:
         """SIGSTOP, if it runs."""
@@ -121,11 +121,12 @@ class Node:
     def leave(self) -> None:
         """End politely. Raises Broken where one of them does not end."""
         with self._lock:
-            self.harmed_s = time.monotonic()
             try:
                 self.services.stop_all()
             except DaemonNotFound as error:
                 raise Broken(f"node {self.name}: {error}") from error
+            finally:
+                self.harmed_s = time.monotonic()
 
     def end(self) -> None:
         """At the end of the run: the same."""

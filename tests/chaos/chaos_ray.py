@@ -1,12 +1,14 @@
 """Nodes of the chaos run that are real: Ray with its actors in network namespaces, joined by a link.
 
 The reconciler starts again what dies; `up` is called again where a node died as a whole, as systemd would.
+Ray's head keeps its state in a folder, and is started again by the same command.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -17,6 +19,7 @@ from chaos_nodes import Broken
 from chaos_wires import State
 from test_cluster_netns import Side, ip
 
+from benchmarks.head_loss import Gcs
 from kvtier import paths
 from kvtier.client import Client, connect
 from kvtier.cluster.down import kill_all
@@ -25,6 +28,8 @@ from kvtier.errors import DaemonNotFound
 from kvtier.receipts import StatusReport
 from kvtier.waiting import wait_until
 
+# The process of Ray's head, as one more thing that can be killed and stopped.
+HEAD = "gcs_server"
 _ACTORS = {"node": "HostActor", "disk": "DiskActor", "gpu": "GpuActor", "directory": "DirectoryActor"}
 _HEALED_S = 120.0
 _SLOW = ("tbf", "rate", "2mbit", "burst", "16kb", "latency", "400ms")
@@ -35,11 +40,14 @@ class RayNode:
 
     def __init__(self, side: Side, name: str, *, head: bool) -> None:
         self.side, self.name, self.head = side, name, head
-        self.names = ["node", "disk", "gpu", *(["directory"] if head else [])]
+        self.names = ["node", "disk", "gpu", *(["directory", HEAD] if head else [])]
         self.path = str(paths.node_socket(side.folders[1]))
         self._lock = threading.Lock()
         self._stopped: set[int] = set()
         self._client: Client | None = None
+        self._gcs: Gcs | None = None
+        # What the last `up` that failed said.
+        self._why = ""
         self.harmed_s = 0.0
 
     @property
@@ -50,11 +58,11 @@ class RayNode:
         return self._client
 
     def processes(self) -> dict[str, int]:
-        """Pid of each of its actors, by service."""
+        """Pid of each of its actors, by service, and of Ray's head."""
         record = self.side.record()
         if record is None or record.leader is None:
             return {}
-        found = {}
+        found = {name: one.pid for name, one in record.processes if name == HEAD and alive(one)}
         for process in session_members(record.leader, record.marker):
             with contextlib.suppress(OSError):
                 title = Path(f"/proc/{process.pid}/cmdline").read_bytes()
@@ -66,13 +74,17 @@ class RayNode:
     def kill(self, *services: str) -> None:
         """SIGKILL actors; none named: everything that runs on the node, unless it is Ray's head."""
         with self._lock:
-            self.harmed_s = time.monotonic()
             record = self.side.record()
             if not services and record is not None and not self.head:
                 kill_all(record)
-            for service, pid in self.processes().items():
-                if service in services or self.head:
-                    self._send(pid, 9)
+            running = self.processes()
+            if HEAD in services and HEAD in running:
+                self._lose_head()
+            for service in services or _ACTORS:
+                if service in running and service != HEAD:
+                    self._send(running[service], signal.SIGKILL)
+            if not services or "node" in services:
+                self.harmed_s = time.monotonic()
 
     def stop(self, service: str) -> None:
         """SIGSTOP, if it runs."""
@@ -80,13 +92,13 @@ class RayNode:
             pid = self.processes().get(service)
             if pid is not None:
                 self._stopped.add(pid)
-                self._send(pid, 19)
+                self._send(pid, signal.SIGSTOP)
 
     def go_on(self, service: str) -> None:
         """SIGCONT for all that was stopped."""
         with self._lock:
             for pid in self._stopped:
-                self._send(pid, 18)
+                self._send(pid, signal.SIGCONT)
             self._stopped.clear()
 
     def out_of_service(self) -> None:
@@ -98,8 +110,10 @@ class RayNode:
             return
         with self._lock, contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             # Behind a cut, or half dead, it cannot: it is started again when everything heals.
-            self.harmed_s = time.monotonic()
-            self.side.run("drain", self.name)
+            try:
+                self.side.run("drain", self.name)
+            finally:
+                self.harmed_s = time.monotonic()
             self._up()
 
     def end(self) -> None:
@@ -113,10 +127,15 @@ class RayNode:
     def back(self) -> None:
         """Nothing for an actor, which the reconciler starts again; `up` for a node that died as a whole."""
         with self._lock:
+            record = self.side.record()
+            if self._gcs is not None and record is not None and not alive(self._gcs.process):
+                self._gcs.start(record)
             if not self._lives():
                 # Behind a cut it cannot join; it is tried again when everything heals.
-                with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                try:
                     self._up()
+                except (AssertionError, subprocess.TimeoutExpired) as error:
+                    self._why = str(error)[-2000:]
 
     def heal(self) -> None:
         """Go on, start, and wait until it is ready. Raises Broken."""
@@ -128,7 +147,10 @@ class RayNode:
             return self.well()
 
         if not wait_until(healed, _HEALED_S):
-            raise Broken(f"node {self.name} is not ready after {_HEALED_S:.0f} s: {self.status()}")
+            raise Broken(
+                f"node {self.name} is not ready after {_HEALED_S:.0f} s: {self.status()}, "
+                f"{self.processes()}; `up` last said: {self._why}"
+            )
 
     def well(self) -> bool:
         """Whether it runs and is ready."""
@@ -155,6 +177,15 @@ class RayNode:
         if self._client is not None:
             self._client.close()
         self.side.kill()
+        if self._gcs is not None:
+            self._gcs.end()
+
+    def _lose_head(self) -> None:
+        record = self.side.record()
+        if self._gcs is None and record is not None:
+            self._gcs = Gcs(record, ["ip", "netns", "exec", self.side.name])
+        if self._gcs is not None:
+            self._gcs.kill()
 
     def _up(self) -> None:
         self.side.run("up-real")

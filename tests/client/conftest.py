@@ -23,7 +23,7 @@ from kvtier import client as client_module
 from kvtier import protocol
 from kvtier.breaker import Backoff
 from kvtier.gpu import describe
-from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyResult, Done
+from kvtier.gpu.engine import CLOSE_S, CopyBatch, CopyEngine, CopyResult, Done
 from kvtier.gpu.pool import Pool
 from kvtier.host.arena import Arena
 from kvtier.messages import (
@@ -286,9 +286,10 @@ class StepEngine(CopyEngine):
         with self.lock:
             return frozenset(job for job, _ in [*self.running, *self.queued])
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = CLOSE_S) -> bool:
         assert not self.running, "closed while a copy runs"
         self.closed = True
+        return True
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtier.breaker import Backoff, Breaker, Circuit
+from kvtier.client import connect
 from kvtier.credentials import Access, read_token
 from kvtier.errors import AuthError, ConfigError
+from kvtier.link import LinkSettings
 
 
 class BreakerMachine(RuleBasedStateMachine):
@@ -100,6 +104,20 @@ def test_greeting_alone_does_not_reset_the_backoff():
         waits.append(breaker.wait_s(now_s))
         now_s += waits[-1]
     assert waits == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_the_programs_own_random_numbers_are_left_alone_and_do_not_set_the_delay(tmp_path):
+    delays = []
+    for _ in range(8):
+        random.seed(1)
+        before = random.getstate()
+        breaker = Breaker(Backoff(), LinkSettings("").rng)
+        assert breaker.begin_probe(0.0)
+        breaker.probe_failed(0.0)
+        delays.append(breaker.wait_s(0.0))
+        connect(tmp_path / "nobody.sock", required=False).close()
+        assert random.getstate() == before
+    assert len(set(delays)) > 1
 
 
 def test_access():

@@ -67,7 +67,8 @@ def test_restore_of_nothing_and_of_an_old_plan(wired):
     kit, worker, _wires = wired
     miss = Plan("", "c", "t", 3, (TokenRange(0, 3, "compute"),), reason="no_match")
     kit.node.answers[MakePlan] = lambda peer, m: Planned(id=m.id, plan=miss)
-    assert worker.restore(worker.plan("c", TOKENS), [], deadline_s=1).reason == "no_match"
+    missed = worker.restore(worker.plan("c", TOKENS), [], deadline_s=1)
+    assert (missed.reason, missed.ok) == ("no_match", False)
     del kit.node.answers[MakePlan]
     plan = worker.plan("c", TOKENS)
     kit.node.drop("events")

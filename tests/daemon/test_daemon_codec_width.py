@@ -14,7 +14,7 @@ from kvtier.disk.tier import DiskTier
 from kvtier.fingerprint import Fingerprint
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
-from kvtier.node.disk_side import DiskSide
+from kvtier.node import wire
 from kvtier.objects import Shard
 from kvtier.testing.kv_memory import tokens_of
 
@@ -69,6 +69,6 @@ def test_planes_of_single_precision_become_smaller_with_the_right_width(
     make_daemon: Callable[..., Embedded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = park(make_daemon(disk__codec="planes-zstd"), "float32")
-    monkeypatch.setattr(DiskSide, "_item_bytes", lambda *_: 2)
+    monkeypatch.setattr(wire, "item_bytes", lambda *_: 2)
     wrong = park(make_daemon(disk__codec="planes-zstd"), "float32")
     assert right < 0.95 * wrong

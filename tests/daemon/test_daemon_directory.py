@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from kvtier.cluster_messages import (
-    FindBranches,
     FindConversations,
-    Held,
     Holdings,
     Load,
-    Named,
     Speed,
     Stone,
 )
@@ -29,42 +26,9 @@ from kvtier.errors import AuthError, ConfigError, KvtierError
 from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.handshake import Identity
 from kvtier.peers.stream import StreamLost
+from kvtier.testing.directory_node import TOKEN, Say
 from kvtier.testing.node_bench import until
 from kvtier.testing.node_cluster import cluster_settings
-
-TOKEN = b"token of a test's cluster"
-
-
-class Say:
-    """A node that holds what it is given, and notes what it is told."""
-
-    def __init__(self, config: Config, node: str, epoch: int = 1) -> None:
-        self.blocks: list[Held] = []
-        self.named: list[Named] = []
-        self.stones: list[Stone] = []
-        self.told: list[Any] = []
-        self.directory = PeerDirectory(
-            config.cluster,
-            Identity(node, epoch, TOKEN),
-            None,
-            snapshot=self._snapshot,
-            forget=lambda stone: self.told.append(stone),
-            over=lambda ids: self.told.append(tuple(ids)),
-            heard=lambda: self.told.append("heard"),
-        )
-        self.directory.start()
-
-    def _snapshot(self) -> None:
-        every = Holdings(blocks=tuple(self.blocks), named=tuple(self.named))
-        self.directory.say_everything(every, self.stones)
-
-    def names(self, name: str, version: int = 1) -> None:
-        named = Named("acme", name, version, ((name.encode().ljust(16), 10, 1.0, None, b""),))
-        self.named.append(named)
-        self.directory.say(Holdings(named=(named,)))
-
-    def ends(self, name: str) -> int:
-        return len(self.directory.branches(FindBranches(job="", tenant="acme", conversation=name)).ends)
 
 
 @pytest.fixture
@@ -342,7 +306,8 @@ def test_a_snapshot_that_takes_long_is_made_once(config: Config, service: Direct
         for _ in range(5):
             directory._want_snapshot()
         assert made == ["asked"]
-        directory.say_everything(Holdings(), ())
+        directory.begin_everything()
+        directory.end_everything(())
         directory._want_snapshot()
         assert made == ["asked", "asked"]
     finally:

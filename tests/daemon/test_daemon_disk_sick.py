@@ -4,27 +4,64 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvtier.client import Client
+from kvtier.config import load
 from kvtier.daemon import disk_service
+from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.embedded import Embedded
-from kvtier.disk.fileops import OsFileOps
+from kvtier.disk.fileops import Bytes, OsFileOps
+from kvtier.disk.fsck import fsck
 from kvtier.disk.tier import DiskTier
-from kvtier.errors import ConfigError, TierUnavailable
+from kvtier.errors import ConfigError, StaleSlot, TierUnavailable
 from kvtier.receipts import TierInfo
 from kvtier.testing.gates import Gate, GatedFileOps
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import LocalWorker, forget_all, until
+from kvtier.tier_messages import DiskRead, DiskUsage, WireItem
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)
 MakeDaemon = Callable[..., Embedded]
 MakeLocal = Callable[..., LocalWorker]
+
+
+class Failing(OsFileOps):
+    """System calls that fail with the errno set for their kind. flushes: how many were asked for."""
+
+    def __init__(self) -> None:
+        self.failing: dict[str, int] = {}
+        self.flushes = 0
+
+    def _maybe(self, kind: str) -> None:
+        number = self.failing.get(kind)
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+
+    def preadv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """See os.preadv."""
+        self._maybe("read")
+        return super().preadv(fd, buffers, offset)
+
+    def fsync(self, fd: int) -> None:
+        """See os.fsync."""
+        self.flushes += 1
+        self._maybe("flush")
+        super().fsync(fd)
+
+    def fdatasync(self, fd: int) -> None:
+        """See os.fdatasync."""
+        self.flushes += 1
+        self._maybe("flush")
+        super().fdatasync(fd)
 
 
 def disk(client: Client) -> TierInfo:
@@ -75,6 +112,205 @@ def test_a_write_that_cannot_be_carried_out_is_its_own_parks_loss_alone(
     assert disk(client).state == "ready"
     assert daemon.disk is not None and daemon.disk._attempts == 0
     forget_all(client)
+
+
+def test_a_write_that_lost_against_a_forget_blames_no_drive(
+    make_daemon: MakeDaemon,
+    make_local: MakeLocal,
+    client_of: Callable[[Embedded], Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    daemon = make_daemon()
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    service = daemon.disk
+    assert service is not None
+
+    def forgotten(*_: Any, **__: Any) -> None:
+        raise StaleSlot("the tenant's keys were destroyed while its blocks were being written")
+
+    monkeypatch.setattr(DiskTier, "commit_with_records", forgotten)
+    receipt = local.park(1, pages_for(40), 40, level="disk").result()
+    assert (receipt.level, receipt.reason) == ("host", "disk_error")
+    assert service._degraded == ""
+    monkeypatch.undo()
+    assert local.park(2, pages_for(64, 64), 64, level="disk").result().level == "disk"
+    forget_all(client)
+
+
+def test_a_drive_that_cannot_flush_stays_degraded_until_it_can(
+    make_daemon: MakeDaemon,
+    make_local: MakeLocal,
+    client_of: Callable[[Embedded], Client],
+    with_ops: Callable[[OsFileOps], None],
+) -> None:
+    ops = Failing()
+    with_ops(ops)
+    daemon = make_daemon()
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+    ops.failing["flush"] = errno.EIO
+    assert local.park(2, PAGES, TOKENS, level="disk").result().reason == "disk_error"
+    tried = ops.flushes
+    until(lambda: ops.flushes >= tried + 2, "it is tried whether a flush works")
+    assert disk(client).state == "degraded"
+    ops.failing.clear()
+    until(lambda: disk(client).state == "ready", "the drive works again")
+    assert local.park(3, PAGES, TOKENS, level="disk").result().level == "disk"
+    forget_all(client)
+
+
+def test_a_drive_that_is_gone_for_reads_is_said(
+    make_daemon: MakeDaemon,
+    make_local: MakeLocal,
+    client_of: Callable[[Embedded], Client],
+    with_ops: Callable[[OsFileOps], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"the same for both of the daemons")
+    secret.chmod(0o600)
+    where = {"disk__directory": str(tmp_path / "d"), "access__tenant_secret_file": str(secret)}
+    before = make_daemon(**where)
+    assert make_local(before.socket_path).park(1, PAGES, TOKENS, level="disk").result().level == "disk"
+    before.close()
+    ops = Failing()
+    with_ops(ops)
+    daemon = make_daemon(disk__scrub_bytes_per_s=0, **where)
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    ops.failing["read"] = errno.ENODEV
+    seen: set[str] = set()
+    assert daemon.disk is not None
+    say = daemon.disk._usage
+
+    def said() -> DiskUsage:
+        usage = say()
+        seen.add(usage.detail)
+        return usage
+
+    monkeypatch.setattr(daemon.disk, "_usage", said)
+    receipt = local.restore(1, PAGES, TOKENS)
+    assert (receipt.tokens, receipt.reason) == (0, "disk_error")
+    until(lambda: "cannot be read" in " ".join(seen), "it is said")
+    ops.failing.clear()
+    until(lambda: disk(client).state == "ready", "the drive works again")
+    assert local.restore(1, PAGES, TOKENS).sources == {"disk": TOKENS}, "nothing was taken for damaged"
+    forget_all(client)
+
+
+@pytest.mark.parametrize("gone", ["*", "segments", "segments/*"])
+def test_a_folder_that_was_emptied_is_said_and_the_store_begins_anew(
+    make_daemon: MakeDaemon,
+    make_local: MakeLocal,
+    client_of: Callable[[Embedded], Client],
+    tmp_path: Path,
+    gone: str,
+) -> None:
+    """With all of it, or with what its index then says is not there."""
+    folder = tmp_path / "d"
+    daemon = make_daemon(disk__directory=str(folder))
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+    for path in sorted(folder.glob(gone)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    until(lambda: disk(client).objects == 0 and disk(client).state == "ready", "it has begun anew")
+    assert local.park(2, PAGES, TOKENS, level="disk").result().level == "disk"
+    daemon.close()
+    again = make_daemon(disk__directory=str(folder))
+    assert disk(client_of(again)).objects > 0, "what was parked since is there"
+
+
+def test_a_deleted_index_is_said_and_nothing_is_promised_until_it_is_made_anew(
+    make_daemon: MakeDaemon, make_local: MakeLocal, client_of: Callable[[Embedded], Client], tmp_path: Path
+) -> None:
+    folder = tmp_path / "d"
+    daemon = make_daemon(disk__directory=str(folder))
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+    service = daemon.disk
+    assert service is not None
+    for path in folder.glob("index.sqlite*"):
+        path.unlink()
+    until(lambda: "kvtier fsck" in service.health()["failure"], "it is said what to do")
+    assert local.park(2, PAGES, TOKENS, level="disk").result().level == "host"
+
+    def is_mended() -> bool:
+        try:
+            return bool(fsck(folder, repair=True).repaired)
+        except TierUnavailable:
+            # The service tries the folder again just now.
+            return False
+
+    until(is_mended, "the index is made anew")
+    until(lambda: disk(client).state == "ready", "it is back")
+    assert local.park(3, PAGES, TOKENS, level="disk").result().level == "disk"
+    forget_all(client)
+
+
+def test_control_who_does_not_look_for_the_index_promises_what_a_restart_loses(
+    make_daemon: MakeDaemon, make_local: MakeLocal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiskTier, "is_there", lambda self: True)
+    folder = tmp_path / "d"
+    daemon = make_daemon(disk__directory=str(folder))
+    local = make_local(daemon.socket_path)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+    for path in folder.glob("index.sqlite*"):
+        path.unlink()
+    assert local.park(2, pages_for(32, 64), 32, level="disk").result().level == "disk"
+    daemon.close()
+    with pytest.raises(TierUnavailable, match="is missing"):
+        make_daemon(disk__directory=str(folder))
+
+
+def test_a_deleted_folder_of_sealed_blocks_begins_anew_with_the_same_keys(
+    make_daemon: MakeDaemon, make_local: MakeLocal, client_of: Callable[[Embedded], Client], tmp_path: Path
+) -> None:
+    folder, key = tmp_path / "d", tmp_path / "master"
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    where = {"disk__directory": str(folder), "disk__keys_directory": str(tmp_path / "k")}
+    daemon = make_daemon(disk__key_file=str(key), **where)
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    shutil.rmtree(folder)
+    until(lambda: disk(client).objects == 0 and disk(client).state == "ready", "it has begun anew")
+    assert local.park(2, PAGES, TOKENS, level="disk").result().level == "disk"
+    daemon.close()
+    again = make_daemon(disk__key_file=str(key), **where)
+    assert disk(client_of(again)).objects > 0
+    again.close()
+    # A copy from before has nothing of it: its keys are gone.
+    shutil.rmtree(folder)
+    shutil.copytree(old, folder)
+    late = make_daemon(disk__key_file=str(key), **where)
+    assert disk(client_of(late)).objects == 0
+
+
+def test_a_read_that_breaks_ends_only_after_the_others_of_its_job() -> None:
+    """The node takes the slots of a broken connection back: by then nothing writes into them."""
+    broken: Future[None] = Future()
+    running: Future[None] = Future()
+    broken.set_exception(MemoryError("no room to unpack"))
+    service = DiskService(load())
+    service._tier = SimpleNamespace(  # type: ignore[assignment]
+        find=lambda object_id: SimpleNamespace(nbytes=16), read_many=lambda items: [broken, running]
+    )
+    session: Any = SimpleNamespace(arena=SimpleNamespace(view=lambda address, nbytes: bytearray(nbytes)))
+    item = WireItem(0, 0, 16, 0, 0, 1, 0, 0, 16)
+    message = DiskRead("r1", 0, [(bytes(32), 0, ""), (bytes(32), 1, "")], [item, item])
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(service._read, session, message)
+        until(lambda: reading.done() or bool(running._waiters), "it waits, or is over")
+        early = reading.done()
+        running.set_result(None)
+        assert isinstance(reading.exception(20), MemoryError)
+    assert not early
 
 
 def test_a_drive_that_hangs_is_said_and_recovers_by_itself(

@@ -14,13 +14,15 @@ import pytest
 from kvtier.client import connect
 from kvtier.testing.gates import Gate
 from kvtier.testing.kv_memory import pages_for
+from kvtier.testing.node_bench import until
+from kvtier.testing.node_cluster import NodeCluster
 from kvtier.testing.service_processes import ServiceProcesses, is_stopped
 from kvtier.testing.worker_process import WorkerProcess
 from kvtier.waiting import wait_until
 
 TOKENS = 190
 # Ranks need not use the same pages.
-PAGES = [pages_for(TOKENS), pages_for(TOKENS, 20)]
+PAGES = [pages_for(TOKENS, 16 * rank) for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +146,40 @@ def test_a_rank_is_killed_in_the_middle_of_its_copy(services: ServiceProcesses, 
         assert [one["tokens"] for one in restore_all(again, 7)] == [TOKENS] * 2
         # What it left counts: only the other rank's part was stored anew.
         assert client.show("chat-7") is not None
+
+
+@pytest.mark.timeout(240)
+def test_four_ranks_go_on_at_another_node(tmp_path: Path) -> None:
+    with NodeCluster(tmp_path / "nodes", policy__restore="load") as cluster, ExitStack() as stack:
+        ranks = {}
+        for name, bench in cluster.nodes.items():
+            (folder := tmp_path / name).mkdir()
+            ranks[name] = stack.enter_context(engine(bench.services, folder, 4))
+
+        def known(seed: int) -> bool:
+            return bool(ranks["b"][0].do("planned", seed=seed, count=TOKENS)["tokens"] == TOKENS)
+
+        for seed, level in ((1, "host"), (2, "disk"), (3, "disk")):
+            assert {one["level"] for one in park_all(ranks["a"], seed, level)} == {level}
+            until(lambda seed=seed: known(seed), "the other node has heard of it")  # type: ignore[misc]
+        for seed in (1, 2):
+            got = restore_all(ranks["b"], seed)
+            assert [(one["tokens"], one["sources"]) for one in got] == [(TOKENS, {"peer": TOKENS})] * 4
+            assert all_right(ranks["b"], seed, TOKENS)
+        # The next turn is parked where it went on, and is known where it began.
+        assert {one["level"] for one in park_all(ranks["b"], 2)} == {"disk"}
+        assert [one["tokens"] for one in restore_all(ranks["a"], 2)] == [TOKENS] * 4
+        a = cluster.nodes["a"]
+        plan_all(ranks["b"], 3)
+        for rank, pages in zip(ranks["b"], PAGES, strict=True):
+            rank.do("poison", pages=pages)
+        a.services.signal("node", signal.SIGSTOP)
+        handles = [r.do("go", pages=p, deadline_s=30.0) for r, p in zip(ranks["b"], PAGES, strict=True)]
+        a.kill("all")
+        got = [rank.result(handle) for rank, handle in zip(ranks["b"], handles, strict=True)]
+        assert {(one["tokens"], one["reason"]) for one in got} == {(0, "peer_lost")}
+        assert all_right(ranks["b"], 3, 0)
+        a.services.start_all()
+        until(lambda: known(3), "the node is back")
+        assert [one["tokens"] for one in restore_all(ranks["b"], 3)] == [TOKENS] * 4
+        assert all_right(ranks["b"], 3, TOKENS)

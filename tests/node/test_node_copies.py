@@ -8,6 +8,7 @@ import pytest
 from kvtier import cluster_messages as c
 from kvtier.messages import Forget
 from kvtier.node.events import Received
+from kvtier.node.replicas import Replicas
 from kvtier.testing.rig_cluster import NodeRig, RigCluster, end_well, objects_of, park_at
 from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT
 
@@ -321,3 +322,86 @@ def test_a_prompt_that_many_share_is_pulled_once():
     for number in (1, 2):
         assert b.resume(b.attach(), f"chat-{number}", range(16)).receipt.sources == {"host": 16}
     assert b.core.state.counters.pulled_bytes == 16 * UNIT // 2
+
+
+# --- a node that restarts after it has answered -----------------------------------------------------------
+
+
+def restarting(disk=None):
+    """A park for three nodes: the first of two others has it, restarts, and then the second has it too."""
+    cluster = RigCluster("a", "b", "d", disk=disk)
+    cluster.announce()
+    a = cluster.rigs["a"]
+    park = parking(a, level="copies=3")
+    first, second = [rig for rig in cluster.rigs.values() if rig.pulls]
+    ends(first)
+    assert not park.receipts
+    store = cluster.lose(first.name)
+    again = NodeRig(cluster, first.name, epoch=9, disk=store)
+    again.now_s = a.now_s
+    cluster.announce()
+    ends(second)
+    return park, again, second
+
+
+def ends(rig):
+    """Its reads, and what it writes for them."""
+    while rig.pulls:
+        rig.finish_pull(rig.pulls[0])
+    rig.run_disk()
+
+
+def test_a_node_that_restarted_since_it_answered_does_not_count_and_is_asked_again():
+    park, again, second = restarting()
+    assert not park.receipts
+    ends(again)
+    assert (park.receipt.level, set(park.receipt.copies)) == ("copies=3", {again.name, second.name})
+    assert holders(again.cluster) == sorted(
+        ["a", again.name, second.name], key=list(again.cluster.rigs).index
+    )
+    end_well(*again.cluster.rigs.values())
+
+
+def test_and_without_that_it_would_be_counted(monkeypatch):
+    monkeypatch.setattr(Replicas, "_proven", lambda self, wish, nodes: self._end(wish))
+    park, again, second = restarting()
+    assert set(park.receipt.copies) == {again.name, second.name}
+    assert again.name not in holders(again.cluster)
+
+
+def test_one_that_restarted_and_fails_then_leaves_two_copies_and_the_reason():
+    park, again, second = restarting()
+    while again.pulls:
+        again.finish_pull(again.pulls[0], "peer_lost")
+    assert (park.receipt.level, set(park.receipt.copies)) == ("copies=2", {second.name})
+    assert again.name in park.receipt.detail
+
+
+def test_what_was_on_its_disk_is_still_there():
+    cluster = RigCluster("a", "b", "d")
+    cluster.announce()
+    a, b, _ = cluster.rigs.values()
+    park = parking(a, level="copies=3")
+    first, second = [rig for rig in cluster.rigs.values() if rig.pulls]
+    ends(second)
+    (job,) = a.core.cluster.replicas._asked
+    restarted = c.NodeThere(first.name, 9, cluster.loads[first.name])
+    answer = cluster._answer
+    cluster._answer = lambda rig, message: (
+        c.NodesThere(job=message.job, nodes=(restarted,))
+        if isinstance(message, c.FindNodes)
+        else answer(rig, message)
+    )
+    a.tell(Received(c.PEERS, c.Kept(job=job, tier="disk", epoch=b.core.state.epoch)))
+    assert park.receipt.copies == {first.name: "disk", second.name: "host"}
+
+
+def test_a_directory_that_does_not_say_holds_up_nobody():
+    a, *_ = three()
+    park = parking(a, level="copies=3")
+    a.cluster._answer = lambda rig, message: None
+    for rig in list(a.cluster.rigs.values()):
+        ends(rig)
+    assert not park.receipts
+    a.tick(0.6)
+    assert park.receipt.level == "copies=3"

@@ -2,11 +2,15 @@
 
 import pytest
 
-from kvtier.messages import Forget
+from kvtier.messages import Explain, Forget
+from kvtier.node import naming
 from kvtier.node.coverage import restored_end
+from kvtier.node.disk_side import DiskSide
 from kvtier.node.keeping import Keeping
+from kvtier.node.room import Room
 from kvtier.testing.rig_checks import best_of_slices
-from kvtier.testing.rig_cluster import RigCluster, end_well, objects_of, park_at
+from kvtier.testing.rig_cluster import NodeRig, RigCluster, end_well, objects_of, pair, park_at
+from kvtier.testing.rig_uses import HYBRID
 
 
 @pytest.fixture
@@ -110,3 +114,149 @@ def test_what_is_forgotten_while_its_record_is_written_is_not_kept(nodes):
     assert park.receipt.reason == "forgotten"
     assert not objects_of(b, "chat") and not b.store.records
     end_well(a, b)
+
+
+# --- while the disk is away ---------------------------------------------------------------------------------
+
+
+def fill(rig, level="host", parks=8):
+    """Receipts of parks, one after the other, that together need more than host memory has."""
+    done = []
+    for first in range(1000, 1000 * (parks + 1), 1000):
+        done.append(rig.park(rig.workers[0], f"filler-{first}", range(first, first + 40), level=level))
+        rig.run()
+    return [park.receipt for park in done]
+
+
+def copied_without_disks():
+    a, b = pair()
+    for rig in (a, b):
+        rig.attach()
+    for rig in (a, b):
+        rig.kill(rig.disk)
+    assert park_at(a, level="copies=2").receipt.copies == {"b": "host"}
+    return a, b
+
+
+def test_a_copy_waits_in_memory_for_a_disk_that_starts_again():
+    for rig in copied_without_disks():
+        (run,) = rig.ask(Explain(conversation="chat", tenant="acme")).explanation.runs
+        assert "one of the copies asked for" in run.decision
+        assert {receipt.level for receipt in fill(rig)} == {"host"}
+        assert all(stored.slot is not None for stored in objects_of(rig, "chat"))
+        rig.start_disk()
+        rig.run()
+        fill(rig)
+        assert comes_back(rig, 10) == 10
+        end_well(rig)
+
+
+def test_and_would_be_gone_if_it_were_dropped_like_anything_else(monkeypatch):
+    monkeypatch.setattr(DiskSide, "returns", lambda self: False)
+    for rig in copied_without_disks():
+        fill(rig)
+        assert not objects_of(rig, "chat")
+
+
+def test_a_node_that_starts_again_keeps_copies_before_its_disk_is_there():
+    a, b = pair()
+    a.cluster.lose("b")
+    b = NodeRig(a.cluster, "b", epoch=9, disk=b.store)
+    b.kill(b.disk)
+    b.attach()
+    assert park_at(a, level="copies=2").receipt.copies == {"b": "host"}
+    fill(b)
+    assert len(objects_of(b, "chat")) == 3
+
+
+def test_a_disk_that_stays_away_is_not_waited_for():
+    for rig in copied_without_disks():
+        rig.tick(121.0)
+        fill(rig)
+        assert not objects_of(rig, "chat")
+
+
+def test_nothing_waits_for_a_disk_that_this_node_does_not_have():
+    a, b = pair(disk=None, wishes={"disk_expected": False})
+    park_at(a, level="copies=2")
+    for rig in (a, b):
+        rig.attach()
+        fill(rig)
+        assert not objects_of(rig, "chat")
+
+
+def test_memory_full_of_copies_refuses_parks_until_the_disk_is_back():
+    a, b = copied_without_disks()
+    refused = [receipt for receipt in fill(a, "copies=2") if receipt.level == "none"]
+    assert {receipt.reason for receipt in refused} == {"backpressure"}
+    assert {receipt.reason for receipt in fill(b) if receipt.level == "none"} <= {"backpressure"}
+    for rig in (a, b):
+        assert all(stored.slot is not None for stored in objects_of(rig, "chat"))
+        rig.start_disk()
+    a.run()
+    again = a.park(a.workers[0], "new", range(5000, 5040))
+    a.run()
+    assert again.receipt.level == "host"
+    end_well(a, b)
+
+
+# --- a turn that goes on from a copy ------------------------------------------------------------------------
+
+
+def gone_on(monkeypatch):
+    """Two nodes have ten tokens, one goes on in memory alone: what it has left once memory is full."""
+    a, _ = pair()
+    park_at(a, 10, level="copies=2")
+    park_at(a, 12)
+    monkeypatch.setattr(a.core.state.policies.admission, "demote", lambda *about: False)
+    fill(a)
+    return comes_back(a, 12)
+
+
+def test_the_block_that_takes_a_copied_tails_place_is_no_more_dropped_than_the_tail(monkeypatch):
+    assert gone_on(monkeypatch) == 12
+
+
+def test_and_without_that_the_copied_tokens_are_gone(monkeypatch):
+    drop = naming.drop_tails
+
+    def forgetful(state, disk, chain, tails):
+        tails = list(tails)
+        for tail in tails:
+            tail.kept = False
+        drop(state, disk, chain, tails)
+
+    monkeypatch.setattr(naming, "drop_tails", forgetful)
+    assert gone_on(monkeypatch) == 8
+
+
+# --- a park that has more rows of a window than a copy ------------------------------------------------------
+
+
+def parked_with_more_rows():
+    """A node keeps the end of a window for another; a park there has all of it, and its copies fail."""
+    a, b = pair()
+    worker, end = a.attach(HYBRID), HYBRID.groups[1].needed_from(7)
+    kept = a.park(worker, "chat", range(7), level="copies=2", held_from=[0, end, 0])
+    a.run()
+    a.cluster.announce()
+    assert end > 0 and kept.receipt.copies == {"b": "host"}
+    longer = b.park(b.attach(HYBRID), "other", range(7))
+    while not b.copies():
+        assert b.disk_ops(), "nothing is written, and nothing copied"
+        b.run_disk()
+    for op in b.copies():
+        b.finish(op, "error: of the device")
+    b.run()
+    assert longer.receipt.reason == "copy_failed"
+    a.cluster.lose("a")
+    return b.resume(b.attach(HYBRID), "chat", range(8)).receipt.tokens
+
+
+def test_a_copy_with_fewer_rows_is_on_disk_before_it_makes_way():
+    assert parked_with_more_rows() == 7
+
+
+def test_and_would_be_gone_if_it_made_way_at_once(monkeypatch):
+    monkeypatch.setattr(Room, "is_written_first", lambda self, block, stored: False)
+    assert parked_with_more_rows() < 7

@@ -1,7 +1,7 @@
 """The state machine of copies at other nodes: as it is, and with the core broken on purpose."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.cluster_messages import Kept
@@ -9,15 +9,12 @@ from kvtier.node import replicas
 from kvtier.node.keeping import Keeping
 from kvtier.node.replicas import Replicas
 from kvtier.testing.copies_machine import CopiesMachine
-
-QUICK = settings(max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck))
-LONG = settings(QUICK, max_examples=3000, stateful_step_count=80, derandomize=False)
-CONTROL = settings(QUICK, max_examples=3000, phases=[Phase.generate], report_multiple_bugs=False)
+from kvtier.testing.machine_settings import CONTROL, LONG, QUICK
 
 pytestmark = pytest.mark.timeout(600)
 
 TestCopies = CopiesMachine.TestCase
-TestCopies.settings = QUICK
+TestCopies.settings = settings(QUICK, max_examples=60, stateful_step_count=30)
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import msgspec
 from kvtier import cluster_messages as c
 from kvtier.directory import calls
 from kvtier.messages import ParkDone
+from kvtier.node.events import Received
 from kvtier.protocol import LENGTH, decode, encode
 from kvtier.receipts import LEVELS, ParkReceipt, copies_level
+from kvtier.testing.rig_cluster import RigCluster
 
 
 class OldLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -52,11 +54,12 @@ def test_nodes_travel_both_ways() -> None:
 def test_reads_graves_and_drains_of_older_nodes() -> None:
     for message in (
         c.PeerRead(job="x1", node="a", epoch=1, object_keys=[], slots=[], timeout_s=1.0),
+        c.PeerReadDone(job="x1"),
         c.Graves(stones=()),
         c.Drain(),
     ):
         fields = msgspec.to_builtins(message)
-        assert not fields.keys() & {"behind", "past", "within_s"}
+        assert not fields.keys() & {"behind", "item_bytes", "past", "within_s"}
         assert decode(encode(message)[LENGTH.size :]) == message
 
 
@@ -74,3 +77,26 @@ def test_levels_are_in_order() -> None:
     assert not short.ok
     assert ParkReceipt("chat", "acme", "copies=2", "copies=2", True).ok
     assert not ParkReceipt("chat", "acme", "copies=2", "copies=3", True).ok
+
+
+class OldKept(msgspec.Struct, tag="kept"):
+    job: str = ""
+    tier: str = ""
+
+
+def test_an_answer_with_its_nodes_epoch_and_one_without_travel() -> None:
+    said = encode(c.Kept(job="k1", tier="host", epoch=7))[LENGTH.size :]
+    assert msgspec.msgpack.decode(said, type=OldKept).tier == "host"
+    heard = decode(msgspec.msgpack.encode(OldKept("k1", "host")))
+    assert isinstance(heard, c.Kept) and heard.epoch == 0
+
+
+def test_a_node_that_does_not_say_its_epoch_is_counted_like_before() -> None:
+    cluster = RigCluster("a", "b", "d")
+    cluster.announce()
+    a = cluster.rigs["a"]
+    park = a.park(a.attach(), "chat", range(10), level="copies=3")
+    a.run_copies()
+    for job in list(a.core.cluster.replicas._asked):
+        a.tell(Received(c.PEERS, c.Kept(job=job, tier="host")))
+    assert park.receipt.level == "copies=3"

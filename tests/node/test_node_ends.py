@@ -3,6 +3,7 @@
 import pytest
 
 from kvtier.messages import Forget
+from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import UNIT
 from kvtier.tier_messages import DiskRead
 
@@ -72,3 +73,47 @@ def test_what_is_missing_on_disk_is_not_counted_there(rig, worker):
     assert (restore.receipt.tokens, restore.receipt.reason) == (0, "disk_error")
     assert reborn.core.state.disk_held_bytes == 0
     assert not reborn.core.state.conversations
+
+
+# --- of what was spilled and never asked to be on disk ------------------------------------------------------
+
+SPILLS = NodeSettings(batch_bytes=2 * UNIT, spill_above=0.0)
+
+
+def spilled(rig, worker, name):
+    """Four blocks, in host memory and on disk."""
+    rig.park(worker, name, range(16))
+    rig.run()
+    rig.tick(1.0)
+    rig.run()
+    assert rig.core.state.dirty_bytes == 0
+
+
+@pytest.mark.parametrize("evictions", [1, 2])
+def test_when_its_end_leaves_the_disk_its_front_has_the_name_after_power_loss(make_rig, evictions):
+    """It was never asked to be on disk; its record is there, since it was spilled."""
+    rig = make_rig(arena_bytes=[64 * UNIT], disk=14 * UNIT, settings=SPILLS)
+    worker = rig.attach()
+    spilled(rig, worker, "chat")
+    for number in range(evictions):
+        rig.park(worker, f"new-{number}", range(50 * number + 50, 50 * number + 54), level="disk")
+        rig.run()
+    left = 16 - 4 * evictions
+    chat = rig.core.state.conversations["acme", "chat"]
+    assert [end.tokens for end in chat.ends] == [left, 16], "host memory has all of it"
+    reborn = rig.restarted()
+    assert reborn.plan(reborn.attach(), "chat", range(16)).plan.load_tokens == left
+
+
+def test_when_its_middle_leaves_the_disk_what_is_before_has_the_name_after_power_loss(make_rig):
+    rig = make_rig(arena_bytes=[64 * UNIT], settings=SPILLS)
+    worker = rig.attach()
+    spilled(rig, worker, "chat")
+    rig.remove_from_disk(
+        [s for block in rig.core.state.tree if block.start == 8 for s in block.parts.values()]
+    )
+    # It is written again otherwise.
+    while others := [op for op in rig.disk_ops() if not getattr(op.message, "spill", False)]:
+        rig.finish(others[0])
+    reborn = rig.restarted()
+    assert reborn.plan(reborn.attach(), "chat", range(16)).plan.load_tokens == 8

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from kvtier.messages import Hint
 from kvtier.node.events import Received
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import HYBRID, UNIT
@@ -163,6 +164,35 @@ def test_a_disk_that_hangs_is_not_waited_for_longer_than_was_asked(rig, worker):
     assert not park.receipts
     rig.tick(0.2)
     assert said(park.receipt) == ("host", "deadline")
+
+
+@pytest.mark.parametrize("tokens_left", [8, 12, 16])
+def test_a_record_that_is_written_late_does_not_say_what_left_the_disk_meanwhile(make_rig, tokens_left):
+    rig = make_rig(disk=14 * UNIT)
+    worker = rig.attach()
+    rig.park(worker, "chat", range(8), level="disk")
+    rig.run()
+    late = rig.park(worker, "chat", range(16), level="disk", timeout_s=5.0)
+    rig.run_copies()
+    while not (record := [op for op in rig.disk_ops() if op.message.records]):
+        rig.finish(rig.disk_ops()[0])
+    rig.tick(6.0)
+    assert said(late.receipt) == ("host", "deadline")
+    # Nobody holds it on disk any more.
+    rig.park(worker, "new", range(50, 66 - tokens_left), level="disk")
+    rig.run_copies()
+    while others := [op for op in rig.disk_ops() if op not in record]:
+        rig.finish(others[0])
+    rig.finish(record[0])
+    rig.run()
+    chat = rig.core.state.conversations["acme", "chat"]
+    assert (chat.heads[0].key in chat.durable) == (tokens_left == 16)
+    # Whatever else makes the record be written again.
+    rig.ask(Hint(conversation="chat", tenant="acme", returns_in_s=5.0))
+    rig.tick()
+    rig.run()
+    reborn = rig.restarted()
+    assert reborn.plan(reborn.attach(), "chat", range(16)).plan.load_tokens == tokens_left
 
 
 def test_the_disk_service_dies_during_a_write_and_comes_back_with_what_was_durable(rig, worker):

@@ -1,7 +1,6 @@
 """The state machine of a node among troubles: as it is, and with the core broken on purpose."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.host.slots import HostSlots
@@ -10,6 +9,7 @@ from kvtier.node.disk_requests import DiskRequests
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState
 from kvtier.testing.core_rig import SECRET
+from kvtier.testing.machine_settings import CONTROL, LONG, QUICK
 from kvtier.testing.node_faults import (
     believe_a_disk_that_comes_late,
     count_a_job_as_quiet_when_it_is_over,
@@ -17,11 +17,7 @@ from kvtier.testing.node_faults import (
 )
 from kvtier.testing.node_machine import NodeMachine
 
-QUICK = settings(max_examples=400, stateful_step_count=40, suppress_health_check=list(HealthCheck))
-LONG = settings(QUICK, max_examples=3000, stateful_step_count=80, derandomize=False)
-# A control only has to be noticed, not to be made small. Each takes some ten to two hundred examples, as
-# measured with many seeds; so this bound is met by none, and test_node_controls has each without any luck.
-CONTROL = settings(QUICK, max_examples=6000, phases=[Phase.generate], report_multiple_bugs=False)
+pytestmark = pytest.mark.timeout(600)
 
 TestNode = NodeMachine.TestCase
 TestNode.settings = QUICK

@@ -7,6 +7,7 @@ import pytest
 
 from kvtier import cluster_messages as c
 from kvtier.node.events import Received
+from kvtier.node.reports import status_report
 from kvtier.testing.rig_cluster import NodeRig, RigCluster, begun, end_well, objects_of, pair, park_at
 from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT
 
@@ -84,6 +85,23 @@ def test_only_what_is_missing_is_pulled():
     assert restore.receipt.tokens == 20
     assert restore.receipt.sources == {"host": 8, "peer": 12}
     assert b.core.state.counters.pulled_bytes == 12 * UNIT // 2
+
+
+def test_a_read_tells_how_wide_the_numbers_are_and_counts_how_they_came():
+    a, b = pair()
+    park_at(a, 8)
+    begun(b, 8)
+    pull = b.pulls[0]
+    assert set(pull.item_bytes) == {PLAIN.item_bytes} and len(pull.item_bytes) == len(pull.slots)
+    done = c.PeerReadDone(job=pull.job, received_bytes=100, coded_bytes=80, wire_bytes=75)
+    for _ in range(2):
+        # Also where the read had been given up.
+        b.tell(Received(c.PEERS, done))
+    counters = b.core.state.counters
+    seen = (counters.peer_received_bytes, counters.peer_coded_bytes, counters.peer_wire_bytes)
+    assert seen == (200, 160, 150)
+    reported = status_report(b.core.state, 0).counters
+    assert [reported[f"peer_{name}_bytes"] for name in ("received", "coded", "wire")] == [200, 160, 150]
 
 
 def test_the_longest_branch_by_tokens_wins_and_not_the_newest():

@@ -1,21 +1,21 @@
 """The state machine of ranks among troubles: as it is, and with the core broken on purpose."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier.node import plans
 from kvtier.node.coverage import longest
 from kvtier.node.park_acts import ParkActs
+from kvtier.node.park_writes import ParkWrites
 from kvtier.node.restore_acts import RestoreActs
+from kvtier.testing.machine_settings import CONTROL, LONG, QUICK
 from kvtier.testing.rank_machine import RankMachine
 
-QUICK = settings(max_examples=150, stateful_step_count=40, suppress_health_check=list(HealthCheck))
-LONG = settings(QUICK, max_examples=3000, stateful_step_count=80, derandomize=False)
-CONTROL = settings(QUICK, max_examples=3000, phases=[Phase.generate], report_multiple_bugs=False)
+pytestmark = pytest.mark.timeout(600)
 
 TestRanks = RankMachine.TestCase
-TestRanks.settings = QUICK
+TestRanks.settings = settings(QUICK, max_examples=150)
 
 
 @pytest.mark.slow
@@ -59,11 +59,26 @@ def say_the_most_of_all_ranks(patch):
     patch.setattr(RestoreActs, "_common", most)
 
 
+def count_only_those_who_asked_for_disk(patch):
+    def may_record(self, job):
+        act = job.act
+        if act is None:
+            return True
+        asked = [one for one in act.jobs if one.ready and one.message.level == "disk"]
+        if act.recording or not all(one.durable for one in asked):
+            return False
+        act.recording = True
+        return True
+
+    patch.setattr(ParkWrites, "_may_record", may_record)
+
+
 CONTROLS = {
     say_whole_without_a_slice: "is said to be",
     plan_from_what_one_rank_has: "a plan of",
     answer_each_rank_by_itself: "ranks were told|are said to be there",
     say_the_most_of_all_ranks: "are wrong",
+    count_only_those_who_asked_for_disk: "is said to be|was promised",
 }
 
 

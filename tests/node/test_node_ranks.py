@@ -62,7 +62,9 @@ def test_a_rank_that_never_comes_ends_the_wait_at_the_deadline(rig):
     rig.tick(0.2)
     assert levels([park]) == [("none", "shard_missing")]
     assert PAIR[1] in park.receipt.detail
-    assert rig.plan(one, "chat", range(10)).plan.reason == "incomplete"
+    plan = rig.plan(one, "chat", range(10)).plan
+    assert (plan.load_tokens, plan.reason) == (0, "shard_missing")
+    assert plan.detail == f"beyond 0 tokens nobody has {PAIR[1]}"
     # What it left counts when the other one comes after all.
     late = rig.park(two, "chat", range(10), level="disk")
     rig.run()

@@ -155,8 +155,9 @@ def test_a_plan_is_good_for_one_restore_of_its_own_worker(rig, worker):
     assert rig.restore(twin, planned, range(8)).receipt.reason == "lease_expired"
     restore = rig.restore(worker, planned, range(8))
     rig.run()
-    assert restore.receipt.tokens == 8
-    assert rig.restore(worker, planned, range(8)).receipt.reason == "lease_expired"
+    assert (restore.receipt.tokens, restore.receipt.ok) == (8, True)
+    again = rig.restore(worker, planned, range(8)).receipt
+    assert (again.reason, again.tokens, again.requested_tokens, again.ok) == ("lease_expired", 0, 0, False)
 
 
 def test_a_lease_is_not_longer_than_the_settings_say(rig, worker):

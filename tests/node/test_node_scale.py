@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from kvtier.cluster_messages import SERVICE, Drain
-from kvtier.messages import Explain, ListModels, Message
+from kvtier.messages import Explain, Forget, ListModels, Message
 from kvtier.node import room as room_module
 from kvtier.node.events import Received
+from kvtier.node.park_job import ParkJob
+from kvtier.node.parks import Parks
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.lru import LeafLru
+from kvtier.receipts import Level
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_uses import UNIT, RigPark, RigWorker
@@ -73,6 +78,68 @@ def full(count: int, clean: int) -> tuple[CoreRig, RigWorker]:
         parked(rig, worker, number, "disk" if number >= count - clean else "host")
     assert rig.core.state.dirty_bytes == (count - clean) * CHAIN * BLOCK
     return rig, worker
+
+
+# --- looking up -------------------------------------------------------------------------------------------
+
+
+def test_a_lookup_keys_no_block_behind_the_first_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = CoreRig()
+    worker = rig.attach()
+    parked(rig, worker, 1)
+    front, keyed = range(1000, 1000 + CHAIN * 4), []
+    sha256 = hashlib.sha256
+
+    def counted(data: bytes = b"") -> Any:
+        keyed.append(data)
+        return sha256(data)
+
+    for rest in (1, 100):
+        keyed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(hashlib, "sha256", counted)
+            planned = rig.plan(worker, "chat-1", [*front, *range(10**6, 10**6 + 4 * rest)])
+        assert planned is not None and planned.plan.load_tokens == CHAIN * 4
+        assert len(keyed) == CHAIN + 1
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def cycles(rig: CoreRig) -> list[str]:
+    """What of the project only the collector of cycles frees, after some of all that a node does."""
+    worker = rig.attach()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for number in range(4):
+            parked(rig, worker, number, ("host", "disk")[number % 2])
+            rig.resume(worker, f"chat-{number}", range(1000 * number, 1000 * number + CHAIN * 4))
+        rig.ask(Forget(conversation="chat-1", tenant="acme"))
+        rig.run()
+        gc.collect()
+        return [str(type(one)) for one in gc.garbage if type(one).__module__.startswith("kvtier")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def test_nothing_waits_for_the_collector_of_cycles() -> None:
+    """It goes through all that a node knows, and nothing else happens meanwhile."""
+    assert cycles(CoreRig()) == []
+
+
+def test_the_control_a_park_that_names_itself_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = Parks._finish
+
+    def knotted(self: Parks, job: ParkJob, level: Level) -> None:
+        finish(self, job, level)
+        job.pages = [job]  # type: ignore[list-item]
+
+    monkeypatch.setattr(Parks, "_finish", knotted)
+    assert str(ParkJob) in cycles(CoreRig())
 
 
 # --- room -------------------------------------------------------------------------------------------------

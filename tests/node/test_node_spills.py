@@ -1,5 +1,7 @@
 """Spills: ahead of need, many in one write, behind everything that somebody waits for."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvtier.messages import Forget, Hint
@@ -176,6 +178,72 @@ def test_the_search_for_a_clean_victim_ends(make_rig, monkeypatch):
     assert spills(rig)
     rig.run()
     assert new.receipt.level == "host"
+
+
+def held_by_a_park(rig, worker):
+    """Four dirty blocks that a park holds which is at work: they cannot be written. Answers that park."""
+    rig.park(worker, "held", range(16))
+    rig.run()
+    rig.tick(1.0)
+    return rig.park(worker, "held", range(24))
+
+
+def copy_all_but(rig, park):
+    while others := [op for op in rig.copies() if op.message.request != park.message.request]:
+        rig.finish(others[0])
+
+
+@pytest.mark.parametrize("bound", ["_PASS_OVER", "_PASS_OVER_BLOCKS"])
+def test_behind_what_cannot_be_written_the_search_goes_on(make_rig, monkeypatch, bound):
+    monkeypatch.setattr(room_module, bound, {"_PASS_OVER": 0.1, "_PASS_OVER_BLOCKS": 2}[bound])
+    rig = make_rig(arena_bytes=[16 * UNIT], settings=settings(spill_above=1.0))
+    worker = rig.attach()
+    at_work = held_by_a_park(rig, worker)
+    rig.tick(1.0)
+    clean = rig.park(worker, "clean", range(50, 58), level="disk")
+    copy_all_but(rig, at_work)
+    rig.run_disk()
+    assert clean.receipt.level == "disk"
+    new = rig.park(worker, "new", range(90, 94))
+    copy_all_but(rig, at_work)
+    assert new.receipt.level == "host"
+    assert not at_work.receipts
+
+
+def test_behind_what_cannot_be_written_another_is_written(make_rig):
+    rig = make_rig(arena_bytes=[16 * UNIT], settings=settings(spill_above=1.0))
+    worker = rig.attach()
+    at_work = held_by_a_park(rig, worker)
+    rig.tick(1.0)
+    rig.park(worker, "dirty", range(50, 58))
+    copy_all_but(rig, at_work)
+    new = rig.park(worker, "new", range(90, 94))
+    assert len(spills(rig)) == 1
+    rig.run_disk()
+    copy_all_but(rig, at_work)
+    assert new.receipt.level == "host"
+    assert not at_work.receipts
+
+
+def test_a_search_in_vain_for_much_room_says_nothing_of_little(make_rig):
+    rig = make_rig(arena_bytes=[16 * UNIT], settings=settings(spill_above=1.0))
+    room = rig.core._parks._room
+    searches = []
+    search = room._evict_for
+    room._evict_for = lambda meta, holder: searches.append(meta.nbytes) or search(meta, holder)
+    worker = rig.attach()
+    park(rig, worker, "chat", range(32))
+    new = rig.park(worker, "new", range(90, 94))
+    assert spills(rig) and not new.receipts
+    (meta,) = [
+        stored.meta for block in rig.core.state.tree if block.start == 28 for stored in block.parts.values()
+    ]
+    del searches[:]
+    for nbytes in (BLOCK, 2 * BLOCK, BLOCK // 2, BLOCK):
+        other = replace(meta, object_id=meta.object_id._replace(block_key=bytes(32)), nbytes=nbytes)
+        assert room.reserve(other, "somebody") == "wait"
+    assert searches == [BLOCK // 2], "what was looked for in vain is not looked for again, nor is more"
+    rig.run()
 
 
 def test_what_was_used_last_does_not_go_for_what_is_dirty_and_was_used_long_ago(make_rig):
@@ -370,8 +438,7 @@ def test_a_node_that_gives_the_copy_on_disk_up_writes_it_again(make_rig):
     park(rig, worker, "chat", range(16))
     push_out(rig, worker, "other")
     rig.resume(worker, "chat", range(16))
-    in_host = {meta.object_id for meta in rig.host.objects()}
-    rig.core._disk.remove([rig.core.state.tree.stored(object_id) for object_id in in_host])
+    rig.remove_from_disk([rig.core.state.tree.stored(meta.object_id) for meta in rig.host.objects()])
     push_out(rig, worker, "another")
     chat = [meta.block_key for message in writes for meta in message.metas]
     assert len(chat) > len(set(chat))

@@ -252,9 +252,50 @@ def test_guests_in_kuberay_listen_for_each_other():
     (container,) = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
     command = container["lifecycle"]["postStart"]["exec"]["command"][-1]
     (words,) = kvtier_commands(command)
-    assert settings_of(words) == {"cluster.listen": "$(hostname -i):7200"}
+    assert settings_of(words) == {"cluster.listen": "$POD_IP:7200"}
+    # A pod has another name after each start; its machine, and what lies on the drive there, stay.
+    assert words[words.index("--name") + 1] == "$NODE_NAME"
+    fields = {
+        e["name"]: e["valueFrom"]["fieldRef"]["fieldPath"] for e in container["env"] if "valueFrom" in e
+    }
+    assert fields == {"NODE_NAME": "spec.nodeName", "POD_IP": "status.podIP"}
     assert [port["containerPort"] for port in container["ports"]] == [7200]
     check_command(words)
+
+
+def host_folders(pod):
+    return {volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+
+
+def test_every_daemon_keeps_its_sockets_and_state_where_its_folders_are(tmp_path, monkeypatch):
+    """For a user that is not root the folders would be others, and no worker would find the socket."""
+    monkeypatch.setattr("os.getuid", lambda: 10464)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    of_nodes, daemonset = yaml.safe_load_all((DEPLOY / "kubernetes/daemonset.yaml").read_text())
+    of_directory, *_ = yaml.safe_load_all((DEPLOY / "kubernetes/directory.yaml").read_text())
+    text = (DEPLOY / "kvtier.toml").read_text()
+    for number, config in enumerate(
+        (text, of_nodes["data"]["kvtier.toml"], of_directory["data"]["kvtier.toml"])
+    ):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(secrets_at(tmp_path, config))
+        node = load(file).node
+        assert (node.runtime_dir, node.state_dir) == ("/run/kvtier", "/var/lib/kvtier")
+    assert host_folders(daemonset["spec"]["template"]["spec"]) == {"/run/kvtier", "/var/lib/kvtier"}
+    unit = (DEPLOY / "systemd/kvtier.service").read_text()
+    assert "\nRuntimeDirectory=kvtier\n" in unit and "\nStateDirectory=kvtier\n" in unit
+    assert str(load(None).node.runtime_dir) != "/run/kvtier"
+
+
+def test_two_guests_of_kuberay_never_share_a_machine_s_folders():
+    cluster = yaml.safe_load((DEPLOY / "kubernetes/kuberay.yaml").read_text())
+    (group,) = cluster["spec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    (apart,) = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["topologyKey"] == "kubernetes.io/hostname"
+    assert apart["labelSelector"]["matchLabels"] == {"ray.io/group": group["groupName"]}
+    made = pod["initContainers"][0]["command"][-1]
+    assert all(f" {folder}" in made for folder in host_folders(pod))
 
 
 def test_every_file_is_named_in_the_readme_with_how_far_it_was_checked():

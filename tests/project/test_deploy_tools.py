@@ -53,6 +53,7 @@ def chart_templates():
         spec = {
             "securityContext": own["podSecurityContext"],
             "volumes": own["volumes"],
+            **{name: own[name] for name in ("initContainers", "affinity") if name in own},
             "containers": [{"name": container, "image": image, "env": env, **inside}],
         }
         yield {"spec": spec}
@@ -161,8 +162,10 @@ def test_chart_and_ray_cluster_say_the_same():
         return (
             env,
             {**container, "env": None},
-            template["spec"]["volumes"],
-            template["spec"]["securityContext"],
+            *(
+                template["spec"].get(name)
+                for name in ("volumes", "securityContext", "initContainers", "affinity")
+            ),
         )
 
     for ours, theirs in zip(ray_templates(), chart_templates(), strict=True):

@@ -21,6 +21,7 @@ ROOMS = (
     "cluster",
     "integrations",
     "sim",
+    "bench",
     "cli",
     "testing",
 )
@@ -40,8 +41,9 @@ MAY_IMPORT = {
     "cluster": TIERS | {"policy", "node", "daemon"},
     "integrations": frozenset({"gpu"}),
     "sim": frozenset({"policy", "node", "host"}),
-    "cli": frozenset({"cluster", "daemon", "disk", "gpu", "integrations", "policy", "sim"}),
-    "testing": TIERS | {"policy", "node", "daemon", "directory"},
+    "bench": TIERS,
+    "cli": frozenset({"bench", "cluster", "daemon", "disk", "gpu", "integrations", "policy", "sim"}),
+    "testing": TIERS | {"policy", "node", "daemon", "directory", "peers"},
 }
 # What the root's client may load when it is called, and not before: a worker's copy engine, its view of the
 # arena, and the services of connect("embedded:").

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import TokensError
-from kvtier.keys import block_key, chain, encode_extras, make_root, pack_tokens, tail_key, tenant_secret
+from kvtier.keys import block_key, chain, encode_extras, make_root, pack_tokens, tail_key, tenant_secret, walk
 
 B = 4
 SECRET = bytes(range(32))
@@ -137,6 +137,8 @@ def test_going_on_after_a_block_gives_the_same_chain(tokens, extras, private, bl
     parent = whole[at // B - 1].key if at else None
     rest = chain(ROOT, packed[4 * at :], extras, parent=parent, first_position=at, private=private)
     assert whole[at // B :] == rest
+    keys = walk(ROOT, packed[4 * at :], extras, parent=parent, first_position=at, private=private)
+    assert list(keys) == [ref.key for ref in rest]
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=20), st.data())
