@@ -44,7 +44,8 @@ def main(command: str, state: str, run: str, arena_bytes: str, *rest: str) -> No
     }
     config = load(None, settings)
     if command == "down":
-        print(json.dumps({"graceful": down(config).graceful}))
+        ended = down(config)
+        print(json.dumps({"graceful": ended.graceful, "detail": ended.detail}))
         return
     if rest:
         with_monitor()
