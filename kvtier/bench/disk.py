@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,18 @@ def _nothing() -> None:
 def short(folder: Path, nbytes: int, rounds: int) -> Iterator[Line]:
     """One conversation's durable park and restore, against two ways of plain writing and reading.
 
-    The store's files go past the page cache; where they cannot, what was read is in it: see the detail.
+    All files go past the page cache; where they cannot, what was read may be in it: see the detail.
     """
     drive = Drive(folder, nbytes)
+    ways = SHORT if drive.direct else [replace(way, direct=False) for way in SHORT]
     try:
         blocks = blocks_of(drive.memory, min(BLOCK_BYTES, nbytes))
-        yield _parks_again(drive, folder, SHORT, rounds, blocks, sums_of(blocks), settle=_nothing)
+        yield _parks_again(drive, folder, ways, rounds, blocks, sums_of(blocks), settle=_nothing)
         with opened(folder / "store", 2 * nbytes) as tier:
             park(tier, range(len(blocks)), blocks, sums_of(blocks))
             work = partial(restore, tier, range(len(blocks)), blocks)
             yield _restores(
-                drive, folder, SHORT, rounds, "one conversation", work, forget=forget_files, settle=_nothing
+                drive, folder, ways, rounds, "one conversation", work, forget=forget_files, settle=_nothing
             )
     finally:
         drive.close()

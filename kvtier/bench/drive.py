@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,10 @@ READS = [Way(True, size * MiB, threads) for size in (2, 8, 32) for threads in (1
 
 
 class Drive:
-    """A file of its own in `folder`, as long as `nbytes`, and memory to fill it from and into."""
+    """A file of its own in `folder`, as long as `nbytes`, and memory to fill it from and into.
+
+    direct: whether the file system takes O_DIRECT.
+    """
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         self.path = folder / "limit.bin"
@@ -43,6 +48,7 @@ class Drive:
         self.memory: Bytes = faulted(nbytes, huge=True)
         self._fill()
         self.renew()
+        self.direct = self._takes_direct()
 
     def _fill(self) -> None:
         """With noise: a drive may be quicker with zeros."""
@@ -61,6 +67,17 @@ class Drive:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def _takes_direct(self) -> bool:
+        try:
+            with self._open(Way(True, MiB, 1)) as fd:
+                # Some file systems refuse only the transfer.
+                _pread_into(fd, self.memory[: mmap.PAGESIZE], 0)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            return False
+        return True
 
     def write(self, way: Way) -> None:
         """All of the file, durable at the end."""

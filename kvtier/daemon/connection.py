@@ -102,7 +102,10 @@ class Connection:
         self._frames.clear()
         self._socket.close()
         self._forget(self)
-        self.on_close()
+        on_close = self.on_close
+        # They name this connection as a rule, and what the collector set aside frees no cycles.
+        self.on_message, self.on_close = _drop, _nothing
+        on_close()
 
     def peer(self) -> Peer:
         """The process at the other end, as the kernel knows it. Raises OSError when it is gone."""

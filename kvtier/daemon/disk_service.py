@@ -248,13 +248,13 @@ class DiskService:
     def _look_after(self, session: Session, lanes: Lanes) -> None:
         """What changes by itself: counts, the drive's bound, and whether a sick drive is well again."""
         place = self._find_place()
-        if place != self._place:
-            above = self._directory.parent
-            if place is None and self._place is not None and _device(above) == self._place[0]:
-                raise _StoreGone
-            self._degraded = f"{self._directory} is not the folder any more that was opened"
-        elif not self._tier.is_there():
+        gone = place is None and self._place is not None and _device(self._directory.parent) == self._place[0]
+        gone = gone or (place == self._place and not self._tier.is_there())
+        if gone and not self._tier.was_moved():
             raise _StoreGone
+        if gone or place != self._place:
+            # What was moved may come back, and an empty store in its place would destroy its blocks' keys.
+            self._degraded = f"{self._directory} is not the folder any more that was opened"
         usage = self._usage()
         if session.said != usage:
             session.say(usage)

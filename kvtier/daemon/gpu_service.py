@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 from kvtier import __version__, paths
@@ -80,7 +80,8 @@ class GpuService:
         CPU's.  make_maps: makes what copies those on GPUs there; by default on this machine's."""
         self._config = config
         self._make_engine = make_engine or self._cpu_engine
-        self._make_maps = make_maps or _gpu_maps
+        # A device is made once: making it again would load its kernels again, and find its context there.
+        self._make_maps = make_maps or partial(GpuMaps, find=cache(device_of))
         self._probes: dict[str, ProbePool] = {}
         self._node: _Node | None = None
         self._modes: dict[str, str] = {}
@@ -368,10 +369,6 @@ class GpuService:
 
     def _cpu_engine(self, slots: SlotMemory) -> CopyEngine:
         return CpuCopyEngine(slots, threads=self._config.gpu.copy_threads)
-
-
-def _gpu_maps(slots: SlotMemory) -> GpuMaps:
-    return GpuMaps(slots, device_of)
 
 
 def _failed(copy: Copy, why: str) -> Copied:

@@ -54,6 +54,10 @@ class DirectoryLock:
             return False
         return now == place_of(self._fd)
 
+    def was_moved(self) -> bool:
+        """Whether the lock's file was moved away, or the directory with it, and not deleted."""
+        return not self.still_held() and os.fstat(self._fd).st_nlink > 0
+
     def note_sealed(self) -> None:
         """Say in the format file, durably, that blocks may be sealed: before the first one is."""
         if not self.sealed:

@@ -119,21 +119,36 @@ class Store:
             raise
 
     def is_there(self) -> bool:
-        """Whether the directory still has what was opened: not once its index or a segment was deleted."""
+        """Whether the directory still has what was opened: not once its index or a segment was deleted.
+
+        A look that fails, for want of descriptors for example, tells of nothing deleted.
+        """
         directory = self._held.directory
         try:
             names_changed = os.stat(directory / SEGMENTS).st_mtime_ns
             if not (self._held.still_held() and place_of(directory / INDEX) == self._index_place):
                 return False
             if names_changed != self._names_seen:
-                with self.lock:
-                    due = set(self.ledger.extents.segments)
-                if not due <= set(self.segments.numbers_on_disk()):
+                if self._lacks_segments():
                     return False
                 self._names_seen = names_changed
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as problem:
+            _LOG.warning("whether %s is still there cannot be seen: %s", directory, problem)
         return True
+
+    def _lacks_segments(self) -> bool:
+        with self.lock:
+            due = set(self.ledger.extents.segments)
+        missing = due.difference(self.segments.numbers_on_disk())
+        with self.lock:
+            # Some may have been given back meanwhile.
+            return not missing.isdisjoint(self.ledger.extents.segments)
+
+    def was_moved(self) -> bool:
+        """Whether what `is_there` misses was moved away as it is, and may come back."""
+        return self._held.was_moved()
 
     def check_header(self, entry: Entry, page: bytes) -> BlockHeader:
         """The header, when it is that of just this write of this object; else raise CorruptObject."""

@@ -338,6 +338,10 @@ class DiskTier(Tier):
         """Whether its directory still holds it; where it was deleted, open files would take what is lost."""
         return self._store.is_there()
 
+    def was_moved(self) -> bool:
+        """Whether its directory, or all that is in it, was moved away and not deleted."""
+        return self._store.was_moved()
+
     def make_room_ahead(self) -> None:
         """From now on keep more than a GiB of free room ready, as far as the limit allows, until `close`."""
         self._ahead = AheadThread(self._store.make_ahead)

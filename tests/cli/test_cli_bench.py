@@ -1,6 +1,12 @@
 """`kvtier bench`: its figures on this machine at the smallest size, and on a fake device."""
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +19,7 @@ from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.ways import always
 from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.fake_device_gpu import FakeGpu
+from kvtier.waiting import wait_until
 
 
 def test_the_copies_are_held_against_plain_ones(kv):
@@ -82,3 +89,46 @@ def test_a_drive_without_room_is_not_filled(kv, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "_SPARE_BYTES", 1 << 60)
     seen = kv("bench", "--only", "disk", "--directory", str(tmp_path))
     assert seen.code == 1 and "--disk-bytes" in seen.err
+
+
+def test_a_file_system_without_direct_io_is_held_against_buffered_files(kv, monkeypatch, tmp_path):
+    opened = os.open
+
+    def refuses(path, flags, *args, **how):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+        return opened(path, flags, *args, **how)
+
+    monkeypatch.setattr(os, "open", refuses)
+    small = ("--disk-bytes", "32MiB", "--rounds", "1")
+    seen = kv("bench", "--only", "disk", *small, "--directory", str(tmp_path), "--json")
+    assert seen.code == 0, seen.err
+    ways = {json.loads(line)["detail"]["limit_way"] for line in seen.out.splitlines()}
+    assert ways and all(way.startswith("buffered") for way in ways)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_looked_into_is_an_answer(kv, monkeypatch, tmp_path):
+    is_dir = Path.is_dir
+
+    def refused(self, **how):
+        if self.name == "store":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return is_dir(self, **how)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    seen = kv("bench", "--only", "disk", "--directory", str(tmp_path / "store"))
+    assert seen.code == 1 and "--directory" in seen.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_bench_that_is_ended_leaves_nothing(tmp_path, number):
+    command = [sys.executable, "-m", "kvtier", "bench", "--only", "disk", "--rounds", "100"]
+    with subprocess.Popen([*command, "--directory", str(tmp_path)], stderr=subprocess.DEVNULL) as child:
+        try:
+            assert wait_until(lambda: bool(list(tmp_path.glob("*/again"))), 60)
+            child.send_signal(number)
+            assert child.wait(60) == 130
+        finally:
+            child.kill()
+    assert not list(tmp_path.iterdir())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,6 +92,27 @@ def ping(channel: Channel, fds: tuple[int, ...] = ()) -> list[int]:
     answer, got = channel.exchange(protocol.encode(Ping(id=5)), 5, time.monotonic() + 10, fds)
     assert answer == Pong(id=5)
     return got
+
+
+def test_a_closed_connection_is_freed_without_the_collector(server: Server) -> None:
+    """A service's process sets aside what a full collection saw: cycles among it are never freed."""
+    channel = server.channel()
+    ping(channel)
+    ((connection, peer, _),) = server.joined
+    seen = weakref.ref(connection)
+    channel.close()
+    until(lambda: server.left == 1, "it is closed")
+    assert connection.closed
+    gc.disable()
+    try:
+        del connection
+        os.close(peer.pidfd)
+        server.joined.clear()
+        # The loop holds what it called last.
+        server.do()
+        assert wait_until(lambda: seen() is None, 10)
+    finally:
+        gc.enable()
 
 
 def test_the_peer_is_who_the_kernel_says(server: Server) -> None:

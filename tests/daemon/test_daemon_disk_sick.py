@@ -292,6 +292,43 @@ def test_a_deleted_folder_of_sealed_blocks_begins_anew_with_the_same_keys(
     assert disk(client_of(late)).objects == 0
 
 
+@pytest.mark.parametrize("contents", [False, True])
+def test_a_sealed_folder_that_is_moved_away_keeps_its_keys_and_is_waited_for(
+    make_daemon: MakeDaemon,
+    make_local: MakeLocal,
+    client_of: Callable[[Embedded], Client],
+    tmp_path: Path,
+    contents: bool,
+) -> None:
+    """Nothing comes into its place: an empty store there would destroy the keys of what was moved."""
+    folder, away, key = tmp_path / "d", tmp_path / "away", tmp_path / "master"
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    where = {"disk__directory": str(folder), "disk__keys_directory": str(tmp_path / "k")}
+    daemon = make_daemon(disk__key_file=str(key), **where)
+    client, local = client_of(daemon), make_local(daemon.socket_path)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+    there = disk(client).objects
+    _move(folder, away, contents)
+    until(lambda: disk(client).state == "degraded", "it is said")
+    assert local.park(2, PAGES, TOKENS, level="disk").result().level == "host"
+    assert not folder.exists() or not list(folder.iterdir())
+    _move(away, folder, contents)
+    until(lambda: disk(client).state == "ready", "it is back")
+    assert local.park(3, PAGES, TOKENS, level="disk").result().level == "disk"
+    assert disk(client).objects > there
+    forget_all(client)
+
+
+def _move(folder: Path, to: Path, contents: bool) -> None:
+    if not contents:
+        folder.rename(to)
+        return
+    to.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.rename(to / path.name)
+
+
 def test_a_read_that_breaks_ends_only_after_the_others_of_its_job() -> None:
     """The node takes the slots of a broken connection back: by then nothing writes into them."""
     broken: Future[None] = Future()

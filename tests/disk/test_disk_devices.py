@@ -150,3 +150,43 @@ def test_a_read_only_index_is_unavailable(bench: Bench) -> None:
     assert bench.find(2) is None
     db.execute("PRAGMA query_only = OFF")
     assert get(bench.tier, bench.put(2)) == content(2, NBYTES)
+
+
+# -- whether it is still there
+
+
+def test_a_deleted_segment_is_missed(bench: Bench) -> None:
+    bench.put(1)
+    assert bench.tier.is_there()
+    for path in (bench.directory / "segments").iterdir():
+        path.unlink()
+    assert not bench.tier.is_there()
+
+
+def test_a_segment_that_is_given_back_during_a_look_is_not_missed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.tier.abort(bench.tier.reserve(default_meta(1, NBYTES), holder="w"), quiet=True)
+    store = bench.tier._store
+    listed = store.segments.numbers_on_disk
+
+    def meanwhile() -> list[int]:
+        with store.lock:
+            store.ledger.extents.remove_segment(0)
+        store.segments.remove(0)
+        return listed()
+
+    monkeypatch.setattr(store.segments, "numbers_on_disk", meanwhile)
+    assert bench.tier.is_there()
+
+
+def test_a_look_that_fails_tells_of_nothing_deleted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(folder: str) -> list[str]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    bench.put(1)
+    with monkeypatch.context() as failing:
+        failing.setattr(bench.ops, "names", exhausted)
+        assert bench.tier.is_there()
+    (bench.directory / "index.sqlite").unlink()
+    assert not bench.tier.is_there()

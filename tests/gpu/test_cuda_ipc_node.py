@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import kvtier
-from kvtier.daemon import gpu_copies
+from kvtier.config import load
+from kvtier.daemon import gpu_copies, gpu_service
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.gpu_maps import GpuMaps
 from kvtier.daemon.gpu_service import GpuService
@@ -362,6 +363,22 @@ def test_status_says_what_the_service_takes_for_a_worker(world: World) -> None:
         assert wait_until(lambda: world.kv.status().workers[0].gpu_bytes > rings, 10)
         gpu = next(tier for tier in world.kv.status().tiers if tier.name == "gpu")
         assert "300 MiB" in gpu.detail
+
+
+def test_a_device_is_made_once_whatever_nodes_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made again, it would find its context there, and say that it takes nothing."""
+    made: list[str] = []
+
+    def make(identity: str) -> FakeDevice:
+        made.append(identity)
+        return FakeDevice()
+
+    monkeypatch.setattr(gpu_service, "device_of", make)
+    service = GpuService(load())
+    of_no_node: Any = None
+    first, second = (service._make_maps(of_no_node) for _ in range(2))
+    assert first._find("0000:01:00.0") is second._find("0000:01:00.0")
+    assert made == ["0000:01:00.0"]
 
 
 def test_a_node_that_does_not_know_of_it_is_told_nothing(world: World) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,8 +72,10 @@ def bench(
     """Measure this machine's links: pool, host memory, disk, each way.
 
     Each figure is kvtier's own path, and beside it the best plain copy, or the drive's best rate, of the same
-    rounds. The KV is Llama-3-8B's in scattered pages, checksums are made and checked. Needs no daemon; one
-    that serves at the same time makes the figures lower. Writes to a folder of its own, and deletes it.
+    rounds: a park gathers, a restore scatters. RATIO is the median of the rounds' own ratios. The KV is
+    Llama-3-8B's in scattered pages, checksums are made and checked. Needs no daemon; one that serves at the
+    same time makes the figures lower. Takes three times --bytes of memory; on the drive four times
+    --disk-bytes and 512 MiB at most, in a folder of its own that is deleted.
     """
     from kvtier.cli import output
 
@@ -104,7 +108,7 @@ def _figures(
         from kvtier.bench.disk import short
 
         with _folder(where, disk_bytes) as folder:
-            yield from short(Path(folder), disk_bytes, rounds)
+            yield from short(folder, disk_bytes, rounds)
 
 
 def find_gpu(device: str) -> Device | None:
@@ -120,24 +124,36 @@ def find_gpu(device: str) -> Device | None:
         raise ConfigError("--device", f"there is no device {device!r}", fix="give cpu, cuda:0 or auto")
     try:
         return CudaDevice(0)
-    except TierUnavailable:
+    except TierUnavailable as error:
+        from kvtier.cli import output
+
+        output.print_progress(f"the pool is in host memory, for there is no GPU to use: {error}")
         return None
 
 
-def _folder(where: Path, nbytes: int) -> tempfile.TemporaryDirectory[str]:
-    """A folder on the drive of `where`, which need not be there yet. Raises TierFull, TierUnavailable."""
-    there = next(path for path in (where.absolute(), *where.absolute().parents) if path.is_dir())
+@contextmanager
+def _folder(where: Path, nbytes: int) -> Iterator[Path]:
+    """A folder on the drive of `where`, which need not be there yet; deleted however this ends.
+
+    Raises TierFull; TierUnavailable also for what the system says while it is measured.
+    """
     needed = _ROOM * nbytes + _SPARE_BYTES
+    # A service manager's way to end it; the default would leave the folder.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        there = next(path for path in (where.absolute(), *where.absolute().parents) if path.is_dir())
         if shutil.disk_usage(there).free < needed:
             raise TierFull(
                 f"{there} has no {needed // MiB} MiB free", needed_bytes=needed, fix="lower --disk-bytes"
             )
-        return tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir=there)
+        with tempfile.TemporaryDirectory(prefix="kvtier-bench-", dir=there) as folder:
+            yield Path(folder)
     except OSError as error:
         raise TierUnavailable(
-            f"{there} cannot be written: {error}", fix="give another --directory"
+            f"the drive of {where} cannot be measured: {error}", fix="give another --directory"
         ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(lines: list[Line]) -> None:
