@@ -167,7 +167,10 @@ class Parks:
     def _wait_or_refuse(self, job: ParkJob, stuck: str) -> None:
         """Nothing of the job runs and it cannot go on: is there something to wait for?"""
         others_run = self._copies.running(besides=job) or self._disk.reads.running()
-        if stuck == "full" and not others_run:
+        if stuck == "filling":
+            # Not for room, which those behind it may have: others still need what it has more of.
+            self._stop_waiting(job)
+        elif stuck == "full" and not others_run:
             self._fail(job, "backpressure", "all of host memory is in use")
         elif job.waiting_since_s is None:
             job.waiting_since_s = self._state.now_s

@@ -241,6 +241,7 @@ class Plans:
     def _found(self, deferred: _Deferred, query: Query, slices: Slices) -> _Found | None:
         """The longest restorable front, here or with other nodes' help; None: others are asked first."""
         blocks, pieces = self._best(deferred.message, deferred.worker, query)
+        at_most = wanted_end(deferred.message, query)
         lookup = deferred.lookup
         if lookup is None:
             if not absent(slices) and len(self._deferred) < limits.MOST_WAITING:
@@ -252,10 +253,14 @@ class Plans:
                 until_s = self._state.now_s + self._state.settings.ask_elsewhere_s
                 self._deferred.append(replace(deferred, lookup=lookup, until_s=until_s))
                 return None
-            at_most = wanted_end(deferred.message, query)
             return _Found(blocks, pieces, {}, lacking(blocks, slices, self._state.source_of, at_most))
         self._elsewhere.end(lookup)
-        lacks = self._elsewhere.lacking(lookup)
+        # Where nobody answered, what is here alone says it.
+        lacks = (
+            self._elsewhere.lacking(lookup)
+            if lookup.sought
+            else lacking(blocks, slices, self._state.source_of, at_most)
+        )
         # A rank may have gone meanwhile.
         merged = None if absent(slices) else self._elsewhere.merged(lookup)
         if merged is None or restored_end(merged[2]) <= restored_end(pieces):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvtier.errors import ObjectExists
+from kvtier.errors import GeometryError, ObjectExists
 from kvtier.node.blocks import Stored
 from kvtier.node.counters import count
 from kvtier.node.coverage import longest
@@ -65,7 +65,8 @@ class Prefetch:
         if job is None or job.reading or self._disk.reads.running():
             return
         read_id = self._state.next_id("r")
-        reads = self._next_batch(job, read_id) if self._disk.usable() else []
+        goes_on = self._disk.usable() and not self._state.draining
+        reads = self._next_batch(job, read_id) if goes_on else []
         if not reads:
             self._job = None
             return
@@ -90,13 +91,23 @@ class Prefetch:
             return
         head = known.heads[-1]
         chain = state.tree.chain(head.key)
+        if not chain:
+            return
+        root = chain[-1].root
         served = {
             (worker.shard, worker.geometry): None
             for worker in state.workers.values()
-            if worker.connected and worker.fingerprint == head.fingerprint
+            if worker.connected
+            and worker.fingerprint == head.fingerprint
+            and worker.geometry.block_tokens == root.block_tokens
         }
         for shard, geometry in served:
-            for piece in longest(chain, geometry, shard, state.source_of, head.tokens):
+            try:
+                as_stored = geometry.at(root.fidelity)
+            except GeometryError:
+                # They cannot take what is stored like this.
+                continue
+            for piece in longest(chain, as_stored, shard, state.source_of, head.tokens):
                 if piece.source == "disk":
                     yield piece.stored
 

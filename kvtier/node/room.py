@@ -65,7 +65,7 @@ class Room:
         return "wait" if self._disk.writes_running() else "full"
 
     def spare(self, meta: ObjectMeta, holder: str, may_go: Callable[[bytes], bool]) -> Slot | None:
-        """A slot for what nobody waits for: evicting only blocks that may go, and need no write.
+        """A slot for what nobody waits for: evicting only blocks that may go, and that the disk has too.
 
         Raises ObjectExists.
         """
@@ -79,6 +79,9 @@ class Room:
                 continue
             if not may_go(key):
                 return None
+            if any(stored.dirty_bytes for stored in block.parts.values()):
+                # Also what is worth no write, or may not be written now.
+                continue
             evicted = state.counters.evicted_objects
             self._evict_clean(block)
             slot = self._try(meta, holder) if state.counters.evicted_objects > evicted else None

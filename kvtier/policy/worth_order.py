@@ -83,7 +83,7 @@ class WorthOrder:
             run = self._owners.get(key, self._book.nobody)
             run.leaves[self._index].pop(key, None)
             if run.waiting and not self._index:
-                self._book.away[run] = None
+                self._book.note_away(run)
         left = self._children.pop(parent) - 1
         if left:
             self._children[parent] = left

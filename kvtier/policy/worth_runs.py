@@ -27,6 +27,8 @@ _LEAST_SAVED: Final = 0.1
 # Reading is not worth a write where it takes so many times as long as computing.
 _TOO_SLOW: Final = 4.0
 TIER_NAMES: Final[tuple[TierName, ...]] = ("host", "disk")
+# Below this many, runs that may lack an end are never swept.
+_SWEEP_FROM: Final = 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +106,7 @@ class Book:
         self.held: list[dict[bytes, bytes]] = []
         # Runs that may have an end which host memory lacks; a dict keeps the order.
         self.away: dict[Run, None] = {}
+        self._sweep_at = _SWEEP_FROM
         self.owners: dict[bytes, Run] = {}
         self._restore = restore
         self._asked_s = -inf
@@ -140,6 +143,14 @@ class Book:
             if key in held:
                 return
         self.owners.pop(key, None)
+
+    def note_away(self, run: Run) -> None:
+        """Host memory may lack an end of the run."""
+        self.away[run] = None
+        if len(self.away) > self._sweep_at:
+            # Nobody may ever ask for them: without a disk, or where nothing is read ahead.
+            self.away = {run: None for run in self.away if run.waiting and any(run.leaves)}
+            self._sweep_at = max(_SWEEP_FROM, 2 * len(self.away))
 
     def ranked(self, run: Run) -> None:
         """The run's worth has changed."""

@@ -230,7 +230,7 @@ class CostUsage:
             # What waited before a restart was expected then.
             wait.expected = expected_of(run.curve)
         else:
-            self._book.away[run] = None
+            self._book.note_away(run)
         left.waiting = left.serving = False
         for shared in self._shared.take(chain, run, left, self._book.now_s):
             self._remind(Wait(name[0], None, shared.clock_s, shared), 0)
@@ -262,7 +262,7 @@ class CostUsage:
                 wait.hint_s, wait.said_s = returns_at_s - wait.start_s, max(now_s - wait.start_s, 0.0)
                 chat.run.curve = self._returns.curve(wait.codes, wait.tenant, wait.hint_s, wait.said_s)
                 chat.run.curve_from_s = wait.said_s
-                self._book.away[chat.run] = None
+                self._book.note_away(chat.run)
                 self._look_at(wait.start_s + hinted_ages(wait.hint_s, wait.said_s)[1], _LOOK_ONLY, wait)
         self._book.now_s = max(self._book.now_s, now_s)
         self._book.ranked(chat.run)

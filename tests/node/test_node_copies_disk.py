@@ -253,6 +253,26 @@ def parked_with_more_rows():
     return b.resume(b.attach(HYBRID), "chat", range(8)).receipt.tokens
 
 
+def test_a_park_that_waits_for_a_copy_to_make_way_holds_up_no_other():
+    """The disk is away, so the copy stays; there is room for everybody else."""
+    a, b = pair()
+    worker, end = a.attach(HYBRID), HYBRID.groups[1].needed_from(7)
+    a.park(worker, "chat", range(7), level="copies=2", held_from=[0, end, 0])
+    a.run()
+    b.kill(b.disk)
+    other = b.attach(HYBRID)
+    longer = b.park(other, "other", range(7))
+    b.run()
+    unrelated = b.park(other, "unrelated", range(1000, 1007))
+    b.run()
+    assert unrelated.receipt.level == "host"
+    assert not longer.receipts and longer.message.timeout_s == 30.0
+    b.start_disk()
+    b.run()
+    assert longer.receipt.level == "host"
+    end_well(a, b)
+
+
 def test_a_copy_with_fewer_rows_is_on_disk_before_it_makes_way():
     assert parked_with_more_rows() == 7
 

@@ -4,12 +4,16 @@ import dataclasses
 import hashlib
 from io import BytesIO
 
+import msgspec
 import pytest
 
 from kvtier import messages as m
+from kvtier.cluster_messages import SERVICE, Drain
 from kvtier.errors import KvtierError
+from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
-from kvtier.node.events import Remembered
+from kvtier.node import prefetch
+from kvtier.node.events import Received, Remembered
 from kvtier.node.journal import JournaledCore, Origin, read, replay
 from kvtier.node.prefetch import Prefetch
 from kvtier.node.settings import NodeSettings
@@ -25,6 +29,7 @@ OFF = NodeSettings(batch_bytes=2 * BLOCK, batches_in_flight=2)
 ON = dataclasses.replace(OFF, prefetch_s=3600.0)
 # Eight blocks, which are four conversations.
 ARENA = 8 * BLOCK
+LOSSY = GroupGeometry("full", token_bytes=UNIT // 2, lossy_token_bytes=UNIT // 4)
 
 
 def tokens_of(number, count=8):
@@ -126,6 +131,25 @@ def test_a_hint_for_later_counts_when_its_time_comes(make_rig):
     assert host_tokens(rig, "a") == 8
 
 
+@pytest.mark.parametrize("served", [4, 8])
+def test_what_is_stored_at_a_lossy_fidelity_comes_too(make_rig, served):
+    """For who can take it: not in blocks of another size."""
+    rig = make_rig(arena_bytes=[ARENA], eviction="cost", settings=OFF)
+    worker = rig.attach(Geometry(4, 2, (LOSSY,)))
+    park(rig, worker, "a", 1, stop="end_turn", fidelity="int8")
+    fill(rig, worker)
+    forget(rig)
+    pass_time(rig, 7 * DAY_S, 30)
+    assert host_tokens(rig, "a") == 0
+    rig.attach(Geometry(served, 2, (LOSSY,)))
+    rig.ask(m.Detach(worker=worker.name), worker.peer)
+    switch(rig)
+    hint(rig)
+    pass_time(rig, 2.0, 2)
+    assert host_tokens(rig, "a") == (8 if served == 4 else 0)
+    assert rig.core.state.counters.prefetched_bytes == (BLOCK if served == 4 else 0)
+
+
 # --- the overnight hump -----------------------------------------------------------------------------------
 
 
@@ -218,7 +242,9 @@ def test_a_policy_that_lets_all_go_is_noticed(make_rig, monkeypatch):
     assert full_of_better(make_rig)[1] > 0
 
 
-def test_nothing_is_written_to_make_room(make_rig):
+@pytest.mark.parametrize("wear_limit_bytes", [0, 1])
+def test_nothing_is_written_or_lost_to_make_room(make_rig, wear_limit_bytes):
+    """Nor where the drive may be written no more: what is dropped then is gone."""
     rig, worker = cost_rig(make_rig)
     park(rig, worker, "a", 1, stop="end_turn")
     fill(rig, worker)
@@ -227,6 +253,8 @@ def test_nothing_is_written_to_make_room(make_rig):
         rig.park(worker, f"b{number}", tokens_of(number))
         rig.run()
     pass_time(rig, 30 * DAY_S, 30)
+    disk = rig.core.state.disk
+    disk.said = msgspec.structs.replace(disk.said, wear_limit_bytes=wear_limit_bytes)
     switch(rig)
     hint(rig)
     written = rig.core.state.counters.spilled_bytes
@@ -290,6 +318,21 @@ def test_what_goes_wrong_meanwhile_leaves_nothing(make_rig, what):
     state = rig.core.state
     assert sum(state.prefetched.values()) == state.host.usage().used_bytes
     assert state.counters.prefetch_used_bytes == 0
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_a_node_on_its_way_out_reads_no_further(make_rig, monkeypatch, drains):
+    monkeypatch.setattr(prefetch, "_BATCH_BYTES", 1)
+    rig, worker = cost_rig(make_rig)
+    long_away(rig, worker)
+    switch(rig)
+    hint(rig)
+    rig.tick(0.1)
+    rig.tick(0.1)
+    if drains:
+        rig.tell(Received(SERVICE, Drain()))
+    pass_time(rig, 1.0, 5)
+    assert rig.core.state.counters.prefetched_bytes == (BLOCK if drains else 2 * BLOCK)
 
 
 def test_what_is_read_in_vain_is_counted(make_rig):

@@ -172,6 +172,24 @@ def test_a_directory_that_does_not_answer_costs_ranks_a_bounded_wait():
     assert not here.core._plans._deferred
 
 
+@pytest.mark.parametrize("silent", [c.FindBranches, c.FindHolders, ()])
+def test_a_directory_that_does_not_answer_hides_no_slice_that_is_missing(silent):
+    _, here = pair()
+    park_all(here, ranks_of(here), 8)
+    worker = here.workers[-2]
+    here.park(worker, "chat", range(16), timeout_s=1.0)
+    here.run()
+    here.tick(2.0)
+    answer = here.cluster.at_directory
+    here.cluster.at_directory = lambda rig, asked: None if isinstance(asked, silent) else answer(rig, asked)
+    planned = here.plan(worker, "chat", range(16))
+    assert (planned is None) == bool(silent)
+    here.tick(0.26)
+    (planned,) = [one for answers in here.answers.values() for one in answers if isinstance(one, Planned)]
+    assert (planned.plan.load_tokens, planned.plan.reason) == (8, "shard_missing")
+    assert planned.plan.detail == f"beyond 8 tokens nobody has {PAIR[1]}"
+
+
 def told_too_much(there):
     """The directory says of every slice that node a has 16 tokens of it; of one it has 8."""
     cluster = there.cluster

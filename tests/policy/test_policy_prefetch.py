@@ -115,6 +115,22 @@ def test_who_gains_nothing_is_not_named(why):
     assert due(node) is None
 
 
+@pytest.mark.parametrize("usable", [True, False])
+def test_who_is_gone_is_not_remembered_where_nobody_asks(usable):
+    """Without a disk, or with nothing read ahead, `due` names nobody."""
+    node = Node()
+    for number in range(1500):
+        node.park(f"c{number}", 1, tiers=("host",))
+        node.evicted(1)
+        node.usage.forgotten(("t", f"c{number}"))
+        node.usage.passed(node.now_s, usable, 0)
+        if not usable:
+            assert due(node) is None
+    book = node.order("host")._book
+    assert not book.owned()
+    assert len(book.away) <= 1024
+
+
 def test_only_what_is_worth_less_goes_for_it():
     node = on_disk("a")
     node.park("tool", 1, turn=Turn("tool_use"))
