@@ -50,7 +50,7 @@ def test_no_promise_is_broken(
 
 # --- what the run has to notice -----------------------------------------------------------------------------
 
-SHORT = {"rounds": 3, "round_s": 5.0, "calm": True, "patience_s": 2.0}
+SHORT = {"rounds": 3, "round_s": 5.0, "calm": True, "patience_s": 6.0}
 
 
 def caught(run: Run) -> str:

@@ -72,7 +72,8 @@ def test_conversations_are_waited_for_since_they_were_parked(two_lives: dict[str
     assert before.policy.startswith("cost")
     assert before.found
     assert after.found
-    assert after.runs[0].tiers == ("disk",)
+    # Reading ahead may have brought it back into memory by now.
+    assert "disk" in after.runs[0].tiers
     assert after.runs[0].idle_s > 0
     assert 0 < after.runs[0].returns[0] < after.runs[0].returns[2] < 1
 

@@ -384,6 +384,7 @@ def test_a_device_is_made_once_whatever_nodes_come_and_go(monkeypatch: pytest.Mo
 def test_a_node_that_does_not_know_of_it_is_told_nothing(world: World) -> None:
     """It would take the message for a fault, and close the connection."""
     service = world.daemon.gpu
+    assert wait_until(lambda: service._node is not None, 10)
     node = service._node
     assert node is not None and node.takes_usage
     node.takes_usage = False
