@@ -120,11 +120,12 @@ class Reach(NamedTuple):
 
 
 class FindBranches(Message, frozen=True, tag="find_branches"):
-    """Where do branches of this conversation end?"""
+    """Where do branches of this conversation end that came after these tombstones?"""
 
     job: str
     tenant: str
     conversation: str
+    after: tuple[str, ...] = ()
 
 
 class Branches(Message, frozen=True, tag="branches"):

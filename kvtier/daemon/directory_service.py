@@ -149,7 +149,7 @@ class DirectoryService:
         return calls.Found(hits, addresses, self._loads(names))
 
     def _one(self, call: calls.GetConversation) -> calls.Page:
-        found = self._shard(call.shard).conversation(call.tenant, call.conversation)
+        found = self._shard(call.shard).conversation(call.tenant, call.conversation, call.after)
         if found is None:
             return calls.Page([])
         return calls.Page([found], self._loads({node for b in found.branches for node in b.nodes}))

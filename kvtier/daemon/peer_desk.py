@@ -322,7 +322,9 @@ class PeerDesk:
             self._was_erased(message.stone)
 
     def _was_erased(self, stone: Stone) -> None:
-        if self._graves.add(stone):
+        # Whoever forgot may have started just now, and know of fewer nodes than this one.
+        nodes = {*stone.nodes, *self._directory.named()}
+        if self._graves.add(msgspec.structs.replace(stone, nodes=tuple(sorted(nodes)))):
             with self._lock:
                 self._proven[stone.id] = self._graves.of(stone)
             self._directory.say_buried(self._graves.of(stone))

@@ -297,13 +297,13 @@ class PeerDirectory:
 
     def branches(self, message: FindBranches) -> Branches:
         """Where branches of a conversation end; nothing when the directory does not answer in time."""
-        found = self.conversation(message.tenant, message.conversation)
+        found = self.conversation(message.tenant, message.conversation, message.after)
         return Branches(job=message.job, ends=saying.branch_ends(found))
 
-    def conversation(self, tenant: str, name: str) -> list[Conversation]:
-        """What all nodes say of a conversation: one, or none."""
+    def conversation(self, tenant: str, name: str, after: tuple[str, ...] = ()) -> list[Conversation]:
+        """What all nodes say of a conversation that came after these tombstones: one, or none."""
         shard = shard_of_conversation(tenant, name, self._config.shards)
-        page = self._ask(self._at(shard), calls.GetConversation(shard, tenant, name), calls.Page)
+        page = self._ask(self._at(shard), calls.GetConversation(shard, tenant, name, after), calls.Page)
         if page is None:
             return []
         self._loads.update(page.loads)
@@ -393,6 +393,10 @@ class PeerDirectory:
         if self._book is not None:
             self._book.learn(addresses)
         return nodes
+
+    def named(self) -> list[str]:
+        """Names of the nodes that somebody has told of, since the book was begun."""
+        return list(self._addresses)
 
     def address_of(self, node: str) -> str:
         """host:port of a node; '' when nobody said it."""

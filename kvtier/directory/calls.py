@@ -33,11 +33,12 @@ class Find(msgspec.Struct, frozen=True, tag="find"):
 
 
 class GetConversation(msgspec.Struct, frozen=True, tag="get"):
-    """One conversation. Answered by Page."""
+    """One conversation. Answered by Page. after: tombstones that the asker knows of; they count as well."""
 
     shard: int
     tenant: str
     conversation: str
+    after: tuple[str, ...] = ()
 
 
 class GetAfter(msgspec.Struct, frozen=True, tag="after"):

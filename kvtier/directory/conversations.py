@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -66,9 +66,10 @@ class Conversations:
         before = self._state(name)
         self._set(name, number, before, State(living(before), before.tombstones))
 
-    def get(self, tenant: str, conversation: str) -> Conversation | None:
-        """The conversation over all living nodes."""
-        return view(tenant, conversation, self._state((tenant, conversation)))
+    def get(self, tenant: str, conversation: str, after: Iterable[str] = ()) -> Conversation | None:
+        """The conversation over all living nodes. after: tombstones that may be on their way here."""
+        known = merge(self._state((tenant, conversation)), State(tombstones=frozenset(after)))
+        return view(tenant, conversation, known)
 
     def page(self, tenant: str | None, first: int, at_most: int) -> tuple[list[Conversation], int | None]:
         """About `at_most` conversations, of one tenant or of all, from mark `first` (0) on; the next mark.

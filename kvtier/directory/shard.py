@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,9 +114,9 @@ class Shard:
             form_at=form_at.astype("<u4").tobytes(),
         )
 
-    def conversation(self, tenant: str, name: str) -> Conversation | None:
-        """What all nodes say of a conversation; None when none has it."""
-        return self._conversations.get(tenant, name)
+    def conversation(self, tenant: str, name: str, after: Iterable[str] = ()) -> Conversation | None:
+        """What all nodes say of a conversation; None when none has it. after: as of `Conversations.get`."""
+        return self._conversations.get(tenant, name, after)
 
     def conversations(
         self, tenant: str | None = None, first: int = 0, at_most: int = 100

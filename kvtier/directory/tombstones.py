@@ -1,5 +1,8 @@
 """Tombstones of forgotten conversations: kept until every node that was known then has carried them out.
 
+Known to whoever forgot, to the shard, or to a node that has carried it out: one that has just started for the
+first time may have heard of few.
+
 A node that is away stays waited for; when it is back, the answers to its announcements tell it what to
 forget. Only a long bound, or its retirement, ends the wait.
 """
@@ -7,7 +10,7 @@ forget. Only a long bound, or its retirement, ends the wait.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from kvtier.directory.announcements import Tombstone
@@ -18,8 +21,9 @@ _NONE: frozenset[str] = frozenset()
 @dataclass(slots=True)
 class _Grave:
     stone: Tombstone
-    waits_for: set[str]
-    done: set[str]
+    waits_for: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    retired: set[str] = field(default_factory=set)
 
 
 class Tombstones:
@@ -48,10 +52,10 @@ class Tombstones:
             return
         grave = self._graves.get(stone.id)
         if grave is None:
-            grave = self._graves[stone.id] = _Grave(stone, {*stone.nodes, *known}, set())
+            grave = self._graves[stone.id] = _Grave(stone)
             self._by_name.setdefault((stone.tenant, stone.conversation), set()).add(stone.id)
-            for waiting in grave.waits_for:
-                self._open.setdefault(waiting, {})[stone.id] = None
+            self._wait_for(grave, known)
+        self._wait_for(grave, stone.nodes)
         grave.done.add(node)
         self._not_waiting(grave, node)
 
@@ -76,6 +80,7 @@ class Tombstones:
     def retire(self, node: str) -> None:
         """The node will not come back: nobody waits for it."""
         for stone_id in list(self._open.get(node, ())):
+            self._graves[stone_id].retired.add(node)
             self._not_waiting(self._graves[stone_id], node)
         self._open.pop(node, None)
         self._over.pop(node, None)
@@ -84,6 +89,11 @@ class Tombstones:
         """End what is too old. now_s: Unix seconds."""
         for grave in [g for g in self._graves.values() if g.stone.at_s + self._keep_s < now_s]:
             self._end(grave)
+
+    def _wait_for(self, grave: _Grave, nodes: Iterable[str]) -> None:
+        for node in {*nodes} - grave.waits_for - grave.done - grave.retired:
+            grave.waits_for.add(node)
+            self._open.setdefault(node, {})[grave.stone.id] = None
 
     def _not_waiting(self, grave: _Grave, node: str) -> None:
         grave.waits_for.discard(node)

@@ -121,6 +121,7 @@ class Chooser:
             deadline_s=math.inf if deadline_s is None else max(deadline_s - waited_s, 0.0),
             takes=message.takes,
             queued_bytes=self._queues.bytes(),
+            now_s=self._state.now_s,
         )
 
     def _codec(self, message: MakePlan) -> str:

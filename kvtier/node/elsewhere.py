@@ -87,6 +87,7 @@ class _Sought:
 class Lookup:
     """One question about the cluster. over: there will be no better answer.  tokens: what is here reaches.
 
+    after: the conversation's tombstones; unheard: those of them that some node may not have heard of.
     slices: of which all have to be had.  sought: of each chain, by shard.  asked: what nodes are asked now,
     by the question's job.  chosen: the chain that all of it is had of, and how far.  tell: who only wants to
     know who reaches how far, until until_s.
@@ -100,6 +101,7 @@ class Lookup:
     root: Root
     tokens: int
     after: tuple[str, ...]
+    unheard: tuple[str, ...]
     chains: list[tuple[Private | None, list[BlockRef]]] = field(default_factory=list)
     sought: list[dict[str, _Sought]] = field(default_factory=list)
     asked: dict[str, tuple[str, Reach]] = field(default_factory=dict)
@@ -162,10 +164,11 @@ class Elsewhere:
     ) -> Lookup:
         state = self._state
         root = state.root(message.tenant, worker.fingerprint, message.fidelity, worker.geometry.block_tokens)
-        after = state.stones_of((message.tenant, message.conversation))
-        lookup = Lookup(state.next_id("e"), message, worker, query, slices, root, tokens, after)
+        name = (message.tenant, message.conversation)
+        after, unheard = state.stones_of(name), state.unheard_stones_of(name)
+        lookup = Lookup(state.next_id("e"), message, worker, query, slices, root, tokens, after, unheard)
         self._lookups[lookup.job] = lookup
-        question = FindBranches(job=lookup.job, tenant=message.tenant, conversation=message.conversation)
+        question = FindBranches(job=lookup.job, tenant=name[0], conversation=name[1], after=unheard)
         state.send(DIRECTORY, question)
         return lookup
 
@@ -183,8 +186,7 @@ class Elsewhere:
         lookup = self._lookups.get(message.job)
         if lookup is None:
             return
-        # Of a name that was forgotten others may hold blocks, not having heard of it yet: only ends count.
-        lookup.chains = [] if lookup.after and not message.ends else self._chains(lookup, message.ends)
+        lookup.chains = self._chains(lookup, message.ends)
         if not lookup.chains:
             self._told(lookup, ())
             return
@@ -267,16 +269,20 @@ class Elsewhere:
     def _chains(
         self, lookup: Lookup, ends: Iterable[BranchEnd]
     ) -> list[tuple[Private | None, list[BlockRef]]]:
-        """The tokens' full blocks in each way in which they may be keyed, and branches that end in a tail."""
+        """The tokens' full blocks in each way in which they may be keyed, and branches that end in a tail.
+
+        Of a name that was forgotten others may hold blocks, not having heard of it yet: there all that counts
+        is what lies before the end of a branch that came after.
+        """
         size = lookup.worker.geometry.block_tokens
         known = self._state.conversations.get((lookup.message.tenant, lookup.message.conversation))
         ends = list(ends)
         privates = [end.private for end in ends] + (known.privates() if known else []) + [None]
         found: list[tuple[Private | None, list[BlockRef]]] = []
-        for private in dict.fromkeys(privates):
+        for private in dict.fromkeys(privates) if not lookup.unheard else ():
             found.append((private, self._refs(lookup, private, lookup.query.end // size * size)))
         for end in ends:
-            if end.tokens % size and lookup.tokens < end.tokens <= lookup.query.end:
+            if (end.tokens % size or lookup.unheard) and lookup.tokens < end.tokens <= lookup.query.end:
                 refs = self._refs(lookup, end.private, end.tokens)
                 if refs and refs[-1].key.startswith(end.hint):
                     found.insert(0, (end.private, refs))

@@ -50,8 +50,8 @@ class Burials:
         # Those that this node has yet to carry out: its own, and after a start all that it knows.
         self._unproven: dict[str, Stone] = {}
         self._again_s = 0.0
-        # Over for good: a directory that lost its memory may ask for them again. A dict keeps the order.
-        self._past: dict[str, None] = {}
+        # Over for good: a directory that lost its memory may ask for them again.
+        self._past = state.stones_past
         self.erase_here: EraseHere = lambda name, stone, done: done(False, "nothing erases")
         # The same for what is not known here any more, and may still be on disk.
         self.settle_here: EraseHere = lambda name, stone, done: done(False, "nothing erases")

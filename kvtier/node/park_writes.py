@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Final, cast
 
 from kvtier.node import naming
 from kvtier.node.blocks import Stored
@@ -18,6 +18,10 @@ from kvtier.receipts import Level, Reason, copies_level
 
 # Of a park's time, what is kept for writing to disk what no other node took.
 _LEFT_FOR_DISK_S = 5.0
+_INCOMPLETE: Final[tuple[Reason, str]] = (
+    "incomplete",
+    "something of it was lost again before all was as safe as asked",
+)
 
 
 class ParkWrites:
@@ -43,7 +47,7 @@ class ParkWrites:
     def reached(self, job: ParkJob) -> Level | None:
         """The level of a job that has been gathered, once it will get no further; until then it goes on."""
         if job.message.level != "host" and job.lowered is None and not self._all_there(job):
-            job.lowered = ("incomplete", "something of it was lost again before all was as safe as asked")
+            job.lowered = _INCOMPLETE
         for one in job.act.jobs if job.act is not None else ():
             job.lowered = job.lowered or one.lowered
         if job.message.level == "host" or job.lowered is not None:
@@ -150,8 +154,10 @@ class ParkWrites:
                 if job.act is not None:
                     job.act.recording = False
             elif record is not None and job.head is not None:
-                if job.over and not self._all_on_disk(job.head):
-                    # Nobody held it there any more: what has left since is no end of the conversation.
+                if not self._is_on_disk(job, job.head):
+                    # What has left since, or was found to be corrupt, is no end of the conversation: the
+                    # ends that it goes on from stay.
+                    job.lowered = job.lowered or _INCOMPLETE
                     if job.act is not None:
                         job.act.recording = False
                     return
@@ -168,10 +174,14 @@ class ParkWrites:
         records = [record] if record is not None else []
         self._disk.write(objects, records, "park", done, job.message.codec)
 
-    def _all_on_disk(self, head: Head) -> bool:
-        """Whether the disk has everything up to this end."""
-        chain = self._state.tree.chain(head.key)
-        return bool(chain) and all(s.on_disk is not None for block in chain for s in block.parts.values())
+    def _is_on_disk(self, job: ParkJob, head: Head) -> bool:
+        """Whether the disk has everything up to this end; while the job goes on, that is what it holds."""
+        if job.over:
+            tree = self._state.tree
+            own = [tree.stored(meta.object_id) for meta in job.metas]
+            whole = [*own, *(stored for block in tree.chain(head.key) for stored in block.parts.values())]
+            return all(stored is not None and stored.on_disk is not None for stored in whole)
+        return all(stored.durable for stored in job.held.values())
 
     def drop_extended_tails(self, job: ParkJob) -> None:
         """A tail goes once the block that contains it is as durable."""

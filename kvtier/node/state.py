@@ -156,6 +156,8 @@ class NodeState:
         self.draining = False
         # Tombstones that this node has carried out, by conversation and id.
         self.stones: dict[ConversationId, dict[str, Stone]] = {}
+        # Ids of tombstones that all nodes have carried out. A dict keeps the order.
+        self.stones_past: dict[str, None] = {}
         self._tenant_codecs = dict(settings.tenant_codecs)
         self._secret = secret
         self._roots: dict[tuple[str, bytes, str, int], Root] = {}
@@ -226,6 +228,10 @@ class NodeState:
     def stones_of(self, name: ConversationId) -> tuple[str, ...]:
         """Ids of the tombstones of this conversation that this node has carried out."""
         return tuple(self.stones.get(name, ()))
+
+    def unheard_stones_of(self, name: ConversationId) -> tuple[str, ...]:
+        """Those of them that some node may not have heard of: it has what was forgotten."""
+        return tuple(stone for stone in self.stones.get(name, ()) if stone not in self.stones_past)
 
     def stored_in_host(self, meta: ObjectMeta) -> Stored:
         """Note that an object has been committed to host memory."""

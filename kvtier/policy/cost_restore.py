@@ -17,8 +17,10 @@ _ANY_WISH: Final = RestoreWish()
 _MOST_KINDS = 64
 # Whole restores of a kind from which on they are believed more than the loads that they consist of.
 _ENOUGH = 10
-# After so many refusals in a row to load by a path, one load is made: what is never used is never learned.
+# After so many refusals to load by a path, since one was seen, a load is made: what is never used is never
+# learned.  Few are enough where they took long to come.
 _LOOK_AGAIN: Final = 64
+_LOOK_AGAIN_FEW, _LOOK_AGAIN_S = 4, 30.0
 
 
 class _NoRecompute:
@@ -38,8 +40,8 @@ class CostRestore:
         self.loads = loads if loads is not None else LoadCosts()
         self._queue_scale = queue_scale
         self._kinds: dict[str, ResidualTracker] = {}
-        # Refusals in a row, by the slowest path of what was refused.
-        self._refused: dict[str, int] = {}
+        # Refusals since a load was seen, and when the first one was, by the slowest path of what was refused.
+        self._refused: dict[str, tuple[int, float]] = {}
 
     def choose(self, segments: Sequence[Segment], tokens: int, wish: RestoreWish = _ANY_WISH) -> LoadChoice:
         """See RestorePolicy."""
@@ -48,7 +50,7 @@ class CostRestore:
             return LoadChoice(0, 0.0, 0.0, why="nothing stored fits")
         lines = self._lines(runs, wish)
         plan = plan_restore(runs, self._question(tokens, wish, lines))
-        if (plan.late or not plan.load_end) and self._look_again(runs, lines):
+        if (plan.late or not plan.load_end) and self._look_again(runs, lines, wish.now_s):
             # Whoever carries it out cuts off what comes after the deadline.
             deadline_s = math.inf if plan.late else wish.deadline_s
             blind = RestoreWish(deadline_s=deadline_s, queued_bytes=wish.queued_bytes)
@@ -82,7 +84,6 @@ class CostRestore:
                 0, 0.0, 0.0, why=why, late=plan.late, recompute_s=recompute_s, load_s=plan.load_ttft_s
             )
         path = _slowest(runs, lines, plan.compute_front, plan.load_end)
-        self._refused.pop(path, None)
         kind = _kind(path, wish)
         around, median_s = self._around(kind, plan.load_s, lines[path])
         return LoadChoice(
@@ -99,11 +100,16 @@ class CostRestore:
             plan.load_ttft_s if wish.recompute is not None else 0.0,
         )
 
-    def _look_again(self, runs: Sequence[Run], lines: Mapping[str, LoadLine]) -> bool:
+    def _look_again(self, runs: Sequence[Run], lines: Mapping[str, LoadLine], now_s: float) -> bool:
         """Whether to load what is not worth it, or too late, by what is known: it may be out of date."""
         path = _slowest(runs, lines, 0, runs[-1].end)
-        self._refused[path] = self._refused.get(path, 0) + 1
-        return self._refused[path] > _LOOK_AGAIN
+        count, since_s = self._refused.get(path, (0, now_s))
+        waited = count >= _LOOK_AGAIN_FEW and now_s - since_s >= _LOOK_AGAIN_S
+        if waited or count >= _LOOK_AGAIN:
+            del self._refused[path]
+            return True
+        self._refused[path] = count + 1, since_s
+        return False
 
     def _around(self, kind: str, load_s: float, line: LoadLine) -> tuple[Interval, float]:
         """The interval of a restore: from whole ones, or from its loads while too few are known."""
@@ -126,7 +132,9 @@ class CostRestore:
     def observed(self, source: str, nbytes: int, seconds: float, queue_bytes: int = 0, via: str = "") -> None:
         """See RestorePolicy. A load of nothing, or in no time, teaches nothing."""
         if nbytes > 0 and queue_bytes >= 0:
-            self.loads.observed(self.loads.estimate(Path(source, via), nbytes, queue_bytes), seconds)
+            path = Path(source, via)
+            self.loads.observed(self.loads.estimate(path, nbytes, queue_bytes), seconds)
+            self._refused.pop(path.key, None)
 
     def line(self, source: str, queue_bytes: int = 0) -> LoadLine:
         """See RestorePolicy."""

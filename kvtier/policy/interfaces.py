@@ -52,7 +52,7 @@ class RestoreWish:
     recompute: of the worker that asks; None where it is not known, and then everything is loaded.
     waiting_requests: in its prefill queue.  prefill_wait_s: until it could begin to compute.  deadline_s: for
     all that is loaded.  takes: what the engine can use.  queued_bytes: by source, what is to be moved for
-    others first.
+    others first.  now_s: by any clock that goes forward, for what has to be learned anew after a while.
     """
 
     recompute: Recompute | None = None
@@ -61,6 +61,7 @@ class RestoreWish:
     deadline_s: float = inf
     takes: Takes = "fronts"
     queued_bytes: Mapping[str, int] = field(default_factory=dict)
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

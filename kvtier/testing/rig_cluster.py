@@ -243,7 +243,7 @@ class RigCluster:
 
     def _answer(self, rig: NodeRig, message: Message) -> Message | None:
         if isinstance(message, c.FindBranches):
-            found = self.shard.conversation(message.tenant, message.conversation)
+            found = self.shard.conversation(message.tenant, message.conversation, message.after)
             ends = saying.branch_ends([] if found is None else [found])
             return c.Branches(job=message.job, ends=ends)
         if isinstance(message, c.FindNodes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -91,15 +92,14 @@ class ServiceProcesses:
                 raise DaemonNotFound(f"the services in {self._folder} did not become ready")
 
     def start(self, name: str) -> None:
-        """Start one service and wait until it runs."""
+        """Start one service and wait until it runs. Raises DaemonNotFound, with its log."""
         command = [*self._runner, name, str(self._settings)]
         command += [str(self._gates)] if self._gates else []
         log = (self._folder / f"{name}.log").open("a")
         with log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         self._processes[name] = process
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
+        if not _says_ready(process):
             self.kill(name)
             raise DaemonNotFound(f"{name} did not start", fix=(self._folder / f"{name}.log").read_text())
 
@@ -162,16 +162,32 @@ def is_stopped(pid: int) -> bool:
     return set(states) <= {"T", "t"}
 
 
+def _says_ready(process: subprocess.Popen[str]) -> bool:
+    """Whether it runs in time; if not, it has written into its log what it is doing."""
+    assert process.stdout is not None
+    said = select.poll()
+    said.register(process.stdout, select.POLLIN)
+    if said.poll(_READY_S * 1000):
+        return process.stdout.readline() == "ready\n"
+    _have_said_why(process)
+    return False
+
+
 def _ends(process: subprocess.Popen[str]) -> bool:
     """Whether it ends in time; if not, it has written into its log what it is doing."""
     try:
         process.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGUSR1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_DUMP_S)
+        _have_said_why(process)
         return False
     return True
+
+
+def _have_said_why(process: subprocess.Popen[str]) -> None:
+    """The stacks of its threads go into its log."""
+    process.send_signal(signal.SIGUSR1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_DUMP_S)
 
 
 def _is_ready(client: Client) -> bool:

@@ -181,17 +181,31 @@ class Run:
         self._check_sizes()
 
     def _hold(self, chat: Chat, promise: Promise, chair: Chair, tokens: int) -> None:
-        """By itself, or in a longer text that may have reached the disk after its receipt said less."""
-        found, tries = {}, 0
+        """By itself; one that ends in a tail, also by a longer text that comes back whole.
+
+        A full block of that one may have taken the tail's place: then all full blocks of this one are there.
+        The longer text may have reached the disk after its receipt said less.
+        """
+        found: list[dict[str, Any]] = []
+        tries = 0
         said = promise.text.cut(promise.tokens)
-        texts = [said, *self._ledger.longer(chat, said)]
+        tail = said.count % BLOCK_TOKENS
+        longer = [
+            text
+            for text in self._ledger.longer(chat, said)
+            if tail and text.count >= said.count - tail + BLOCK_TOKENS
+        ]
 
         def held() -> bool:
-            nonlocal found, tries
+            nonlocal tries
             tries += 1
-            for text in texts:
-                found = chair.restore(chat, text, self._plan.patience_s)
-                if found["tokens"] >= tokens:
+            found[:] = [chair.restore(chat, said, self._plan.patience_s)]
+            if found[0]["tokens"] >= tokens:
+                return True
+            for text in longer if found[0]["tokens"] >= said.count - tail else ():
+                found.append(chair.restore(chat, text, self._plan.patience_s))
+                if found[-1]["tokens"] == text.count:
+                    self.seen["held in a longer turn"] += 1
                     return True
             return False
 

@@ -49,7 +49,7 @@ def test_plans_do_not_wait_for_forgettings_that_a_hanging_node_holds_up(
     told: list[Message] = []
     hangs = threading.Event()
     monkeypatch.setattr(PeerDirectory, "nodes", lambda self: {"b": True})
-    monkeypatch.setattr(PeerDirectory, "conversation", lambda self, tenant, name: [])
+    monkeypatch.setattr(PeerDirectory, "conversation", lambda self, *name: [])
     monkeypatch.setattr(PeerDesk, "_erase_at", lambda self, node, stone: hangs.wait(20))
     desk = PeerDesk(
         config, 1, cast(HostTier, None), lambda peer, message: told.append(message), _nobody_looks
@@ -94,6 +94,25 @@ def test_nodes_that_are_away_are_not_asked_to_forget(tmp_path: Path, monkeypatch
         desk.close()
     assert asked == ["b"]
     assert told == [Buried(job="a.1", done=("b",), absent=("gone",))]
+
+
+def test_what_a_node_has_erased_is_waited_for_at_all_nodes_that_it_knows_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever forgot may have started just now, and know of fewer."""
+    settings = cluster_settings(tmp_path, ("a",))["a"]
+    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    said: list[Stone] = []
+    monkeypatch.setattr(PeerDirectory, "named", lambda self: ["b", "gone"])
+    monkeypatch.setattr(PeerDirectory, "say_buried", lambda self, stone: said.append(stone))
+    desk = PeerDesk(config, 1, cast(HostTier, None), lambda peer, message: None, _nobody_looks)
+    try:
+        stone = Stone("b.1", "acme", "chat", 1.0, ("a", "b"))
+        desk.carry_out(Send(DIRECTORY, cluster_messages.Erased(stone=stone)))
+        until(lambda: said, "the directory hears of it")
+    finally:
+        desk.close()
+    assert [one.nodes for one in said] == [("a", "b", "gone")]
 
 
 def test_every_wish_of_the_core_has_somebody_who_carries_it_out(tmp_path: Path) -> None:

@@ -99,6 +99,41 @@ def test_a_node_that_did_not_hear_that_it_is_over_kills_nothing_that_was_parked_
     assert nodes.say("b", epoch=2).over == ()
 
 
+def told_by_two(last_nodes):
+    """Node 'b' forgot, and knew of 'c' alone, as did the shard; 'c' knows of these. What 'c' is answered."""
+    nodes = Nodes()
+    first, last = (Tombstone(STONE.id, "acme", "chat", 100.0, names) for names in (("b", "c"), last_nodes))
+    nodes.say("b", phase="whole", tombstones=(first,))
+    answer = nodes.say("c", phase="whole", tombstones=(last,))
+    return nodes, answer
+
+
+def test_a_node_that_only_another_one_knows_of_is_waited_for_too():
+    nodes, answer = told_by_two(("a", "b", "c"))
+    assert answer.over == ()
+    back = nodes.say("a", phase="whole", records=parked())
+    assert [stone.id for stone in back.forget] == [STONE.id]
+    assert nodes.found() is None
+    assert nodes.say("a", tombstones=(STONE,)).over == (STONE.id,)
+
+
+def test_the_control_a_node_that_nobody_knows_of_brings_it_back():
+    nodes, answer = told_by_two(("b", "c"))
+    assert answer.over == (STONE.id,)
+    nodes.say("a", phase="whole", records=parked())
+    assert nodes.found() is not None
+
+
+def test_a_node_that_was_retired_is_not_waited_for_again_by_who_still_knows_of_it():
+    stone = Tombstone(STONE.id, "acme", "chat", 100.0, ("a", "b", "c"))
+    tombstones = Tombstones(1000.0)
+    tombstones.carried_out("b", stone, ())
+    tombstones.retire("a")
+    tombstones.carried_out("c", stone, ())
+    assert tombstones.over_for("c", 1, 1, 9) == (STONE.id,)
+    assert not len(tombstones)
+
+
 def test_a_shard_that_lost_everything_learns_tombstones_from_those_who_keep_them():
     nodes = Nodes()
     nodes.say("a", epoch=2, phase="whole", records=parked())

@@ -109,8 +109,9 @@ def test_it_does_not_come_back_either_when_its_tombstone_is_over_by_then():
 
 def test_the_end_of_an_earlier_tombstone_costs_no_pull():
     a, b = pair()
+    for rig in (a, b):
+        rig.tell(Received(c.DIRECTORY, c.Graves(stones=(c.Stone("z.0", "acme", "chat", b.now_s),))))
     park_at(a)
-    b.tell(Received(c.DIRECTORY, c.Graves(stones=(c.Stone("z.0", "acme", "chat", b.now_s),))))
     restore = begun(b)
     b.tell(Received(c.DIRECTORY, c.Over(ids=("z.0",))))
     for pull in list(b.pulls):
@@ -145,6 +146,58 @@ def test_who_forgot_it_takes_nothing_from_a_node_that_has_not_heard_of_it_yet():
     assert objects_of(a, "chat")
     assert b.plan(b.attach(), "chat", range(24)).plan.load_tokens == 0
     assert b.plan(b.attach(), "another", range(24)).plan.load_tokens == 24
+
+
+def forgotten_but_at_a():
+    """Node b forgot what node a has of a conversation, and goes on with its name; a has not heard of it."""
+    a, b = pair()
+    park_at(a, 26)
+    a.cluster.cut.add("a")
+    assert forget(b).durable
+    a.cluster.cut.discard("a")
+    worker = b.attach()
+    b.park(worker, "chat", [*range(500, 524)])
+    b.run()
+    return a, b, worker
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "on its way"])
+def test_a_name_that_goes_on_takes_nothing_of_what_was_forgotten_from_who_has_not_heard(heard):
+    """The directory may not know of the tombstone yet: whoever asks does."""
+    a, b, worker = forgotten_but_at_a()
+    if heard:
+        b.announce()
+    assert objects_of(a, "chat")
+    for tokens in (range(26), range(24), range(40)):
+        assert b.plan(worker, "chat", tokens).plan.load_tokens == 0
+
+
+def test_a_name_that_goes_on_is_found_by_who_forgot_it_where_the_turn_came_after():
+    a, b, _ = forgotten_but_at_a()
+    b.announce()
+    # With its next announcement it hears of it.
+    park_at(a, 5, name="other")
+    assert not objects_of(a, "chat")
+    a.park(a.attach(), "chat", [*range(500, 533)])
+    a.run()
+    a.announce()
+    assert b.core.state.stones_of(("acme", "chat"))
+    plan = b.plan(b.attach(), "chat", [*range(500, 540)]).plan
+    assert plan.load_tokens == 33
+
+
+def test_the_control_a_plan_that_goes_by_the_directory_alone_brings_it_back(monkeypatch):
+    a, b, worker = forgotten_but_at_a()
+    known = a.cluster.shard.conversation
+    monkeypatch.setattr(a.cluster.shard, "conversation", lambda tenant, name, after: known(tenant, name))
+    assert b.plan(worker, "chat", range(26)).plan.load_tokens == 26
+
+
+def test_the_control_a_plan_that_looks_for_its_tokens_alone_brings_it_back(monkeypatch):
+    _, b, worker = forgotten_but_at_a()
+    b.announce()
+    monkeypatch.setattr(NodeState, "unheard_stones_of", lambda self, name: ())
+    assert b.plan(worker, "chat", range(26)).plan.load_tokens == 24
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "over"])

@@ -328,6 +328,51 @@ def test_loading_is_tried_again_though_it_was_not_worth_it():
         assert choices[:64] == [0] * 64
 
 
+def slow_once():
+    """A policy whose disk took long, and how often it loads of it when asked every so many seconds."""
+    policy = CostRestore()
+    for _ in range(30):
+        policy.observed("disk", 10**6, 10.0)
+    segments = [Segment(0, 256, "disk", 10**6)]
+
+    def loads(seconds, asked=60, questions=0):
+        found = []
+        for number in range(asked):
+            wish = RestoreWish(Even(0.001), now_s=1000.0 + number * seconds)
+            found.append(policy.choose(segments, 300, wish).tokens == 256)
+            for _ in range(questions):
+                assert policy.choose(segments, 300).tokens == 256
+        return [number for number, loaded in enumerate(found) if loaded]
+
+    return policy, loads
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first"), [(0.0, None), (0.5, 60), (5.0, 6), (7.5, 4), (600.0, 4)], ids=str
+)
+def test_after_half_a_minute_fewer_refusals_are_enough(seconds, first):
+    """A worker that asks now and again would be an hour older before a path that is well again is used."""
+    _, loads = slow_once()
+    assert (loads(seconds, 61) or [None])[0] == first
+
+
+def test_no_more_than_one_of_five_is_loaded_to_see_how_long_it_takes():
+    _, loads = slow_once()
+    assert loads(600.0, 30) == [4, 9, 14, 19, 24, 29]
+
+
+def test_a_question_that_nobody_carries_out_does_not_count_as_a_load():
+    _, loads = slow_once()
+    assert loads(5.0, 7, questions=3) == [6]
+
+
+def test_a_load_that_was_seen_says_how_long_it_takes_now():
+    policy, loads = slow_once()
+    assert loads(5.0, 6) == []
+    policy.observed("disk", 10**6, 10.0)
+    assert loads(5.0, 6) == []
+
+
 # --- kept across restarts -----------------------------------------------------------------------------------
 
 
