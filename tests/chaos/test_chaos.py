@@ -60,7 +60,7 @@ def caught(run: Run) -> str:
 
 
 def test_a_flipped_byte_that_nobody_checks_is_noticed(tmp_path: Path) -> None:
-    settings = (("host.verify", "arrival"),)
+    settings = (("host.verify", "arrival"), ("cluster.wire_codec", "raw"))
     plan = Plan(seed=1, faults=("unchecked_flips",), settings=settings, **SHORT)  # type: ignore[arg-type]
     assert "WRONG BYTES" in caught(Run(plan, tmp_path))
 
