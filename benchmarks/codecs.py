@@ -35,7 +35,7 @@ from typing import TypeVar
 import numpy as np
 
 from benchmarks.real_kv import DIM, bf16_blocks
-from kvtier.bench.lines import Line, alternate, table
+from kvtier.bench.lines import Line, alternate, rate_line, report
 from kvtier.bench.memory import Bytes, faulted
 from kvtier.checksum import checksum
 from kvtier.disk.codecs import CODECS, RAW
@@ -73,13 +73,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="of real KV, 32 KiB each")
     parser.add_argument("--directory", type=Path, help="where to measure the drive; the default is /tmp's")
     options = parser.parse_args()
-    lines: list[Line] = []
-    for line in _figures(bf16_blocks(options.tokens), options.directory):
-        lines.append(line)
-        if options.json:
-            print(line.json(), flush=True)
-    if not options.json:
-        print(table(lines))
+    report(_figures(bf16_blocks(options.tokens), options.directory), as_json=options.json)
     return 0
 
 
@@ -276,15 +270,7 @@ def _held_against(raw: _Store, own: _Store, name: str, nbytes: int) -> Iterator[
 
 
 def _tier_line(name: str, nbytes: int, raw_s: Sequence[float], own_s: Sequence[float]) -> Line:
-    ratios = [raw / own for raw, own in zip(raw_s, own_s, strict=True)]
-    return Line(
-        name,
-        round(nbytes / statistics.median(own_s) / 1e9, 2),
-        "GB/s",
-        round(nbytes / statistics.median(raw_s) / 1e9, 2),
-        round(statistics.median(ratios), 3),
-        {"limit_is": "raw", "ratios": [round(ratio, 2) for ratio in ratios]},
-    )
+    return rate_line(name, nbytes, raw_s, own_s, limit_is="raw")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtier.bench.lines import Line, micros_line, seconds, table
+from kvtier.bench.lines import Line, micros_line, report, seconds
 from kvtier.directory.announcements import HINT_BYTES, Announcement, End, Layout, Part, Phase, Record, Run
 from kvtier.directory.locate import Choice, NodeState, rank
 from kvtier.directory.locate import Line as Path_
@@ -303,13 +303,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=1_000_000)
     parser.add_argument("--conversations", type=int, default=100_000)
     told = parser.parse_args()
-    lines = []
-    for line in measure(told.nodes, told.shards, told.blocks, told.conversations):
-        lines.append(line)
-        if told.json:
-            print(line.json(), flush=True)
-    if not told.json:
-        print(table(lines))
+    report(measure(told.nodes, told.shards, told.blocks, told.conversations), as_json=told.json)
     return 0
 
 

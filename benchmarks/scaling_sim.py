@@ -28,7 +28,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.directory import keys_of
-from kvtier.bench.lines import Line, table
+from kvtier.bench.lines import Line, report
 from kvtier.directory import calls
 from kvtier.directory.announcements import Announcement, End, Layout, Part, Record, Run
 from kvtier.directory.shard import Shard, ShardSettings
@@ -370,13 +370,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="of load; the first ten are not counted")
     parser.add_argument("--policy", default="lru+cost")
     options = parser.parse_args()
-    lines: list[Line] = []
-    for line in scaling([int(nodes) for nodes in options.nodes.split(",")], options.minutes, options.policy):
-        lines.append(line)
-        if options.json:
-            print(line.json(), flush=True)
-    if not options.json:
-        print(table(lines))
+    nodes = [int(nodes) for nodes in options.nodes.split(",")]
+    report(scaling(nodes, options.minutes, options.policy), as_json=options.json)
     return 0
 
 

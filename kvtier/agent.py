@@ -315,18 +315,7 @@ class Agent:
         """Called by the engine, from a thread of its own."""
         if part is not None:
             part.ended(result.ok)
-        answer = Copied(
-            job=result.job,
-            batch=result.batch,
-            ok=result.ok,
-            checksums=list(result.checksums),
-            failed=list(result.failed),
-            bytes=result.bytes,
-            seconds=result.seconds,
-            error_squares=result.loss.error_squares,
-            value_squares=result.loss.value_squares,
-        )
-        self._outbox.append((era, answer))
+        self._outbox.append((era, Copied.of(result)))
         self._nudge()
         use.copy_ended()
 

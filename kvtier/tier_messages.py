@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
 from kvtier.geometry import CUDA_IPC, Geometry
 from kvtier.messages import Message, Mode
+
+if TYPE_CHECKING:
+    from kvtier.gpu.engine import CopyResult
 
 Direction: TypeAlias = Literal["gather", "scatter"]
 
@@ -70,6 +73,21 @@ class Copied(Message, frozen=True, tag="copied"):
     seconds: float = 0.0
     error_squares: float = 0.0
     value_squares: float = 0.0
+
+    @classmethod
+    def of(cls, result: CopyResult) -> Copied:
+        """What an engine's result says to the node."""
+        return cls(
+            job=result.job,
+            batch=result.batch,
+            ok=result.ok,
+            checksums=list(result.checksums),
+            failed=list(result.failed),
+            bytes=result.bytes,
+            seconds=result.seconds,
+            error_squares=result.loss.error_squares,
+            value_squares=result.loss.value_squares,
+        )
 
 
 class CancelCopies(Message, frozen=True, tag="cancel_copies"):

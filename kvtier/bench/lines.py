@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,6 +75,15 @@ def micros_line(name: str, samples: Sequence[float], limit_us: float | None = No
     p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e6
     ratio = round(median / limit_us, 3) if limit_us else None
     return Line(name, round(median, 1), "us", limit_us, ratio, {"p99_us": round(p99, 1), **detail})
+
+
+def report(lines: Iterable[Line], *, as_json: bool) -> None:
+    """Print each line as soon as it is there, as JSON; or all of them in the end, as a table."""
+    if not as_json:
+        print(table(list(lines)))
+        return
+    for line in lines:
+        print(line.json(), flush=True)
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -70,17 +70,7 @@ class GpuCopies:
         running = self._running.get(worker, {})
         running.pop((result.job, result.batch), None)
         self._unmap_if_quiet(worker)
-        return Copied(
-            job=result.job,
-            batch=result.batch,
-            ok=result.ok,
-            checksums=list(result.checksums),
-            failed=list(result.failed),
-            bytes=result.bytes,
-            seconds=result.seconds,
-            error_squares=result.loss.error_squares,
-            value_squares=result.loss.value_squares,
-        )
+        return Copied.of(result)
 
     def cancel(self, worker: str, job: str) -> None:
         """See CopyEngine."""

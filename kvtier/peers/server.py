@@ -169,7 +169,8 @@ class PeerServer:
         except StreamLost as error:
             _LOG.debug("a peer is gone: %s", error)
         except (KvtierError, OSError) as error:
-            self.sent.refused += 1
+            with self._lock:
+                self.sent.refused += 1
             _LOG.warning("a peer was refused: %s", error)
         finally:
             secured.close()
@@ -234,8 +235,10 @@ class PeerServer:
             try:
                 wire_bytes = stream.send(head, until_s, parts)
             except StreamLost:
-                self.sent.dropped += 1
+                with self._lock:
+                    self.sent.dropped += 1
                 raise
-            self.sent.objects += 1
-            self.sent.bytes += nbytes
-            self.sent.wire_bytes += wire_bytes
+            with self._lock:
+                self.sent.objects += 1
+                self.sent.bytes += nbytes
+                self.sent.wire_bytes += wire_bytes

@@ -89,6 +89,16 @@ def hint(rig, name="a", returns_in_s=30.0):
     rig.ask(m.Hint(conversation=name, tenant="acme", returns_in_s=returns_in_s))
 
 
+def being_read(rig, worker):
+    """The conversation is on disk alone, its return was hinted at, and its first read is under way."""
+    long_away(rig, worker)
+    switch(rig)
+    hint(rig)
+    rig.tick(0.1)
+    rig.tick(0.1)
+    assert len(reads(rig)) == 1
+
+
 # --- what comes in ----------------------------------------------------------------------------------------
 
 
@@ -288,24 +298,14 @@ def test_it_waits_while_others_read(make_rig):
 
 def test_who_returns_while_it_is_read_is_served(make_rig):
     rig, worker = cost_rig(make_rig)
-    long_away(rig, worker)
-    switch(rig)
-    hint(rig)
-    rig.tick(0.1)
-    rig.tick(0.1)
-    assert len(reads(rig)) == 1
+    being_read(rig, worker)
     assert rig.resume(worker, "a", tokens_of(1, 9)).receipt.tokens == 8
 
 
 @pytest.mark.parametrize("what", ["forget", "fail", "disk dies"])
 def test_what_goes_wrong_meanwhile_leaves_nothing(make_rig, what):
     rig, worker = cost_rig(make_rig)
-    long_away(rig, worker)
-    switch(rig)
-    hint(rig)
-    rig.tick(0.1)
-    rig.tick(0.1)
-    assert len(reads(rig)) == 1
+    being_read(rig, worker)
     if what == "forget":
         rig.ask(m.Forget(conversation="a", tenant="acme"))
     elif what == "fail":
