@@ -144,7 +144,7 @@ def test_the_token_goes_with_hello(kit, tmp_path):
 
 
 def test_a_hung_daemon_costs_one_time_out(kit):
-    with kit.connect(timeout_s=0.05, backoff=LATER) as kv:
+    with kit.connect(timeout_s=0.5, backoff=LATER) as kv:
         peer = kit.node.peer("client")
         kit.node.hung = True
         with pytest.raises(ChannelTimeout):
@@ -161,7 +161,7 @@ def test_a_late_answer_is_nobody_elses(kit):
     """The first Ping is answered only after the caller gave up; the next call must not get that answer."""
     late = []
     kit.node.answers[Ping] = lambda peer, m: late.append((peer, m)) if not late else Pong(id=m.id)
-    with kit.connect(timeout_s=0.05) as kv:
+    with kit.connect(timeout_s=0.5) as kv:
         with pytest.raises(ChannelTimeout):
             kv.ping()
         kit.until(lambda: late, "the first call arrived")
@@ -191,7 +191,7 @@ def answer_a_late(kit):
 def test_ids_catch_a_late_answer_where_the_connection_was_kept(kit, monkeypatch):
     answer_a_late(kit)
     monkeypatch.setattr(link_module.Link, "fail", lambda self, era, error: None)
-    with kit.connect(timeout_s=0.05) as kv:
+    with kit.connect(timeout_s=0.5) as kv:
         with pytest.raises(ChannelTimeout):
             kv.locate("a")
         with pytest.raises(errors.MalformedMessage, match="instead of"):
@@ -206,7 +206,7 @@ def test_control_without_both_guards_the_late_answer_is_taken(kit, monkeypatch):
         self.send_frame(frame, deadline_s, fds)
         return self.recv(deadline_s)
 
-    with kit.connect(timeout_s=0.05) as kv:
+    with kit.connect(timeout_s=0.5) as kv:
         monkeypatch.setattr(link_module.Link, "fail", lambda self, era, error: None)
         monkeypatch.setattr(link_module.Channel, "exchange", exchange)
         with pytest.raises(ChannelTimeout):

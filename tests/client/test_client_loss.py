@@ -34,8 +34,8 @@ def parked(level="disk"):
 
 
 def test_a_hung_node_costs_a_worker_one_time_out(kit):
-    kv = kit.connect(timeout_s=0.5)
-    worker = kv.attach(kit.model, kit.pool, shard=kit.shard, call_timeout_s=0.05, make_engine=kit.make_engine)
+    kv = kit.connect(timeout_s=5.0)
+    worker = kv.attach(kit.model, kit.pool, shard=kit.shard, call_timeout_s=0.5, make_engine=kit.make_engine)
     with kv, worker:
         kit.node.peer("client")
         wires = kit.wires(worker)
@@ -43,7 +43,7 @@ def test_a_hung_node_costs_a_worker_one_time_out(kit):
         kit.node.hung = True
         began_s = time.monotonic()
         assert worker.plan("c", TOKENS).reason == "daemon_unavailable"
-        assert time.monotonic() - began_s >= 0.05, "the one time-out"
+        assert time.monotonic() - began_s >= 0.5, "the one time-out"
         assert handle.released.wait(10) and handle.result(10).reason == "daemon_unavailable"
         asked = wires.control.received.qsize()
         for _ in range(50):
@@ -123,7 +123,7 @@ def test_attach_with_the_daemon_gone_raises_where_it_is_required(kit):
 def test_a_call_that_waits_for_a_hung_one_opens_the_circuit_too(kit):
     """What is posted in the background holds the connection while the node hangs: still one time-out."""
     kv = kit.connect(timeout_s=5.0)
-    worker = kv.attach(kit.model, kit.pool, shard=kit.shard, call_timeout_s=0.05, make_engine=kit.make_engine)
+    worker = kv.attach(kit.model, kit.pool, shard=kit.shard, call_timeout_s=0.5, make_engine=kit.make_engine)
     with kv, worker:
         kit.node.peer("client")
         control = kit.node.peer("client")
@@ -224,7 +224,7 @@ def test_close_with_a_copy_that_does_not_end_keeps_the_memory(kit, monkeypatch):
 
 
 def test_a_hung_node_is_a_time_out_for_attach(kit):
-    with kit.connect(timeout_s=0.05) as kv:
+    with kit.connect(timeout_s=0.5) as kv:
         kit.node.answers[Attach] = lambda peer, m: None
         with pytest.raises(ChannelTimeout):
             kv.attach(kit.model, kit.pool, shard=kit.shard)

@@ -208,7 +208,7 @@ def test_a_hung_disk_makes_full_memory_push_back(
     bench.services.signal("disk", signal.SIGSTOP)
     held = []
     for seed in range(8):
-        receipt = local.park(seed, PAGES, TOKENS, timeout_s=0.3).result()
+        receipt = local.park(seed, PAGES, TOKENS, timeout_s=1.0).result()
         if receipt.ok:
             held.append(seed)
         else:

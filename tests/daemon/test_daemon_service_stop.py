@@ -23,7 +23,7 @@ MORE_PAGES = pages_for(TOKENS, 16)
 
 @pytest.fixture(scope="module")
 def bench(make_bench: Callable[..., Bench]) -> Bench:
-    return make_bench(leases__copy_s=0.5)
+    return make_bench(leases__copy_s=1.5)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def stop(bench: Bench) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def local(bench: Bench, make_local: Callable[..., LocalWorker]) -> LocalWorker:
-    return make_local(bench.services.socket_path, call_timeout_s=0.3)
+    return make_local(bench.services.socket_path, call_timeout_s=1.0)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_restore_under_a_hung_node_claims_nothing(
     gate.shut(after=1)
     local.kv.poison(PAGES)
     plan = local.worker.plan("chat-1", tokens_of(1, TOKENS))
-    handle = local.worker.restore_async(plan, PAGES, deadline_s=0.2)
+    handle = local.worker.restore_async(plan, PAGES, deadline_s=1.0)
     gate.wait_held()
     stop("node")
     assert not handle.done()
@@ -132,7 +132,7 @@ def test_a_hung_gpu_service_delays_only_what_needs_it(
     stop("gpu")
     receipt = local.park(2, MORE_PAGES, TOKENS).result()
     assert (receipt.level, receipt.reason) == ("none", "lease_expired")
-    assert local.restore(1, PAGES, TOKENS, deadline_s=0.2).reason == "deadline"
+    assert local.restore(1, PAGES, TOKENS, deadline_s=1.0).reason == "deadline"
     assert local.worker.attached
     bench.services.signal("gpu", signal.SIGCONT)
     works_again(bench, local)
@@ -142,7 +142,7 @@ def test_a_hung_disk_service_delays_only_what_needs_it(
     bench: Bench, local: LocalWorker, stop: Callable[[str], None]
 ) -> None:
     stop("disk")
-    handle = local.park(1, PAGES, TOKENS, level="disk", timeout_s=0.3)
+    handle = local.park(1, PAGES, TOKENS, level="disk", timeout_s=1.0)
     assert handle.released.wait(20)
     receipt = handle.result()
     assert not receipt.ok
@@ -160,7 +160,7 @@ def test_a_read_from_a_hung_disk_service_is_cut_off_at_its_deadline(
     assert local.park(1, PAGES, TOKENS, level="disk").result().ok
     bench.push_out(1)
     stop("disk")
-    receipt = local.restore(1, PAGES, TOKENS, deadline_s=0.2)
+    receipt = local.restore(1, PAGES, TOKENS, deadline_s=1.0)
     assert (receipt.tokens, receipt.reason, receipt.busy) == (0, "deadline", ())
     bench.services.signal("disk", signal.SIGCONT)
     until(lambda: local.restore(1, PAGES, TOKENS).tokens == TOKENS, "the disk's copy is served")

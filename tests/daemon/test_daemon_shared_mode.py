@@ -145,7 +145,7 @@ def test_a_restore_that_is_late_names_its_pages_busy(bench: Bench) -> None:
     gate = bench.gate("copy")
     gate.shut(after=1)
     bench.worker.do("poison", pages=MORE_PAGES)
-    found = bench.worker.do("restore", seed=1, pages=MORE_PAGES, count=TOKENS, deadline_s=0.2)
+    found = bench.worker.do("restore", seed=1, pages=MORE_PAGES, count=TOKENS, deadline_s=1.0)
     gate.wait_held()
     receipt = bench.worker.result(found["handle"])
     assert (receipt["tokens"], receipt["reason"]) == (0, "deadline")

@@ -27,7 +27,7 @@ PAGES = pages_for(TOKENS)
 @pytest.fixture
 def daemon(make_daemon: Callable[..., Embedded]) -> Embedded:
     """Short leases; bytes in host memory are not checked again, so a foreign write would be delivered."""
-    return make_daemon(leases__copy_s=0.3, host__verify="arrival", disk__enabled=False)
+    return make_daemon(leases__copy_s=1.5, host__verify="arrival", disk__enabled=False)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_stopped_restore_claims_nothing_that_came_late(
     gate, local = Gate(tmp_path / "stopped" / "copy"), make_local(daemon.socket_path)
     assert process.result(process.park(STOPPED, PAGES, TOKENS))["ok"]
     gate.shut(after=1)
-    found = process.restore(STOPPED, PAGES, TOKENS, deadline_s=0.3)
+    found = process.restore(STOPPED, PAGES, TOKENS, deadline_s=1.5)
     assert found["tokens"] == TOKENS
     gate.wait_held()
     stop(process)
