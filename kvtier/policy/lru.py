@@ -30,6 +30,9 @@ class LeafLru:
     def __len__(self) -> int:
         return len(self._stamps)
 
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stamps)
+
     def added(self, key: bytes, parent: bytes, nbytes: int, now_s: float) -> None:
         """See EvictionPolicy."""
         if key not in self._stamps:

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvtier.policy.survival import EDGES_S, WIDTHS_S, FloatArray, SurvivalCurve
 from kvtier.policy.usage import Name
-from kvtier.policy.worth_runs import Book, Run
+from kvtier.policy.worth_runs import HOST_BIT, Book, Run
 
 # A read that nobody waits for costs so much of one that somebody waits for.
 _IDLE_READ: Final = 0.25
@@ -117,10 +117,9 @@ class WorthPrefetch:
 
     def _may_be_read(self, run: Run) -> bool:
         """Whether it waits, and the disk has an end of it that host memory lacks."""
-        host, disk = self._book.held
         waits = run.waiting and not run.serving and run.curve is not None and not run.uses
         kept = waits and self._book.now_s < run.keep_until_s and not self._book.retired(run.model)
-        return kept and any(key in disk and key not in host for key in run.leaves[1])
+        return kept and any(not block.held & HOST_BIT for block in run.leaves[1])
 
     def _gain(self, run: Run) -> tuple[float, float]:
         """For each byte: what a use saves, and what the read costs."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,6 @@ _LEAST_LEFT: Final = 1e-30
 _BOUND: Final = 1e9
 # As a list: a search in an array costs ten times as much.
 _EDGES_S: Final[list[float]] = EDGES_S.tolist()
-_CLASS: Final = np.arange(CLASSES)
-_ZONE_STARTS: Final = np.searchsorted(_ZONE_OF, np.arange(_ZONES))
 # No horizon ends before it begins: what is held until then takes for ever.
 _NEVER_EARLIER: Final = np.where(np.triu(np.ones((CLASSES, CLASSES), np.bool_)), 0.0, inf)
 _LEAST_HELD_S: Final = 1e-300
@@ -62,22 +60,22 @@ _KEPT_AFTER: Final = _KEPT ** np.arange(_TOGETHER * CLASSES + 1)
 
 
 class Curve:
-    """survival: float32, at EDGES_S, 1 at age 0.  rates: see `rates`, or what makes them of the survival."""
+    """survival: float32, at EDGES_S, 1 at age 0.  rates: what makes the rates of it."""
 
-    __slots__ = ("_rates", "survival")
+    __slots__ = ("_rates", "_reckon", "survival")
 
-    def __init__(self, survival: CurveArray, rates: CurveArray | Callable[[], CurveArray]) -> None:
+    def __init__(self, survival: CurveArray, rates: Callable[[], CurveArray]) -> None:
         self.survival = survival
-        self._rates: list[float] | Callable[[], CurveArray] = rates if callable(rates) else rates.tolist()
+        self._reckon: Callable[[], CurveArray] | None = rates
+        self._rates: list[float] = []
 
     @property
     def rates(self) -> list[float]:
         """The best rate of return from each edge on, 1/s; reckoned when it is asked for first."""
-        rates = self._rates
-        if callable(rates):
+        if self._reckon is not None:
             # As a list: an element of an array costs more.
-            self._rates = rates = cast(list[float], rates().tolist())
-        return rates
+            self._rates, self._reckon = self._reckon().tolist(), None
+        return self._rates
 
     @property
     def whole(self) -> SurvivalCurve:
@@ -86,7 +84,7 @@ class Curve:
 
     def rate(self, age_s: float) -> float:
         """The best rate of return at any age >= 0, 1/s."""
-        rates = self.rates
+        rates = self._rates or self.rates
         if age_s >= _EDGES_S[-2]:
             return rates[-1]
         k = bisect_right(_EDGES_S, age_s) - 1
@@ -176,7 +174,8 @@ class Returns:
     def _tell(self, told: _Told) -> None:
         self._told.append(told)
         self._heard += 1
-        if len(self._told) >= min(_TOGETHER, 1 + self._heard // _ONE_MORE_AFTER):
+        waiting = len(self._told)
+        if waiting >= _TOGETHER or waiting > self._heard // _ONE_MORE_AFTER:
             self._learn(self._times.weights)
             self._told.clear()
 
@@ -251,7 +250,7 @@ def class_of(age_s: float) -> int:
 def _hazards(of: LearnedWeights, codes: IntArray) -> FloatArray:
     """By class of age, as the kernels of ReturnTimes have it."""
     trust = of.returns / (of.returns + _HALF_TRUSTED_RETURNS)
-    by_zone = trust * of.weight[codes].sum(axis=0) + np.cumsum(of.step)
+    by_zone = trust * np.add.reduce(of.weight[codes]) + np.add.accumulate(of.step)
     result: FloatArray = 1.0 / (1.0 + np.exp(-(of.height + by_zone[_ZONE_OF])))
     return result
 
@@ -260,37 +259,58 @@ def _learn(
     of: LearnedWeights, codes: IntArray, first: IntArray, upto: IntArray, came: npt.NDArray[np.bool_]
 ) -> None:
     """One step over all that is told; the step of ReturnTimes where it is one class of age of one wait."""
+    # A row for each class of age that a wait told of: mostly two of a wait.
+    classes = upto - first
+    wait = np.repeat(np.arange(len(codes)), classes)
+    age = np.arange(len(wait)) + np.repeat(first - np.cumsum(classes) + classes, classes)
+    zone, returned = _ZONE_OF[age], came[wait] & (age + 1 == upto[wait])
     trust = of.returns / (of.returns + _HALF_TRUSTED_RETURNS)
-    by_zone = trust * of.weight[codes].sum(axis=1) + np.cumsum(of.step)
-    told = (first[:, None] <= _CLASS) & (upto[:, None] > _CLASS)
-    returned = came[:, None] & (upto[:, None] == _CLASS + 1)
-    chances = 1.0 / (1.0 + np.exp(-(of.height + by_zone[:, _ZONE_OF])))
-    slopes = np.where(told, chances - returned, 0.0)
+    apart = np.add.reduce(of.weight[codes[wait].T, zone])
+    total = of.height[age] + (trust[zone] * apart + np.add.accumulate(of.step)[zone])
+    slopes = 1.0 / (1.0 + np.exp(-total)) - returned
     squares = slopes * slopes
-    _step(of.height, of.height_seen, slopes.sum(axis=0), squares.sum(axis=0), told.sum(axis=0), _BASE_RATE)
-    # By wait and zone.
+    by_age = [_binned(age, each, CLASSES) for each in (slopes, squares, np.ones(len(age)))]
+    _step(of.height, of.height_seen, by_age[0], by_age[1], by_age[2], _BASE_RATE)
+    at = wait * _ZONES + zone
     slope, square, seen, returns = (
-        np.add.reduceat(each, _ZONE_STARTS, axis=1, dtype=np.float64)
-        for each in (slopes, squares, told, returned)
+        _binned(at, each, len(codes) * _ZONES)
+        for each in (slopes, squares, np.ones(len(at)), returned.astype(np.float64))
     )
-    zone_seen = seen.sum(axis=0)
+    by_zone = [np.add.reduce(each.reshape(-1, _ZONES)) for each in (slope, square, seen, returns)]
     # A step counts in its zone and all after it.
-    from_here = [_from_here(each) for each in (slope.sum(axis=0), square.sum(axis=0), zone_seen)]
+    from_here = [_from_here(each) for each in by_zone[:3]]
     _step(of.step, of.step_seen, from_here[0], from_here[1], from_here[2], _BASE_RATE)
-    found, at = np.unique(codes, return_inverse=True)
-    at = (at.reshape((*codes.shape, 1)) * _ZONES + np.arange(_ZONES)).ravel()
+    told = np.flatnonzero(seen)
+    _learn_apart(of, codes, told, trust[told % _ZONES], slope[told], square[told], seen[told])
+    of.returns[:] = 1.0 + (of.returns - 1.0) * _kept_after(by_zone[2]) + by_zone[3]
+
+
+def _learn_apart(
+    of: LearnedWeights,
+    codes: IntArray,
+    told: npt.NDArray[np.intp],
+    trust: FloatArray,
+    slope: FloatArray,
+    square: FloatArray,
+    seen: FloatArray,
+) -> None:
+    """What tells contexts apart. told: wait * zones + zone, of what the others are."""
+    at = (codes[told // _ZONES] * _ZONES + (told % _ZONES)[:, None]).ravel()
     by_code = [
-        _binned(at, np.repeat(each, codes.shape[1], axis=0).ravel()).reshape(len(found), _ZONES)
+        _binned(at, np.repeat(each, codes.shape[1]), of.weight.size)
         for each in (trust * slope, trust * trust * square, seen)
     ]
-    weight, weight_seen = of.weight[found], of.weight_seen[found]
-    _step(weight, weight_seen, by_code[0], by_code[1], by_code[2], _FEATURE_RATE)
-    of.weight[found], of.weight_seen[found] = weight, weight_seen
-    of.returns[:] = 1.0 + (of.returns - 1.0) * _kept_after(zone_seen) + returns.sum(axis=0)
+    touched = np.flatnonzero(by_code[2])
+    slope, square, seen = (each[touched] for each in by_code)
+    weights, weights_seen = of.weight.reshape(-1), of.weight_seen.reshape(-1)
+    weight, weight_seen = weights[touched], weights_seen[touched]
+    _step(weight, weight_seen, slope, square, seen, _FEATURE_RATE)
+    weights[touched], weights_seen[touched] = weight, weight_seen
 
 
-def _binned(at: npt.NDArray[np.intp], each: FloatArray) -> FloatArray:
-    result: FloatArray = np.bincount(at, each).astype(np.float64, copy=False)
+def _binned(at: IntArray, each: FloatArray, bins: int) -> FloatArray:
+    """The sum for each number in `at`."""
+    result: FloatArray = np.bincount(at, each, bins).astype(np.float64, copy=False)
     return result
 
 

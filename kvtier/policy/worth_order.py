@@ -17,7 +17,7 @@ from kvtier.policy.prices import Money
 from kvtier.policy.returns import class_of
 from kvtier.policy.usage import TierName
 from kvtier.policy.worth import pays
-from kvtier.policy.worth_runs import TIER_NAMES, Book, Run
+from kvtier.policy.worth_runs import TIER_BITS, TIER_NAMES, Block, Book, Run
 
 # Below this many entries the heap is never swept: the saving would not pay.
 _SWEEP_FROM: Final = 1024
@@ -32,10 +32,10 @@ class WorthOrder:
         self._book = book
         self._tier: TierName = tier
         # The book's own table: it is asked for every block.
-        self._owners = book.owners
+        self._blocks = book.blocks
         self._index = TIER_NAMES.index(tier)
-        self._parents: dict[bytes, bytes] = {}
-        self._children: dict[bytes, int] = {}
+        self._bit = TIER_BITS[self._index]
+        self._held = 0
         # (worth, last use, mark, run): marks are never equal, so runs are never compared.
         self._heap: list[tuple[float, float, int, Run]] = []
         self._marks = 0
@@ -43,69 +43,79 @@ class WorthOrder:
         self._entered = 0
         self._walking: Run | None = None
         book.orders.append(self)
-        book.held.append(self._parents)
 
     def __len__(self) -> int:
-        return len(self._parents)
+        return self._held
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (key for key, block in self._blocks.items() if block.held & self._bit)
 
     # --- what is held -----------------------------------------------------------------------------------
 
     def added(self, key: bytes, parent: bytes, nbytes: int, now_s: float) -> None:
         """See EvictionPolicy."""
-        if key in self._parents:
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._book.block(key)
+        elif block.held & self._bit:
             self.used(key, now_s)
             return
-        self._parents[key] = parent
-        children, nobody = self._children, self._book.nobody
-        siblings = children.get(parent, 0)
-        children[parent] = siblings + 1
-        if not siblings and parent in self._parents:
-            self._owners.get(parent, nobody).leaves[self._index].pop(parent, None)
-        if key not in children:
-            self._leaf(key, self._owners.get(key, nobody))
+        before = block.parent
+        if before is None:
+            before = block.parent = self._book.block(parent)
+        block.held |= self._bit
+        self._held += 1
+        index = self._index
+        siblings = before.children[index]
+        before.children[index] = siblings + 1
+        if not siblings and before.held & self._bit:
+            before.run.leaves[index].pop(before, None)
+        if not block.children[index]:
+            self._leaf(block, block.run)
 
     def used(self, key: bytes, now_s: float) -> None:
         """See EvictionPolicy."""
-        run = self._owners.get(key, self._book.nobody)
+        block = self._blocks.get(key)
+        run = self._book.nobody if block is None else block.run
         if run.used_s < now_s:
             run.used_s = now_s
         leaves = run.leaves[self._index]
-        if key in leaves:
+        if block is not None and block in leaves:
             # Among a run's leaves, too, the one that was used longest ago goes first.
-            leaves[key] = leaves.pop(key)
+            leaves[block] = leaves.pop(block)
 
     def removed(self, key: bytes) -> None:
         """See EvictionPolicy."""
-        parent = self._parents.pop(key, None)
-        if parent is None:
+        block, index = self._blocks.get(key), self._index
+        before = None if block is None else block.parent
+        if block is None or before is None or not block.held & self._bit:
             return
-        if key not in self._children:
-            run = self._owners.get(key, self._book.nobody)
-            run.leaves[self._index].pop(key, None)
-            if run.waiting and not self._index:
+        block.held &= ~self._bit
+        self._held -= 1
+        if not block.children[index]:
+            run = block.run
+            run.leaves[index].pop(block, None)
+            if run.waiting and not index:
                 self._book.note_away(run)
-        left = self._children.pop(parent) - 1
-        if left:
-            self._children[parent] = left
-        elif parent in self._parents:
-            self._leaf(parent, self._owners.get(parent, self._book.nobody))
-        self._book.left(key)
+        if not block.held:
+            self._book.let_go(block)
+        before.children[index] -= 1
+        if not before.children[index]:
+            if before.held & self._bit:
+                self._leaf(before, before.run)
+            elif not before.held and before.run is self._book.nobody:
+                self._book.let_go(before)
 
-    def moved(self, key: bytes, before: Run, after: Run) -> bool:
+    def moved(self, block: Block, before: Run, after: Run) -> None:
         """See Order."""
-        if key not in self._parents:
-            return False
-        if key not in self._children:
-            before.leaves[self._index].pop(key, None)
-            self._leaf(key, after)
-        return True
+        before.leaves[self._index].pop(block, None)
+        self._leaf(block, after)
 
     def ranked(self, run: Run, worth: float) -> None:
         """See Order."""
         if run.leaves[self._index]:
             self._push(run, worth)
         elif run.mark[self._index]:
-            # A leaf may come later: its entry would be one of what the run was worth once.
             run.mark[self._index] = 0
             self._entered -= 1
 
@@ -120,21 +130,19 @@ class WorthOrder:
             while (run := self._least()) is not None:
                 looked_at[run] = None
                 self._walking = run
-                yield from self._leaves_of(run, seen)
+                leaves, fresh = run.leaves[self._index], True
+                # When a leaf is removed, the block that it stood on comes up, if that is the run's too.
+                while fresh:
+                    fresh = False
+                    for block in list(leaves):
+                        if block in leaves and block.key not in seen:
+                            seen[block.key], fresh = None, True
+                            yield block.key
         finally:
             self._walking = None
             for run in looked_at:
                 if run.leaves[self._index] and not run.mark[self._index]:
                     self._push(run)
-
-    def _leaves_of(self, run: Run, seen: dict[bytes, None]) -> Iterator[bytes]:
-        """The run's leaves; when one is removed, the block that it stood on, if that is the run's too."""
-        leaves = run.leaves[self._index]
-        while fresh := [key for key in leaves if key not in seen]:
-            for key in fresh:
-                if key in leaves:
-                    seen[key] = None
-                    yield key
 
     def least_worth(self) -> float:
         """Of what would go first; 0 where nothing is held."""
@@ -146,7 +154,8 @@ class WorthOrder:
 
     def rank(self, key: bytes) -> tuple[int, int]:
         """(Runs that would go before the block's, runs in all): a look at every run."""
-        runs = [run for run in dict.fromkeys(map(self._book.owner, self._parents)) if run.leaves[self._index]]
+        held = (block.run for block in self._blocks.values() if block.held & self._bit)
+        runs = [run for run in dict.fromkeys(held) if run.leaves[self._index]]
         own = self._book.owner(key)
         place = (self._book.worth(own, self._tier), own.used_s)
         before = sum((self._book.worth(run, self._tier), run.used_s) < place for run in runs)
@@ -172,9 +181,9 @@ class WorthOrder:
             return run
         return None
 
-    def _leaf(self, key: bytes, run: Run) -> None:
+    def _leaf(self, block: Block, run: Run) -> None:
         index = self._index
-        run.leaves[index][key] = None
+        run.leaves[index][block] = None
         if not run.mark[index] and run is not self._walking:
             self._push(run)
 
@@ -185,7 +194,7 @@ class WorthOrder:
         self._entered += not run.mark[self._index]
         run.mark[self._index] = self._marks
         heapq.heappush(self._heap, (worth, run.used_s, self._marks, run))
-        if len(self._heap) > max(_SWEEP_FROM, 3 * self._entered):
+        if len(self._heap) > _SWEEP_FROM and len(self._heap) > 3 * self._entered:
             self._sweep()
 
     def _sweep(self) -> None:

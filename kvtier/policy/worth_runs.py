@@ -27,6 +27,8 @@ _LEAST_SAVED: Final = 0.1
 # Reading is not worth a write where it takes so many times as long as computing.
 _TOO_SLOW: Final = 4.0
 TIER_NAMES: Final[tuple[TierName, ...]] = ("host", "disk")
+HOST_BIT: Final = 1
+TIER_BITS: Final = (HOST_BIT, 2)
 # Below this many, runs that may lack an end are never swept.
 _SWEEP_FROM: Final = 1024
 
@@ -58,7 +60,7 @@ class Run:
     token_bytes: float = 1.0
     token_s: float = _GUESS_TOKEN_S
     keep_until_s: float = inf
-    leaves: tuple[dict[bytes, None], dict[bytes, None]] = field(default_factory=lambda: ({}, {}))
+    leaves: tuple[dict[Block, None], dict[Block, None]] = field(default_factory=lambda: ({}, {}))
     mark: list[int] = field(default_factory=lambda: [0, 0])
     paid: tuple[int, bool] | None = None
     uses: int = 0
@@ -74,16 +76,33 @@ class Run:
 
     def rate(self, now_s: float) -> float:
         """The best rate of return from now on, 1/s."""
-        if not self.waiting or self.curve is None or now_s >= self.keep_until_s:
+        curve = self.curve
+        if curve is None or not self.waiting or now_s >= self.keep_until_s:
             return 0.0
-        return self.curve.rate(self.curve_age_s(now_s))
+        age_s = now_s - self.clock_s - self.curve_from_s
+        return curve.rate(age_s if age_s > 0.0 else 0.0)
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A block that a tier holds, is about to hold, or that one which is held stands on.
+
+    run: whose it is; the book's nobody where that is not known.  parent: the block before it, while a tier
+    holds it.  held: by tier, one bit, see TIER_BITS.  children: by tier, blocks there that stand on it.
+    """
+
+    key: bytes
+    run: Run = field(repr=False)
+    parent: Block | None = field(default=None, repr=False)
+    held: int = 0
+    children: list[int] = field(default_factory=lambda: [0, 0])
 
 
 class Order(Protocol):
     """What the book tells the order of each tier."""
 
-    def moved(self, key: bytes, before: Run, after: Run) -> bool:
-        """The block belongs to another run; answers whether the tier holds it."""
+    def moved(self, block: Block, before: Run, after: Run) -> None:
+        """A leaf of the tier belongs to another run."""
 
     def ranked(self, run: Run, worth: float) -> None:
         """The run's worth has changed."""
@@ -92,7 +111,7 @@ class Order(Protocol):
 class Book:
     """Whose each block is, and what everything costs. Shared by the orders of both tiers.
 
-    owners: the run of each block; nobody: that of blocks that no conversation is known for.  disk_usable,
+    blocks: by key.  nobody: the run of blocks that no conversation is known for.  disk_usable,
     disk_free_bytes: as the node said last.
     """
 
@@ -102,50 +121,62 @@ class Book:
         self.disk_usable = False
         self.disk_free_bytes = 0
         self.orders: list[Order] = []
-        # Of each order, the blocks that it holds.
-        self.held: list[dict[bytes, bytes]] = []
+        self.blocks: dict[bytes, Block] = {}
         # Runs that may have an end which host memory lacks; a dict keeps the order.
         self.away: dict[Run, None] = {}
         self._sweep_at = _SWEEP_FROM
-        self.owners: dict[bytes, Run] = {}
         self._restore = restore
         self._asked_s = -inf
         self._load_s = {"host": 0.0, "disk": 0.0}
         self._recompute: dict[bytes, Recompute] = {}
         self._retired: dict[bytes, None] = {}
 
+    def block(self, key: bytes) -> Block:
+        """The block of this key, which is noted if it was not known."""
+        block = self.blocks.get(key)
+        if block is None:
+            block = self.blocks[key] = Block(key, self.nobody)
+        return block
+
     def owner(self, key: bytes) -> Run:
         """The run of a block."""
-        return self.owners.get(key, self.nobody)
+        block = self.blocks.get(key)
+        return self.nobody if block is None else block.run
 
-    def own(self, key: bytes, run: Run, end: int, *, coming: bool = False) -> None:
-        """The block, which ends at token `end`, belongs to the run from now on.
+    def coming(self, key: bytes, run: Run, end: int) -> None:
+        """A tier is about to hold the block, which ends at token `end`: it belongs to the run."""
+        block = self.block(key)
+        if block.run is not run:
+            self._give(block, run, end)
 
-        coming: a tier is about to hold it; else it counts only where one does.
-        """
-        before = self.owners.get(key, self.nobody)
-        if before is run:
+    def own(self, block: Block, run: Run, end: int) -> None:
+        """The block belongs to the run from now on, if a tier holds it."""
+        if block.run is run:
             return
-        held = coming
-        for order in self.orders:
-            if order.moved(key, before, run):
-                held = True
-        if not held:
-            self.owners.pop(key, None)
-            return
-        self.owners[key] = run
-        if before is not self.nobody:
+        if block.held:
+            self._give(block, run, end)
+        else:
+            self.let_go(block)
+
+    def _give(self, block: Block, run: Run, end: int) -> None:
+        before, block.run = block.run, run
+        if 0 in block.children:
+            for order, bit, children in zip(self.orders, TIER_BITS, block.children, strict=False):
+                if not children and block.held & bit:
+                    order.moved(block, before, run)
+        if end > before.start and before is not self.nobody:
             before.start = max(before.start, min(end, before.end))
 
-    def left(self, key: bytes) -> None:
-        """A tier let go of the block: when none holds it, nobody needs to know whose it was."""
-        for held in self.held:
-            if key in held:
-                return
-        self.owners.pop(key, None)
+    def let_go(self, block: Block) -> None:
+        """No tier holds the block: it is nobody's, and forgotten unless others stand on it."""
+        block.run, block.parent = self.nobody, None
+        if not any(block.children):
+            del self.blocks[block.key]
 
     def note_away(self, run: Run) -> None:
         """Host memory may lack an end of the run."""
+        if run in self.away:
+            return
         self.away[run] = None
         if len(self.away) > self._sweep_at:
             # Nobody may ever ask for them: without a disk, or where nothing is read ahead.
@@ -156,13 +187,17 @@ class Book:
         """The run's worth has changed."""
         rate = -1.0
         for order, tier, leaves, mark in zip(self.orders, TIER_NAMES, run.leaves, run.mark, strict=False):
-            if leaves or mark:
+            if leaves:
                 rate = self._rate(run) if rate < 0 else rate
                 order.ranked(run, rate * self.saving_s(run, tier) if rate else 0.0)
+            elif mark:
+                # A leaf may come later: its entry would be one of what the run was worth once.
+                order.ranked(run, 0.0)
 
     def owned(self) -> list[Run]:
         """All runs that have a block somewhere."""
-        return list(dict.fromkeys(self.owners.values()))
+        runs = dict.fromkeys(block.run for block in self.blocks.values())
+        return [run for run in runs if run is not self.nobody]
 
     # --- what it costs ----------------------------------------------------------------------------------
 

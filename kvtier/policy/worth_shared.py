@@ -28,7 +28,7 @@ def curve_of_uses(uses: int, span_s: float) -> Curve:
     """Of the wait for the next use, after so many in span_s."""
     longest_s = span_s + _SPAN_S + EDGES_S
     survival = (longest_s[0] / longest_s) ** uses
-    return Curve(survival.astype(np.float32), (uses / longest_s).astype(np.float32))
+    return Curve(survival.astype(np.float32), lambda: (uses / longest_s).astype(np.float32))
 
 
 class SharedFronts:
@@ -43,14 +43,17 @@ class SharedFronts:
         left: the conversation's run before.  Answers the runs of shared blocks; each counts one use more.
         """
         book = self._book
-        owners, nobody = book.owners, book.nobody
+        nobody, name = book.nobody, run.name
         foreign: dict[Run, list[ParkedBlock]] = {}
-        for block in chain:
-            before = owners.get(block.key, nobody)
-            if before is left or before is nobody or before.name == run.name:
-                book.own(block.key, run, block.end)
+        for parked in chain:
+            block = book.blocks.get(parked.key)
+            if block is None:
+                continue
+            before = block.run
+            if before is left or before is nobody or before.name == name:
+                book.own(block, run, parked.end)
             else:
-                foreign.setdefault(before, []).append(block)
+                foreign.setdefault(before, []).append(parked)
         return [self._used(before, blocks, run, now_s) for before, blocks in foreign.items()]
 
     def foreign(self, key: bytes, run: Run) -> bool:
@@ -68,8 +71,8 @@ class SharedFronts:
             )
             shared.uses, shared.since_s = before.uses, min(since_s, now_s)
             self._book.measured(shared)
-            for block in blocks:
-                self._book.own(block.key, shared, block.end)
+            for parked in blocks:
+                self._book.own(self._book.blocks[parked.key], shared, parked.end)
         shared.uses += 1
         if shared.uses > _MOST_USES:
             shared.uses //= 2

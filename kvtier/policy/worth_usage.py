@@ -137,7 +137,7 @@ class CostUsage:
         run = self._chat(name).run
         run.used_s = max(run.used_s, now_s)
         if not self._shared.foreign(block.key, run):
-            self._book.own(block.key, run, block.end, coming=True)
+            self._book.coming(block.key, run, block.end)
 
     # --- waits ------------------------------------------------------------------------------------------
 
@@ -242,9 +242,10 @@ class CostUsage:
 
     def _take(self, chain: Sequence[ParkedBlock], run: Run) -> None:
         """What of the chain is stored, and not used by others, is the run's."""
-        for block in chain:
-            if not self._shared.foreign(block.key, run):
-                self._book.own(block.key, run, block.end)
+        for parked in chain:
+            block = self._book.blocks.get(parked.key)
+            if block is not None and not self._shared.foreign(parked.key, run):
+                self._book.own(block, run, parked.end)
 
     def hinted(
         self, name: Name, returns_at_s: float | None, keep_until_s: float | None, now_s: float
@@ -285,28 +286,32 @@ class CostUsage:
             if not self._due or self._due[0][0] > book.now_s:
                 return
             _, _, age_class, wait = heapq.heappop(self._due)
-            if wait.ended:
+            if wait.over or wait.ended:
                 continue
             if wait.run is not None:
                 book.ranked(wait.run)
-            if age_class == _LOOK_ONLY:
-                continue
+            if age_class != _LOOK_ONLY:
+                self._aged(wait, age_class)
+
+    def _aged(self, wait: Wait, age_class: int) -> None:
+        """A wait that is not over has entered this class of age."""
+        if wait.expected:
             wait.expected = self._forecasts.lasted(wait.expected, _EDGES_S[age_class])
-            if wait.hint_s is not None and hinted_ages(wait.hint_s, wait.said_s)[1] < _EDGES_S[age_class]:
-                # Whether they ever come back: not when their caller said.
-                self._returns.hint_came(wait.tenant, False)
-                wait.hint_s = None
-            if wait.teaches and wait.codes is not None and age_class - wait.taught >= _TEACH_AT_ONCE:
-                self._returns.lasted(wait.codes, wait.taught, age_class)
-                wait.taught = age_class
-            self._remind(wait, age_class)
+        if wait.hint_s is not None and hinted_ages(wait.hint_s, wait.said_s)[1] < _EDGES_S[age_class]:
+            # Whether they ever come back: not when their caller said.
+            self._returns.hint_came(wait.tenant, False)
+            wait.hint_s = None
+        if wait.teaches and wait.codes is not None and age_class - wait.taught >= _TEACH_AT_ONCE:
+            self._returns.lasted(wait.codes, wait.taught, age_class)
+            wait.taught = age_class
+        self._remind(wait, age_class)
 
     def _remind(self, wait: Wait, age_class: int) -> None:
         """Some classes of age later; the last one has no end."""
-        if wait.run is None and not wait.teaches:
-            return
-        then = wait.taught + _TEACH_AT_ONCE if wait.run is None else age_class + _LOOK_AFTER
-        then = max(then, age_class + 1)
+        if wait.run is not None:
+            then = age_class + _LOOK_AFTER
+        else:
+            then = max(wait.taught + _TEACH_AT_ONCE, age_class + 1) if wait.teaches else CLASSES
         if then < CLASSES:
             self._look_at(wait.start_s + _EDGES_S[then], then, wait)
 
@@ -321,7 +326,7 @@ class CostUsage:
         """Of each wait that is not over two reminders count; what else there is may be due in days only."""
         self._serial += 1
         heapq.heappush(self._due, (due_s, self._serial, age_class, wait))
-        if len(self._due) > max(_SWEEP_FROM, 8 * len(self._chats)):
+        if len(self._due) > _SWEEP_FROM and len(self._due) > 8 * len(self._chats):
             self._due = [
                 entry
                 for entry in self._due
@@ -372,7 +377,9 @@ class CostUsage:
         """Nothing is followed any more."""
         chat = self._chats.pop(name, None)
         if chat is not None:
-            self._let_go(chat)
+            for wait in (chat.asked, chat.wait):
+                if wait is not None:
+                    wait.over = True
             self._end_at(name, chat, ())
         return chat
 
@@ -385,13 +392,6 @@ class CostUsage:
         known = chain[-2:] if short or len(chain) >= _LONG_CHAIN else chain[-1:]
         chat.ends = tuple(block.key for block in known)
         self._ends |= dict.fromkeys(chat.ends, name)
-
-    @staticmethod
-    def _let_go(chat: Chat) -> None:
-        for wait in (chat.asked, chat.wait):
-            if wait is not None:
-                wait.over = True
-        chat.asked = chat.wait = None
 
 
 def _number(tenant: str) -> int:

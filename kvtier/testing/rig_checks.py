@@ -161,7 +161,7 @@ def _tree(rig: CoreRig) -> Iterator[str]:
         ("host", state.policies.host, in_host),
         ("disk", state.policies.disk, on_disk),
     ):
-        known = set(policy._parents)  # type: ignore[attr-defined]  # of every policy that a rig uses
+        known = set(policy)  # type: ignore[call-overload]  # of every policy that a rig uses
         if known != keys:
             yield f"the {name} policy knows {len(known)} blocks, the tier has {len(keys)}"
     if dirty != state.dirty_bytes:

@@ -141,7 +141,8 @@ def test_an_order_that_evicts_fronts_is_noticed(make_rig, monkeypatch):
     """The control."""
 
     def fronts_first(self, now_s):
-        yield from sorted(self._parents, key=lambda key: key not in self._children)
+        held = [block for block in self._blocks.values() if block.held & self._bit]
+        yield from [block.key for block in sorted(held, key=lambda block: not block.children[self._index])]
 
     monkeypatch.setattr(WorthOrder, "victims", fronts_first)
     rig, worker = cost_rig(make_rig, disk=None)

@@ -348,7 +348,9 @@ class OrderMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_remembered_of_what_has_gone(self):
-        assert set(self.host._book.owners) <= set(self.held)
+        blocks = self.host._book.blocks
+        assert {key for key, block in blocks.items() if block.held} == set(self.held)
+        assert set(blocks) <= {*self.held, *self.held.values()}
 
 
 OrderMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
@@ -361,7 +363,8 @@ def test_an_order_that_offers_parents_is_noticed():
     class Broken(WorthOrder):
         def added(self, key, parent, nbytes, now_s):
             super().added(key, parent, nbytes, now_s)
-            self._leaf(parent, self._book.owner(parent)) if parent in self._parents else None
+            before = self._blocks[parent]
+            self._leaf(before, before.run) if before.held else None
 
     machine = type("Machine", (OrderMachine,), {"order": Broken})()
     machine.park("a", 3, 0, "end_turn", b"m")
