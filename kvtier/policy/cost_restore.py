@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from kvtier.policy import learned_state as read
@@ -21,6 +22,8 @@ _ENOUGH = 10
 # learned.  Few are enough where they took long to come.
 _LOOK_AGAIN: Final = 64
 _LOOK_AGAIN_FEW, _LOOK_AGAIN_S = 4, 30.0
+# How often a load takes longer than the upper end of its interval.
+_MISSED: Final = 0.1
 
 
 class _NoRecompute:
@@ -49,7 +52,7 @@ class CostRestore:
         if not runs:
             return LoadChoice(0, 0.0, 0.0, why="nothing stored fits")
         lines = self._lines(runs, wish)
-        plan = plan_restore(runs, self._question(tokens, wish, lines))
+        plan = self._plan(runs, self._question(tokens, wish, lines))
         if (plan.late or not plan.load_end) and self._look_again(runs, lines, wish.now_s):
             # Whoever carries it out cuts off what comes after the deadline.
             deadline_s = math.inf if plan.late else wish.deadline_s
@@ -57,6 +60,28 @@ class CostRestore:
             plan = plan_restore(runs, self._question(tokens, blind, lines))
             return self._chosen(runs, plan, lines, wish, f"{_why(plan, blind)}; to see how long it takes now")
         return self._chosen(runs, plan, lines, wish, _why(plan, wish))
+
+    def _plan(self, runs: Sequence[Run], question: Question) -> RestorePlan:
+        """What costs least, where a load that is not safe to come in time is worth its risk.
+
+        At the deadline a restore ends with the front that came, which is what would be safe to load, and has
+        waited until then.  The chance of that lies between a half, where the load is expected at the
+        deadline, and a tenth, where its interval ends there.
+        """
+        safe = plan_restore(runs, question)
+        if not safe.late or question.takes != "fronts":
+            return safe
+        expected = {key: replace(line, late_factor=1.0) for key, line in question.lines.items()}
+        bold = plan_restore(runs, replace(question, lines=expected))
+        if bold.load_end <= safe.load_end:
+            return safe
+        slowest = question.lines[_slowest(runs, question.lines, 0, bold.load_end)]
+        spread_s = bold.load_s * (slowest.late_factor - 1)
+        over_s = bold.load_s + spread_s - question.deadline_s
+        chance = _MISSED + (0.5 - _MISSED) * min(max(over_s / spread_s, 0.0), 1.0) if spread_s else _MISSED
+        waited_s = max(question.prefill_wait_s, question.deadline_s)
+        late_s = max(waited_s + (1 + question.gpu_weight) * safe.gpu_s, bold.cost_s)
+        return bold if bold.cost_s + chance * (late_s - bold.cost_s) < safe.cost_s else safe
 
     def _question(self, tokens: int, wish: RestoreWish, lines: Mapping[str, LoadLine]) -> Question:
         blind = wish.recompute is None

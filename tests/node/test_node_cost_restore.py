@@ -132,10 +132,10 @@ def test_what_would_be_late_is_not_loaded(rig):
 def test_an_engine_that_takes_all_or_nothing_gets_no_part(rig):
     policy, segments = CostRestore(), [Segment(256 * n, 256 * n + 256, "disk", 10**8) for n in range(10)]
     worker = parked(rig, rig.attach())
-    part = policy.choose(segments, 2600, RestoreWish(deadline_s=0.9))
+    part = policy.choose(segments, 2600, RestoreWish(deadline_s=0.5))
     assert 0 < part.tokens < 2560
     assert "not all would arrive" in part.why
-    whole = RestoreWish(deadline_s=0.9, takes="all_or_nothing")
+    whole = RestoreWish(deadline_s=0.5, takes="all_or_nothing")
     assert policy.choose(segments, 2600, whole).tokens == 0
     assert policy.choose(segments, 2600, dataclasses.replace(whole, deadline_s=9.0)).tokens == 2560
     for takes, reason in (("all_or_nothing", "deadline"), ("fronts", "deadline")):

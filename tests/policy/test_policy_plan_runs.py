@@ -291,3 +291,38 @@ def test_a_path_that_was_too_late_for_every_deadline_is_looked_at_again(here):
             refused += 1
     assert choice.tokens == end
     assert 4 * 64 < refused < 2_000
+
+
+def noisy():
+    """A peer whose loads of ten blocks take half a second, and one in six of them twenty times as long."""
+    policy = CostRestore()
+    for number in range(120):
+        policy.observed("peer", 10 * MB, 10.0 if number % 6 == 5 else 0.5)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("recompute_s", "takes", "loads"),
+    [
+        # Dear to compute: that the load may not come in time is worth it.
+        (12.0, "fronts", True),
+        # Cheap to compute: not worth waiting for the deadline now and then.
+        (0.55, "fronts", False),
+        # An engine that takes all or nothing has no use for what came of it.
+        (12.0, "all_or_nothing", False),
+    ],
+)
+def test_a_load_that_may_be_late_is_weighed_and_not_forbidden(recompute_s, takes, loads):
+    wish = RestoreWish(recompute=Flat(recompute_s / 2560), deadline_s=5.0, takes=takes)
+    choice = noisy().choose(blocks(*["peer"] * 10), 2560, wish)
+    assert choice.eta_high_s > 5.0 or not loads
+    assert (choice.tokens == 2560) is loads
+    assert choice.late is not loads
+
+
+def test_a_load_that_is_expected_late_is_cut_whatever_computing_costs():
+    policy = noisy()
+    wish = RestoreWish(recompute=Flat(1.0), deadline_s=0.3)
+    choice = policy.choose(blocks(*["peer"] * 10), 2560, wish)
+    assert choice.late
+    assert choice.tokens < 2560

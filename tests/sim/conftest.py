@@ -154,7 +154,7 @@ def ttft_of(scenario, stream, policy="lru"):
 def virtual_day(monkeypatch):
     """The log of a node in virtual time, whose copies and reads take now more and now less."""
 
-    def make(seed, jitter):
+    def make(seed, jitter, policy="lru"):
         chance = random.Random(seed)
 
         class Shaky(Link):
@@ -164,7 +164,7 @@ def virtual_day(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(core_node, "NodeCore", LoggedCore)
             patch.setattr(engine, "Link", Shaky)
-            ttft_s = ttft_of(VIRTUAL, TurnStream("test", 64, iter(virtual_turns(seed))))
+            ttft_s = ttft_of(VIRTUAL, TurnStream("test", 64, iter(virtual_turns(seed))), policy)
         return VirtualDay(VIRTUAL, LoggedCore.logs.pop(), ttft_s)
 
     return make

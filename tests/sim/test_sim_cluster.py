@@ -108,12 +108,36 @@ def test_what_is_nowhere_is_computed():
     assert cluster.tally.total().host == 0
 
 
-def test_a_restore_that_would_be_late_waits_for_its_deadline_and_computes():
-    scenario = changed(small(host=4 * GIB, disk=64 * GIB), deadline_s=0.05)
+def late(policy, *, host=64 * GIB, **speeds):
+    """The last of three turns of one chat, which only comes in part before its deadline."""
+    scenario = changed(small(host=host, disk=64 * GIB), deadline_s=0.05)
+    scenario = changed(scenario, worker=changed(scenario.worker, **speeds))
     turns = [turn(0, 4096), *filler(3), turn(500, 5000, ref=0, number=1, shared=4096)]
-    cluster = run(scenario, turns)
-    assert cluster.tally.total().late == 1
-    assert cluster.tally.ttft_s[-1] == pytest.approx(0.05 + COST.seconds(0, 5000), rel=1e-5)
+    return scenario, run(scenario, turns, policy).tally
+
+
+def test_of_a_restore_that_is_late_counts_what_came_before_its_deadline():
+    scenario, tally = late("lru", host=4 * GIB)
+    came = int((0.05 - scenario.disk.start_s) * scenario.disk.read_bytes_per_s / TOKEN_BYTES)
+    assert tally.total().late == 1
+    assert tally.total().disk == came
+    assert tally.ttft_s[-1] == pytest.approx(0.05 + COST.seconds(came, 5000 - came), rel=1e-5)
+
+
+def test_of_a_link_that_is_too_slow_for_the_deadline_counts_what_came():
+    scenario, tally = late("lru", link_bytes_per_s=5e9)
+    came = int((0.05 - scenario.host.start_s) * 5e9 / TOKEN_BYTES)
+    assert (tally.total().late, tally.total().host) == (1, came)
+
+
+def test_by_cost_a_load_ends_where_its_deadline_is_and_the_rest_is_computed():
+    # All of it would take 0.065 s, and the link is about as quick as is guessed before it was used.
+    _, tally = late("lru+cost", link_bytes_per_s=8.2e9)
+    total = tally.total()
+    assert total.late == 0
+    assert 0 < total.host < 4096
+    assert total.host % 512 == 0
+    assert 0.05 < tally.ttft_s[-1] < COST.seconds(0, 5000)
 
 
 def resumed_s(link_bytes_per_s, policy, *, mixed):

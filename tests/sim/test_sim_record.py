@@ -1,5 +1,6 @@
 """The log of a live daemon in the simulator: the identical instructions, and one wrong measurement seen."""
 
+import dataclasses
 import io
 import json
 from dataclasses import dataclass
@@ -250,20 +251,44 @@ def test_every_decision_of_a_live_run_is_simulated_too(logged, other):
     assert sum(decision.same for decision in decisions) > len(decisions) / 4
 
 
+def by_cost():
+    """What a daemon decides by whose configuration says nothing."""
+    return make_policies("lru", "cost")
+
+
+def differing(decisions):
+    return sum(not decision.same for decision in decisions) / len(decisions)
+
+
 def test_decisions_of_simulated_services_differ_in_two_percent_at_most(virtual_day):
-    first, second = (virtual_day(seed, 0.5).entries for seed in (1, 2))
+    first, second = (virtual_day(seed, 0.5, "lru+cost").entries for seed in (1, 2))
     log = b"".join(msgpack.packb(e) for e in first)
-    assert replay_log(io.BytesIO(log), make_policies, core_node.SECRET).stimuli == len(first) - 1
-    speeds = calibrate(second, make_policies, core_node.SECRET)
+    assert replay_log(io.BytesIO(log), by_cost, core_node.SECRET).stimuli == len(first) - 1
+    speeds = calibrate(second, by_cost, core_node.SECRET)
     assert speeds.scatter.bytes_per_s == pytest.approx(Worker().link_bytes_per_s, rel=0.3)
-    decisions = compare(first, make_policies, core_node.SECRET, speeds)
+    decisions = compare(first, by_cost, core_node.SECRET, speeds)
     kinds = [decision.kind for decision in decisions]
     assert kinds.count("plan") == kinds.count("park") == 150
     assert kinds.count("restore") > 30
-    assert sum(not decision.same for decision in decisions) <= 0.02 * len(decisions)
+    assert differing(decisions) <= 0.02
     loaded = sum(sum(decision.recorded.from_tiers.values()) for decision in decisions)
     assert loaded > 10_000
     assert sum(decision.misplaced_tokens for decision in decisions) <= 0.15 * loaded
+
+
+def slower(speeds, times):
+    """Copies and reads with so much less bandwidth."""
+    slow = {name: getattr(speeds, name) for name in ("scatter", "read")}
+    slow = {name: Speed(speed.start_s, speed.bytes_per_s / times) for name, speed in slow.items()}
+    return dataclasses.replace(speeds, **slow)
+
+
+@pytest.mark.parametrize(("times", "restore"), [(5, "cost"), (1, "load")])
+def test_an_altered_calibration_and_an_altered_policy_are_both_noticed(virtual_day, times, restore):
+    first, second = (virtual_day(seed, 0.5, "lru+cost").entries for seed in (1, 2))
+    speeds = slower(calibrate(second, by_cost, core_node.SECRET), times)
+    decisions = compare(first, lambda: make_policies("lru", restore), core_node.SECRET, speeds)
+    assert differing(decisions) > 0.1
 
 
 def test_services_that_are_far_too_slow_lead_to_other_decisions(virtual_day):
@@ -274,4 +299,4 @@ def test_services_that_are_far_too_slow_lead_to_other_decisions(virtual_day):
         core_node.SECRET,
         Calibration(snail, snail, snail, snail),
     )
-    assert sum(not decision.same for decision in decisions) > 0.2 * len(decisions)
+    assert differing(decisions) > 0.2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import ceil, inf
 
 
 class Link:
@@ -20,6 +20,10 @@ class Link:
     def queued_bytes(self, now_s: float) -> int:
         """What has to go before anything new."""
         return int(max(self._free_s - now_s, 0.0) * self._bytes_per_s)
+
+    def front(self, end: int, late_s: float, token_bytes: float) -> int:
+        """Up to which token is there, of what ends at `end`, so long before all of it is."""
+        return _front(end, late_s, self._bytes_per_s / token_bytes)
 
     def send(self, now_s: float, nbytes: int, until_s: float = inf) -> float:
         """When the last byte is there, or would be: what does not arrive until then is not sent."""
@@ -53,16 +57,24 @@ class Drive:
         """What has to be read before anything new."""
         return int(max(self._read_free_s - now_s, 0.0) * self._read_per_s)
 
-    def read(self, now_s: float, nbytes: int) -> float:
-        """When the last byte is read."""
+    def front(self, end: int, late_s: float, token_bytes: float) -> int:
+        """Up to which token is read, of what ends at `end`, so long before all of it is."""
+        return _front(end, late_s, self._read_per_s / token_bytes)
+
+    def read(self, now_s: float, nbytes: int, until_s: float = inf) -> float:
+        """When the last byte is read, or would be: what does not come until then is not read."""
         blocked_s = min(max(self._write_free_s - now_s, 0.0), self._batch_s)
-        takes_s = nbytes / self._read_per_s
-        self._read_free_s = max(self._read_free_s, now_s + blocked_s) + takes_s
+        takes_s, begins_s = nbytes / self._read_per_s, max(self._read_free_s, now_s + blocked_s)
+        done_s = begins_s + takes_s
+        if done_s > until_s:
+            takes_s = max(until_s - begins_s, 0.0)
+            nbytes = int(takes_s * self._read_per_s)
+        self._read_free_s = begins_s + takes_s
         # What was waiting to be written waits on.
         self._write_free_s = max(self._write_free_s, now_s) + takes_s
         self.busy_s += takes_s
         self.read_bytes += nbytes
-        return self._read_free_s + self._start_s
+        return done_s + self._start_s
 
     def write(self, now_s: float, nbytes: int) -> float:
         """When the last byte is durable."""
@@ -75,3 +87,7 @@ class Drive:
     def backlog_s(self, now_s: float) -> float:
         """How long what is queued to be written still takes."""
         return max(self._write_free_s - now_s, 0.0)
+
+
+def _front(end: int, late_s: float, tokens_per_s: float) -> int:
+    return end - ceil(max(late_s, 0.0) * tokens_per_s)

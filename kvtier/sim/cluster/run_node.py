@@ -17,7 +17,7 @@ from kvtier.sim.cluster.node import Kept, Node
 from kvtier.sim.cluster.scenario import Scenario, changed
 from kvtier.sim.cluster.store import Found, RunStore
 
-# Where a load that goes beside computing may begin.
+# How far apart the places lie where a load may begin or end.
 _STEP_TOKENS: Final = 512
 
 
@@ -27,6 +27,18 @@ class _Beyond(NamedTuple):
     node: RunNode
     link: Link
     found: Found
+
+
+class _Parts(NamedTuple):
+    """Tokens of a load, by where they come from."""
+
+    host: int
+    disk: int
+    peer: int
+
+    @property
+    def tokens(self) -> int:
+        return self.host + self.disk + self.peer
 
 
 class RunNode(Node):
@@ -88,48 +100,49 @@ class RunNode(Node):
         mixed = self._scenario.worker.mixed and not held
         wish = self._wish(engine, mixed=mixed)
         reach = beyond.found.tokens if beyond is not None else own.tokens
-        segments = self.store.segments(own, reach, held, token_bytes, _STEP_TOKENS if mixed else 0)
+        segments = self.store.segments(own, reach, held, token_bytes, _STEP_TOKENS)
         choice = restore.choose(segments, job.turn.tokens_in, wish)
         begin, upto = held + choice.compute_front, min(choice.tokens, reach, job.usable)
-        host_tokens = max(min(own.host_tokens, upto) - begin, 0)
-        disk_tokens = max(min(own.tokens, upto) - max(own.host_tokens, begin), 0)
-        peer_tokens = max(upto - max(own.tokens, begin), 0)
-        tokens = host_tokens + disk_tokens + peer_tokens
-        if not tokens:
+        parts = _parts(own, begin, upto)
+        if not parts.tokens:
             return
-        disk_bytes, nbytes = int(disk_tokens * token_bytes), int(tokens * token_bytes)
-        done_s, slowest = engine.to_gpu.send(now_s, nbytes), "host"
+        until_s = now_s + self._scenario.deadline_s
+        nbytes, disk_bytes = int(parts.tokens * token_bytes), int(parts.disk * token_bytes)
+        done_s, slowest = engine.to_gpu.send(now_s, nbytes, until_s), "host"
+        front = engine.to_gpu.front(upto, done_s - until_s, token_bytes)
         if disk_bytes:
-            read_s, slowest = self.drive.read(now_s, disk_bytes), "disk"
+            read_s, slowest = self.drive.read(now_s, disk_bytes, until_s), "disk"
             restore.observed("disk", disk_bytes, read_s - now_s, wish.queued_bytes["disk"])
+            front = min(front, self.drive.front(upto - parts.peer, read_s - until_s, token_bytes))
             done_s = max(done_s, read_s)
-        if peer_tokens and beyond is not None:
-            pulled_s, slowest = self._pull(beyond, upto - peer_tokens, upto), "peer"
-            nbytes = int(peer_tokens * token_bytes)
+        if parts.peer and beyond is not None:
+            pulled_s, slowest = self._pull(beyond, upto - parts.peer, upto, until_s), "peer"
+            nbytes = int(parts.peer * token_bytes)
             restore.observed("peer", nbytes, pulled_s - now_s, wish.queued_bytes["peer"])
+            front = min(front, beyond.link.front(upto, pulled_s - until_s, token_bytes))
             done_s = max(done_s, pulled_s)
         elif not disk_bytes:
             restore.observed("host", nbytes, done_s - now_s, wish.queued_bytes["host"])
         restore.restored(choice, done_s - now_s)
         eta_s = (choice.eta_low_s, choice.eta_high_s)
         self.forecasts.see(eta_s, slowest, done_s - now_s, loaded=wish.queued_bytes[slowest] > 0)
-        if done_s - now_s > self._scenario.deadline_s:
-            job.late, job.ready_s = True, now_s + self._scenario.deadline_s
+        job.late, job.ready_s = done_s > until_s, min(done_s, until_s)
+        if front <= begin:
             return
-        job.ready_s, job.past = done_s, upto
+        job.past = front
         if choice.compute_front:
-            job.computed_front, job.loaded_s, job.ready_s = choice.compute_front, done_s, now_s
-        job.host_tokens, job.disk_tokens, job.peer_tokens = host_tokens, disk_tokens, peer_tokens
-        self.store.bring(own.on_disk, upto, now_s)
+            job.computed_front, job.loaded_s, job.ready_s = choice.compute_front, job.ready_s, now_s
+        came = _parts(own, begin, front)
+        job.host_tokens, job.disk_tokens, job.peer_tokens = came.host, came.disk, came.peer
+        self.store.bring(own.on_disk, front, now_s)
 
-    def _pull(self, beyond: _Beyond, start: int, upto: int) -> float:
+    def _pull(self, beyond: _Beyond, start: int, upto: int, until_s: float) -> float:
         """When tokens [start, upto) of another node are here; nothing is sent behind the deadline."""
         now_s, token_bytes = self._events.now_s, self._cost.token_bytes
-        until_s = now_s + self._scenario.deadline_s
         done_s = beyond.link.send(now_s, int((upto - start) * token_bytes), until_s)
         from_disk = upto - max(start, beyond.found.host_tokens)
         if from_disk > 0:
-            done_s = max(done_s, beyond.node.drive.read(now_s, int(from_disk * token_bytes)))
+            done_s = max(done_s, beyond.node.drive.read(now_s, int(from_disk * token_bytes), until_s))
         return done_s
 
     def _wish(self, engine: Engine, *, mixed: bool) -> RestoreWish:
@@ -143,6 +156,7 @@ class RunNode(Node):
             takes="both" if mixed else "fronts",
             # How much a peer has to send to others is not known here.
             queued_bytes={"host": copied, "disk": self.drive.queued_bytes(now_s), "peer": copied},
+            now_s=now_s,
         )
 
     def _park(self, job: Job, engine: Engine) -> None:
@@ -167,6 +181,15 @@ def _beyond(home: Node | None, job: Job, own: Found) -> _Beyond | None:
         return None
     theirs = home.store.find(job.front, job.known)
     return _Beyond(home, home.to_peers, theirs) if theirs.tokens > own.tokens else None
+
+
+def _parts(own: Found, begin: int, upto: int) -> _Parts:
+    """What of [begin, upto) comes from where."""
+    return _Parts(
+        max(min(own.host_tokens, upto) - begin, 0),
+        max(min(own.tokens, upto) - max(own.host_tokens, begin), 0),
+        max(upto - max(own.tokens, begin), 0),
+    )
 
 
 def _name(job: Job) -> tuple[str, str]:

@@ -105,22 +105,23 @@ class RunStore:
         return nbytes, done_s
 
     def segments(
-        self, found: Found, reach: int, gpu_tokens: int, token_bytes: float, step_tokens: int = 0
+        self, found: Found, reach: int, gpu_tokens: int, token_bytes: float, step_tokens: int
     ) -> tuple[Segment, ...]:
         """What a restore would load, for the policy; what the GPU has costs nothing.
 
         reach: up to which token a peer has what is not found here.  step_tokens: how far apart the places
-        lie where a load may begin or end; 0: at its ends alone.
+        lie where a load may begin or end.
         """
         spans = ((found.host_tokens, "host"), (found.tokens, "disk"), (reach, "peer"))
         segments: list[Segment] = []
         start = 0
         for end, source in spans:
-            while end > start:
-                stop = min(start + step_tokens, end) if step_tokens else end
-                nbytes = int(max(stop - max(start, gpu_tokens), 0) * token_bytes)
-                segments.append(Segment(start, stop, source, nbytes))
-                start = stop
+            # What is to be loaded begins behind what the GPU has.
+            for stop in (min(gpu_tokens, end), end):
+                if start < stop:
+                    nbytes = int((stop - max(start, gpu_tokens)) * token_bytes) if stop > gpu_tokens else 0
+                    segments.append(Segment(start, stop, source, nbytes, step_tokens=step_tokens))
+                    start = stop
         return tuple(segments)
 
     def _take_in(self, run: Run, now_s: float) -> bool:
