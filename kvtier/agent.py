@@ -24,11 +24,19 @@ from kvtier.errors import GeometryError, KvtierError, MalformedMessage, Protocol
 from kvtier.messages import CopiesEnded, Message, ParkDone, Released, RestoreDone
 from kvtier.page_use import PageUse, ParkUse, RestoreUse
 from kvtier.receipts import Reason
-from kvtier.tier_messages import CancelCopies, Copied, Copy, PoolProbed, PoolProven, ProbePool
+from kvtier.tier_messages import (
+    CancelCopies,
+    Copied,
+    Copy,
+    LayerQueued,
+    PoolProbed,
+    PoolProven,
+    ProbePool,
+)
 from kvtier.wire import Channel, ChannelLost, close_all
 
 if TYPE_CHECKING:
-    from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyItem, CopyResult
+    from kvtier.gpu.engine import CopyBatch, CopyEngine, CopyItem, CopyResult, StreamEvent
     from kvtier.gpu.layers import LayerBatch
     from kvtier.gpu.shared_pool import MappablePool
 
@@ -53,15 +61,14 @@ class Mapping:
 class AgentPorts:
     """What an agent is connected to.
 
-    events: its own from now on.  open_copy: opens the copy connection; None where this process neither runs
-    copies nor has a pool mapped.  lost: the node is gone.  post: sends a request to the node in the
-    background.
+    events: its own from now on.  engine: None where the GPU service copies.  open_copy: opens the copy
+    connection.  lost: the node is gone.  post: sends a request to the node in the background.
     """
 
     worker: str
     events: Channel
     engine: CopyEngine | None
-    open_copy: Callable[[], Channel] | None
+    open_copy: Callable[[], Channel]
     lost: Callable[[KvtierError], None]
     post: Callable[[Message], None]
     mapping: Mapping | None = None
@@ -79,6 +86,7 @@ class Agent:
         self._outbox: deque[tuple[int, Copied]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._copy: Channel | None = None
+        self._service_event: Callable[[int], StreamEvent] | None = None
         self._copy_era = 0
         self._unmapped = ""
         self._copy_failures = 0
@@ -191,7 +199,7 @@ class Agent:
         if self._unmapped:
             return UNMAPPED_MS
         moments = [use.limit_s for use in self.uses if not use.ended_here]
-        if self._ports.open_copy is not None and self._copy is None:
+        if self._copy is None:
             moments.append(self._copy_due_s)
         if not moments:
             return None
@@ -241,8 +249,6 @@ class Agent:
 
     def _tend_copy(self) -> None:
         """Keep the copy connection: open it when due, send what waits, take what came."""
-        if self._ports.open_copy is None:
-            return
         try:
             if self._copy is None:
                 if time.monotonic() < self._copy_due_s:
@@ -263,6 +269,8 @@ class Agent:
                 self._begin(message)
             elif isinstance(message, CancelCopies) and self._ports.engine is not None:
                 self._ports.engine.cancel(message.job)
+            elif isinstance(message, LayerQueued):
+                self._layer_queued(message)
             elif isinstance(message, PoolProbed) and self._ports.mapping is not None:
                 self._judge(channel, self._ports.mapping, message)
         while self._outbox:
@@ -281,9 +289,25 @@ class Agent:
         from kvtier.gpu.shared_pool import Answer
 
         ok = message.ok and mapping.pool.judge(Answer(message.seen, message.written))
+        why = message.detail or "it sees other memory than the pool's"
+        try:
+            self._service_event = mapping.pool.listen(message.events) if ok else None
+        except KvtierError as error:
+            ok, why = False, str(error)
         channel.send(PoolProven(ok=ok), time.monotonic() + SEND_S)
         if not ok:
-            self._unmapped = message.detail or "it sees other memory than the pool's"
+            self._unmapped = why
+
+    def _layer_queued(self, message: LayerQueued) -> None:
+        from kvtier.gpu.engine import Reached
+
+        use = self._use(message.request)
+        if use is None or use.order.layers is None:
+            return
+        if message.event is None:
+            use.order.layers.arrived(message.layer, Reached())
+        elif self._service_event is not None:
+            use.order.layers.arrived(message.layer, self._service_event(message.event))
 
     def _begin(self, message: Copy) -> None:
         use, engine = self._use(message.request), self._ports.engine
@@ -337,6 +361,7 @@ class Agent:
         if self._copy is not None:
             self._copy.close()
             self._copy = None
+        self._service_event = None
         self._outbox.clear()
 
 

@@ -133,7 +133,7 @@ def _agent(
         worker=attached.worker,
         events=events,
         engine=engine,
-        open_copy=None if engine is None and mapping is None else open_copy,
+        open_copy=open_copy,
         mapping=mapping,
         lost=lost,
         post=post,

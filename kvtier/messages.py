@@ -217,7 +217,7 @@ class Restore(Message, frozen=True, tag="restore"):
     """Carry out a plan into the pages bound to `request`.
 
     by_layer: what lies in host memory is copied as one batch, so that layers come first over all of it.
-    events: as in Park.
+    events: as in Park.  layers: where the GPU service copies, it is to say LayerQueued to the worker.
     """
 
     worker: str
@@ -227,6 +227,7 @@ class Restore(Message, frozen=True, tag="restore"):
     pages: list[bytes] = []
     by_layer: bool = False
     events: list[int] = []
+    layers: bool = False
 
 
 class RestoreStarted(Message, frozen=True, tag="restore_started"):

@@ -42,6 +42,7 @@ class Copy(Message, frozen=True, tag="copy"):
     """Move these objects between the pages bound to `request` and their slots.
 
     fidelity: 'exact', or the lossy codec that the slots' bytes are in.  events: as in Park and Restore.
+    layers: as in Restore.
     """
 
     job: str
@@ -56,6 +57,7 @@ class Copy(Message, frozen=True, tag="copy"):
     last: bool = False
     fidelity: str = "exact"
     events: list[int] = []
+    layers: bool = False
 
 
 class Copied(Message, frozen=True, tag="copied"):
@@ -115,18 +117,33 @@ class ProbePool(Message, frozen=True, tag="probe_pool"):
 
 
 class PoolProbed(Message, frozen=True, tag="pool_probed"):
-    """Answer to ProbePool: digests of what was read there, and of what was written then; or why not."""
+    """Answer to ProbePool: digests of what was read there, and of what was written then; or why not.
+
+    events: handles of the service's events, which the worker's streams wait for; see LayerQueued.
+    """
 
     ok: bool
     seen: bytes = b""
     written: bytes = b""
     detail: str = ""
+    events: list[bytes] = []
 
 
 class PoolProven(Message, frozen=True, tag="pool_proven"):
     """The worker's word that each side reads what the other wrote: only then the mapping is used."""
 
     ok: bool
+
+
+class LayerQueued(Message, frozen=True, tag="layer_queued"):
+    """To a worker for which the service copies: all copies of a layer of its restore are queued.
+
+    event: the number in the service's ring of what they end by; None where they have ended already.
+    """
+
+    request: int
+    layer: int
+    event: int | None = None
 
 
 class PoolLeft(Message, frozen=True, tag="pool_left"):
@@ -139,12 +156,14 @@ class GpuUsage(Message, frozen=True, tag="gpu_usage"):
     """Sent by the GPU service when it changes, of the pools on GPUs that it maps.
 
     workers: GPU bytes that copying takes, for each.  context_bytes: of the service's CUDA contexts, on top; 0
-    where nothing tells it.  late: workers with a copy that should have ended long ago.
+    where nothing tells it.  late: workers with a copy that should have ended long ago.  unmapping: workers
+    that left, and whose pools should have been unmapped long ago.
     """
 
     workers: dict[str, int] = {}
     context_bytes: int = 0
     late: list[str] = []
+    unmapping: list[str] = []
 
 
 class TierHello(Message, frozen=True, tag="tier_hello"):

@@ -343,6 +343,7 @@ class Worker:
             plan_id=plan.plan_id,
             deadline_s=limit_s,
             by_layer=by_layer,
+            layers=by_layer and not use.copies_here,
             events=[] if use.copies_here else self._pool.event_numbers(order),
             pages=[] if use.copies_here else page_bytes(binding),
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from benchmarks.gpu.copies import DIRECTIONS, NAMES, gigabytes
+from benchmarks.gpu.copies import NAMES, gigabytes
 from benchmarks.gpu.rig import Bench, Conversation, conversations, pool_over, start, with_checksums
 from kvtier.bench.lines import Line
+from kvtier.bench.link import DIRECTIONS
 from kvtier.geometry import LOSSY
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.pool import Pool

@@ -10,7 +10,8 @@ of them run one after the other.
 
 Needs Python 3.12, torch, cupy, numpy, pytest, msgpack, aiofiles and xxhash; neither Ray nor lz4.  Each part
 is a process with a time of its own: one that fails is reported, and the rest goes on.  JSON lines go to
---out, or to gpu.jsonl in the folder that $OUT names; the last line on stdout is a short JSON table of it all.
+--out, or to gpu.jsonl in the folder that $OUT names, which is written anew after each part, so that a command
+that is cut off leaves what it had; the last line on stdout is a short JSON table of it all.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,26 +72,39 @@ class Outcome:
 
 
 def run(name: str, command: Sequence[str], limit_s: float) -> Outcome:
-    """One process; the JSON objects among its lines are its figures."""
+    """One process; the JSON objects among its lines are its figures, also when it was cut off."""
     begun = time.perf_counter()
+    # A session of its own: what a part started would keep the GPU, and our pipes, after its end.
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=_environment(),
+        start_new_session=True,
+    )
+    late = False
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-            env=_environment(),
-        )
-        out, failure = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}"
-        said = (done.stderr or done.stdout).strip().splitlines()
-    except subprocess.TimeoutExpired as late:
-        out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        failure, said = f"longer than {limit_s:.0f} s", []
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    error = f"{failure}: {said[-1][:300] if said else ''}" if failure else ""
-    return Outcome(name, round(time.perf_counter() - begun, 1), error, lines)
+        out, err = child.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        late = True
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+    said = (err or out).strip().splitlines()[-1:]
+    why = f"longer than {limit_s:.0f} s" if late else f"exit {child.returncode}"
+    error = f"{why}: {said[0][:300] if said else ''}" if late or child.returncode else ""
+    return Outcome(name, round(time.perf_counter() - begun, 1), error, figures(out))
+
+
+def figures(out: str) -> list[dict[str, Any]]:
+    """The JSON objects among the lines. The last one may have been cut off in its middle."""
+    found = []
+    for line in out.splitlines():
+        with suppress(ValueError):
+            found += [json.loads(line)] if line.startswith("{") else []
+    return found
 
 
 def _environment() -> dict[str, str]:
@@ -145,31 +161,44 @@ def machine() -> dict[str, Any]:
 
 def table(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Short: name -> value, or [value, ratio]; what failed and why."""
-    figures = {}
+    values, known = {}, dict(facts)
     for outcome in outcomes:
         for line in outcome.lines:
             if "name" in line:
-                figures[line["name"]] = [line["value"], line["ratio"]] if "ratio" in line else line["value"]
+                values[line["name"]] = [line["value"], line["ratio"]] if "ratio" in line else line["value"]
             else:
-                facts.update(line.get("facts", {}))
+                known.update(line.get("facts", {}))
     return {
-        "facts": facts,
+        "facts": known,
         "parts": {outcome.name: outcome.error or "ok" for outcome in outcomes},
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
-        "figures": figures,
+        "figures": values,
     }
 
 
-def run_all(names: Sequence[str], dry: bool, limit_s: float) -> list[Outcome]:
-    """All parts, one after the other, until the deadline."""
+def write(out: Path, facts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """All lines so far, and the table of them last; the file is whole at any time."""
+    rows = [{"part": o.name, **line} for o in outcomes for line in o.lines if "name" in line]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"summary": table(facts, outcomes)}])
+    new = out.with_name(f"{out.name}.new")
+    new.write_text(text, "utf-8")
+    new.replace(out)
+
+
+def run_all(
+    names: Sequence[str], dry: bool, limit_s: float, keep: Callable[[Sequence[Outcome]], None]
+) -> list[Outcome]:
+    """All parts, one after the other, until the deadline. keep: called after each with those so far."""
     begun = time.perf_counter()
     outcomes: list[Outcome] = []
 
     def left_s(wanted: float) -> float:
-        return max(5.0, min(wanted, limit_s - (time.perf_counter() - begun)))
+        # Nothing is measured in a dry run, and whatever else the machine does may slow it down.
+        return max(5.0, min(limit_s if dry else wanted, limit_s - (time.perf_counter() - begun)))
 
     def report(outcome: Outcome) -> None:
         outcomes.append(outcome)
+        keep(outcomes)
         print(f"{outcome.name}: {outcome.error or 'ok'} ({outcome.seconds} s)", file=sys.stderr, flush=True)
 
     if "tests" in names:
@@ -198,13 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out or (Path(folder) / f"gpu{part}.jsonl" if folder else None)
     names = given.only or (GROUPS[given.part] if given.part else known)
     limit_s = DEADLINE_S if given.part else DEADLINE_S * len(GROUPS)
-    outcomes = run_all(names, given.dry_run, limit_s)
-    summary = table(machine(), outcomes)
-    if out is not None:
-        rows = [{"part": o.name, **line} for o in outcomes for line in o.lines if "name" in line]
-        text = "".join(json.dumps(row) + "\n" for row in [*rows, {"summary": summary}])
-        out.write_text(text, "utf-8")
-    print(json.dumps(summary))
+    facts = machine()
+
+    def keep(outcomes: Sequence[Outcome]) -> None:
+        if out is not None:
+            write(out, facts, outcomes)
+
+    outcomes = run_all(names, given.dry_run, limit_s, keep)
+    print(json.dumps(table(facts, outcomes)))
     return int(any(o.error and o.name != "sanitizer" for o in outcomes))
 
 

@@ -19,16 +19,19 @@ from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import cuda_engine
 from kvtier.gpu.cuda.measure import ScratchSlots
 from kvtier.gpu.cuda.memory import PinnedArena
+from kvtier.gpu.engine import CopyEngine
 from kvtier.gpu.tensors import Bytes, DeviceBytes
 
 RANDOM_BYTES = 32 << 20
+# What copies that do not end may still write to.
+_IN_USE: list[ExitStack] = []
 
 
 def gpu_copies(device: Device, nbytes: int, rounds: int, settings: Settings | None = None) -> Iterator[Line]:
     """Parks and restores of Llama-3-8B's KV in scattered pages, checksums included, against plain copies.
 
     Takes twice `nbytes` of the GPU and of host memory.  settings: without them the ways are measured first.
-    Raises TierUnavailable.
+    Raises TierUnavailable; when copies hang, none of that memory is given back before the process ends.
     """
     blocks = nbytes // BLOCK_BYTES
     size = blocks * BLOCK_BYTES
@@ -45,7 +48,7 @@ def gpu_copies(device: Device, nbytes: int, rounds: int, settings: Settings | No
         undo.callback(link.close)
         place = cuda_engine(device, settings)
         engine = place(ScratchSlots(host), pinned)
-        undo.callback(engine.close)
+        undo.callback(_end, engine, undo)
         pool, pages = scattered_pool(DeviceBytes(there, size, device.location, None), blocks)
         binding = pool.bind(pages, tokens=blocks * BLOCK_TOKENS)
         sums = run(engine, binding, blocks, "gather", True, [None] * blocks)
@@ -54,6 +57,12 @@ def gpu_copies(device: Device, nbytes: int, rounds: int, settings: Settings | No
             took = alternate([partial(link.seconds, [direction], size)], work, rounds)
             name = f"engine {direction}, scattered 16-token pages, with checksum"
             yield rate_line(name, size, *took, limit_is="pinned copy", device=device.name)
+
+
+def _end(engine: CopyEngine, undo: ExitStack) -> None:
+    """Close the engine; while it still copies, the memory that it copies to is kept."""
+    if not engine.close():
+        _IN_USE.append(undo.pop_all())
 
 
 def _fill(device: Device, address: int, nbytes: int) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 
 from kvtier.daemon.copy_desk import copy_item, page_tables
+from kvtier.daemon.gpu_layers import RestoreLayers, Tell
 from kvtier.daemon.gpu_maps import GpuMaps
-from kvtier.errors import GeometryError
+from kvtier.errors import GeometryError, KvtierError
 from kvtier.geometry import CUDA_IPC
 from kvtier.gpu.engine import CLOSE_S, CopyBatch, CopyEngine, CopyResult
 from kvtier.gpu.shared_pool import SharedPool
@@ -27,12 +28,18 @@ class GpuCopies:
     """engine: of pools in host memory.  maps: pools on GPUs, and their engines.
 
     ended: told of each batch's end, from a thread of an engine's; hands it to `over` in the caller's thread.
+    tell: tells a worker of a layer, from any thread.
     """
 
     def __init__(
-        self, engine: CopyEngine, maps: GpuMaps, ended: Callable[[GpuCopies, str, CopyResult], None]
+        self,
+        engine: CopyEngine,
+        maps: GpuMaps,
+        ended: Callable[[GpuCopies, str, CopyResult], None],
+        tell: Tell,
     ) -> None:
         self.maps = maps
+        self._layers = RestoreLayers(tell)
         self._engine = engine
         self._ended = ended
         self._pools: dict[str, SharedPool] = {}
@@ -48,7 +55,12 @@ class GpuCopies:
         on_gpu = copy.worker in self.maps
         batch = self.maps.batch(copy) if on_gpu else self._batch(copy)
         engine = self.maps.engine(copy.worker) if on_gpu else self._engine
-        engine.submit(batch, partial(self._ended, self, copy.worker))
+        batch = self._layers.begin(copy, batch, self.maps.ring(copy.worker).relay if on_gpu else None)
+        try:
+            engine.submit(batch, partial(self._ended, self, copy.worker))
+        except KvtierError:
+            self._layers.over(copy.worker, copy.job, copy.batch, ok=False)
+            raise
         self._running.setdefault(copy.worker, {})[copy.job, copy.batch] = time.monotonic()
 
     def _batch(self, copy: Copy) -> CopyBatch:
@@ -69,6 +81,7 @@ class GpuCopies:
         """A batch ended; its answer."""
         running = self._running.get(worker, {})
         running.pop((result.job, result.batch), None)
+        self._layers.over(worker, result.job, result.batch, result.ok)
         self._unmap_if_quiet(worker)
         return Copied.of(result)
 
@@ -87,6 +100,7 @@ class GpuCopies:
             return
         then = self._leaving.pop(worker)
         self._running.pop(worker, None)
+        self._layers.leave(worker)
         pool = self._pools.pop(worker, None)
         if pool is not None:
             pool.close()
@@ -101,6 +115,10 @@ class GpuCopies:
             if running and now_s - min(running.values()) > LATE_S
         )
 
+    def stuck(self, now_s: float) -> list[str]:
+        """Workers that left longer than LATE_S ago, and whose pools are still being unmapped."""
+        return self.maps.unmapping(now_s - LATE_S)
+
     def close(self, timeout_s: float = CLOSE_S) -> bool:
         """End what is queued; unmap everything once nothing runs. False when something does after the time:
         then nothing of that is unmapped, and this is to be called again."""
@@ -111,6 +129,7 @@ class GpuCopies:
             for pool in self._pools.values():
                 pool.close()
             self._pools.clear()
+            self._layers.clear()
         return quiet
 
 

@@ -5,25 +5,28 @@
     proven()    the worker read that: from now on the mapping is used
     leave()     the worker's process is gone, or it detached, and none of its copies runs
 
-Each worker's pool has an engine of its own: its streams wait for events of the worker's process, which may be
-stopped, and what another one copies must not wait behind them.  Host memory is registered once for all.
+Freeing device memory and unmapping wait for the whole device, so each mapping is given back by a thread of
+its own, and nobody waits for that.  Each worker's pool has an engine of its own: its streams wait for events
+of the worker's process, which may be stopped, and what another one copies must not wait behind them.  Host
+memory is registered once for all.
 
 Not run on a GPU yet: tests run it on two views of a fake device.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from kvtier.daemon.copy_desk import copy_item, page_tables
-from kvtier.errors import GeometryError, KvtierError
+from kvtier.errors import GeometryError, KvtierError, TierUnavailable
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
-from kvtier.gpu.cuda.ipc import MappedPool, PeerEvents, Prober, handles_of
+from kvtier.gpu.cuda.ipc import EventRing, MappedPool, PeerEvents, Prober, handles_of
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import CudaPlace, cuda_engine, mappings_of
 from kvtier.gpu.cuda.memory import PinnedArena
@@ -34,22 +37,46 @@ from kvtier.tier_messages import Copy, PoolProbed, ProbePool
 FindDevice = Callable[[str], Device]
 
 
+class Closing:
+    """Closes something in a thread of its own. close: waits a bounded time, and is called until it is True.
+
+    since_s: time.monotonic() at its beginning.
+    """
+
+    def __init__(self, name: str, close: Callable[[], bool]) -> None:
+        self.since_s = time.monotonic()
+        self._close = close
+        self._over = threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def over(self, timeout_s: float = 0.0) -> bool:
+        """Whether it is closed within the time."""
+        return self._over.wait(timeout_s)
+
+    def _run(self) -> None:
+        while not self._close():
+            pass
+        self._over.set()
+
+
 @dataclass(slots=True)
 class _Map:
-    """A worker's mapped pool, and its engine."""
+    """A worker's mapped pool, and its engine. events: the worker's. ring: this process's, of layers."""
 
     device: Device
     engine: CudaCopyEngine
     pool: MappedPool
     events: PeerEvents
+    ring: EventRing
 
-    def close(self, timeout_s: float) -> bool:
-        """Whether no copy runs any more within the time; only then anything is unmapped."""
-        if not self.engine.close(timeout_s):
+    def close(self) -> bool:
+        """Whether no copy runs any more within CLOSE_S; only then anything is unmapped."""
+        if not self.engine.close(CLOSE_S):
             return False
-        self.device.enter()
-        self.events.close()
-        self.pool.close()
+        # A device that is lost takes nothing back; the end of the process does.
+        for close in (self.device.enter, self.events.close, self.ring.close, self.pool.close):
+            with suppress(TierUnavailable):
+                close()
         return True
 
 
@@ -60,7 +87,7 @@ class GpuMaps:
         self._slots, self._find, self._settings = slots, find, settings
         self._said: dict[str, dict[str, Any]] = {}
         self._maps: dict[str, _Map] = {}
-        self._left: list[_Map] = []
+        self._leaving: list[tuple[str, Closing]] = []
         self._places: dict[str, CudaPlace] = {}
         self._arena: PinnedArena | None = None
 
@@ -88,9 +115,10 @@ class GpuMaps:
             held.device.enter()
             challenge = Challenge(tuple(message.pages), message.nonce)
             answer = Prober(held.device, held.pool.pool).answer(challenge)
+            events = held.ring.handles()
         except KvtierError as error:
             return PoolProbed(ok=False, detail=str(error))
-        return PoolProbed(ok=True, seen=answer.seen, written=answer.written)
+        return PoolProbed(ok=True, seen=answer.seen, written=answer.written, events=events)
 
     def batch(self, copy: Copy) -> CopyBatch:
         """The engine's batch for a Copy. Raises GeometryError."""
@@ -116,20 +144,32 @@ class GpuMaps:
         """The engine of the worker's pool."""
         return self._maps[worker].engine
 
+    def ring(self, worker: str) -> EventRing:
+        """The events here that the worker's streams can wait for."""
+        return self._maps[worker].ring
+
     def cancel(self, worker: str, job: str) -> None:
         """See CopyEngine."""
         if worker in self._maps:
             self.engine(worker).cancel(job)
 
-    def leave(self, worker: str, timeout_s: float = CLOSE_S) -> None:
-        """Unmap: the worker's memory is its own again, or the device's. None of its copies should run.
+    def leave(self, worker: str) -> None:
+        """Unmap, in the background: the worker's memory is its own again, or the device's.
 
-        What still runs after the time stays mapped; see `close`.
+        What still runs there stays mapped until it ends; see `unmapping`.
         """
         self._said.pop(worker, None)
-        held = self._maps.pop(worker, None)
-        if held is not None and not held.close(timeout_s):
-            self._left.append(held)
+        self._leaving = [(left, closing) for left, closing in self._leaving if not closing.over()]
+        if (held := self._maps.get(worker)) is not None:
+            # In this order whoever looks from another thread sees it in one of the two.
+            self._leaving.append((worker, Closing(f"kvtier-unmap-{worker}", held.close)))
+            del self._maps[worker]
+
+    def unmapping(self, before_s: float) -> list[str]:
+        """Workers whose unmapping began before this time.monotonic(), and has not ended."""
+        return sorted(
+            worker for worker, closing in self._leaving if closing.since_s < before_s and not closing.over()
+        )
 
     def close(self, timeout_s: float = CLOSE_S) -> bool:
         """End the engines, whose batches are answered, and unmap all.
@@ -138,12 +178,12 @@ class GpuMaps:
         """
         end_s = time.monotonic() + timeout_s
         for worker in list(self._said):
-            self.leave(worker, max(0.0, end_s - time.monotonic()))
-        self._left = [held for held in self._left if not held.close(max(0.0, end_s - time.monotonic()))]
-        if self._left:
+            self.leave(worker)
+        if not all(closing.over(max(0.0, end_s - time.monotonic())) for _, closing in self._leaving):
             return False
         if self._arena is not None:
-            self._arena.close()
+            with suppress(TierUnavailable):
+                self._arena.close()
             self._arena = None
         return True
 
@@ -164,6 +204,8 @@ class GpuMaps:
             undo.callback(pool.close)
             events = PeerEvents(device, handles)
             undo.callback(events.close)
-            self._maps[worker] = _Map(device, place(self._slots, self._arena), pool, events)
+            ring = EventRing(device)
+            undo.callback(ring.close)
+            self._maps[worker] = _Map(device, place(self._slots, self._arena), pool, events, ring)
             undo.pop_all()
         return self._maps[worker]

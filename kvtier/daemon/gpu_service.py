@@ -20,13 +20,13 @@ from kvtier.config import Config
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.copy_desk import CopyDesk
 from kvtier.daemon.gpu_copies import LATE_S, GpuCopies, on_a_gpu
-from kvtier.daemon.gpu_maps import GpuMaps
+from kvtier.daemon.gpu_maps import Closing, GpuMaps
 from kvtier.daemon.joining import join_node
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
 from kvtier.gpu.cpu_engine import CpuCopyEngine
 from kvtier.gpu.cuda.make import device_of
-from kvtier.gpu.engine import CopyEngine, CopyResult, SlotMemory
+from kvtier.gpu.engine import CLOSE_S, CopyEngine, CopyResult, SlotMemory
 from kvtier.gpu.schedule import Bounds
 from kvtier.host.arena import ArenaView
 from kvtier.messages import Hello, Message
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.05
 _CALL_S = 2.0
 _RECONNECT = Backoff(first_s=0.02, limit_s=0.5)
-# Copies are cut off at their end by then; longer, and the service would not hear its workers meanwhile.
+# Copies are cut off at their end by then, and memory is freed.
 _QUIET_S = 1.0
 # Jobs whose batches a worker may have at once: a restore does not wait for a park's to end.
 _JOBS = 2
@@ -65,6 +65,13 @@ class _Node:
     arena: ArenaView
     copies: GpuCopies
     takes_usage: bool
+
+    def close(self) -> bool:
+        """Give back what it holds, once no copy touches it; False when one does after CLOSE_S."""
+        if not self.copies.close():
+            return False
+        self.arena.close()
+        return True
 
 
 class GpuService:
@@ -86,7 +93,7 @@ class GpuService:
         self._node: _Node | None = None
         self._modes: dict[str, str] = {}
         self._workers: dict[str, Connection] = {}
-        self._lost: list[_Node] = []
+        self._lost: list[Closing] = []
         self._said = GpuUsage()
         self._due_s = 0.0
         self._attempts = 0
@@ -123,6 +130,9 @@ class GpuService:
 
     def _close(self) -> None:
         self._lose_node("the service ends")
+        end_s = time.monotonic() + CLOSE_S
+        for closing in self._lost:
+            closing.over(max(0.0, end_s - time.monotonic()))
         self._listener.close()
 
     # --- the node ---------------------------------------------------------------------------------------
@@ -131,9 +141,12 @@ class GpuService:
         if self._node is not None:
             self._say_usage(self._node)
             return
-        self._end_lost(0.0)
+        self._lost = [closing for closing in self._lost if not closing.over()]
         # That it connects again tells the node that no copy of the connection before runs.
-        if self._lost or time.monotonic() < self._due_s:
+        if self._lost:
+            self._say_lost(self._lost[0])
+            return
+        if time.monotonic() < self._due_s:
             return
         try:
             self._find_node()
@@ -146,7 +159,8 @@ class GpuService:
         path = str(paths.node_socket(self._config.node.runtime_dir))
         greeting = TierHello(pid=os.getpid(), address=str(self._path))
         channel, arena, said = join_node(path, "gpu", greeting, _CALL_S)
-        copies = GpuCopies(self._make_engine(arena), self._make_maps(arena), self._ended)
+        engine, maps = self._make_engine(arena), self._make_maps(arena)
+        copies = GpuCopies(engine, maps, self._ended, self._tell_worker)
         self._node = _Node(channel, arena, copies, said.takes_gpu_usage)
         self._said = GpuUsage()
         self._failure, self._attempts = "", 0
@@ -194,22 +208,19 @@ class GpuService:
         self._modes.clear()
         self._probes.clear()
         node.channel.close()
-        self._lost.append(node)
-        self._end_lost(_QUIET_S)
+        self._lost.append(Closing("kvtier-gpu-end", node.close))
 
-    def _end_lost(self, timeout_s: float) -> None:
-        """Give back what a lost connection holds, once no copy touches it."""
-        for node in list(self._lost):
-            if node.copies.close(timeout_s):
-                node.arena.close()
-                self._lost.remove(node)
-            elif timeout_s:
-                self._failure = "copies of a lost node do not end: the streams of a worker may stand still"
-                log.error("%s; nothing is unmapped, and no node joined, until they do", self._failure)
+    def _say_lost(self, closing: Closing) -> None:
+        why = "copies of a lost node do not end: the streams of a worker may stand still, or a device hang"
+        if self._failure != why and time.monotonic() - closing.since_s > _QUIET_S:
+            self._failure = why
+            log.error("%s; nothing is unmapped, and no node joined, until they do", why)
 
     def _say_usage(self, node: _Node) -> None:
         """Tell the node what copying takes here, and log who is late, when it changes."""
-        late = node.copies.late(time.monotonic())
+        late, stuck = node.copies.late(time.monotonic()), node.copies.stuck(time.monotonic())
+        for worker in sorted(set(stuck) - set(self._said.unmapping)):
+            log.error("unmapping the pool of %s takes more than %g s: its device may hang", worker, LATE_S)
         for worker in sorted(set(late) - set(self._said.late)):
             log.error(
                 "a copy of %s has run for more than %g s: the stream of the worker's process that it waits "
@@ -218,7 +229,9 @@ class GpuService:
                 LATE_S,
             )
         maps = node.copies.maps
-        said = GpuUsage(workers=maps.device_bytes, context_bytes=maps.context_bytes, late=late)
+        said = GpuUsage(
+            workers=maps.device_bytes, context_bytes=maps.context_bytes, late=late, unmapping=stuck
+        )
         if said != self._said:
             self._said = said
             if node.takes_usage:
@@ -289,6 +302,14 @@ class GpuService:
         self._desk.gone(worker, time.monotonic())
         if self._node is not None:
             self._node.copies.leave(worker, lambda: None)
+
+    def _tell_worker(self, worker: str, message: Message) -> None:
+        """Called from any thread."""
+        self._loop.call(partial(self._say_to, worker, message))
+
+    def _say_to(self, worker: str, message: Message) -> None:
+        if worker in self._workers:
+            self._workers[worker].send(message)
 
     def _worker_closed(self, worker: str, connection: Connection) -> None:
         if self._workers.get(worker) is connection:

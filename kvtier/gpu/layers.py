@@ -3,22 +3,25 @@
 An event says that a layer's copies have ended, not that the bytes are right: that is what the receipt says.
 So a prefill may run ahead of the receipt, but what it computed counts only if the receipt is ok.  That is
 safe because nothing is copied any more once a layer was told to be there: a batch that failed is tried again
-only if nobody was told of a layer yet.  Runs in tests against a fake device; not run on a GPU yet.
+only if nobody was told of a layer yet.  Where the caller's process copies, told is who asked.  Where the GPU
+service copies, it keeps these books and pushes what is complete; the caller's own know only what arrived.
+Runs in tests against a fake device; not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kvtier.errors import CopiesHang
+from kvtier.errors import CopiesHang, GeometryError
 from kvtier.gpu.engine import CopyItem, Reached, StreamEvent
 from kvtier.gpu.layout import PoolLayout
 from kvtier.waiting import wait_until
 
 Handle = Callable[[object], int]
+Push = Callable[[int, Sequence[StreamEvent]], None]
 # For who waits before it is known until when the restore may take.
 LIMIT_S = 60.0
 
@@ -31,16 +34,20 @@ def _same(stream: object) -> int:
 class LayerEvents:
     """Of one restore. Any thread may call. handle: of a stream as its framework has it.
 
+    push: called once for each layer as soon as all its copies are queued, with the events that they end by;
+    from any thread, it must neither raise nor wait.  Everyone counts as told of that layer from then on.
     limit_s: time.monotonic() by which the restore is over, whatever happens, unless its device hangs.
     """
 
-    def __init__(self, layout: PoolLayout, handle: Handle = _same) -> None:
+    def __init__(self, layout: PoolLayout, handle: Handle = _same, push: Push | None = None) -> None:
         self.limit_s = time.monotonic() + LIMIT_S
+        self._push = push
         self._members = [group.layers for group in layout.groups]
         count = sum(len(layers) for layers in self._members)
         self._handle = handle
         self._pending = [0] * count
         self._events: list[list[StreamEvent]] = [[] for _ in range(count)]
+        self._arrived: set[int] = set()
         self._changed = threading.Condition()
         self._sealed = False
         self._told = False
@@ -48,6 +55,11 @@ class LayerEvents:
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    @property
+    def failed(self) -> bool:
+        """Whether no layer will be told of any more, and nothing more may be copied."""
+        return self._failed
 
     # -- what the engine does
 
@@ -61,7 +73,17 @@ class LayerEvents:
             for layer in layers:
                 self._pending[layer] += 1
             self._sealed = last
+            self._tell()
             return LayerBatch(self, layers)
+
+    def arrived(self, layer: int, event: StreamEvent) -> None:
+        """The GPU service says that the layer is in place after the event. Raises GeometryError."""
+        if not 0 <= layer < len(self):
+            raise GeometryError(f"there is no layer {layer} in a pool of {len(self)}")
+        with self._changed:
+            self._arrived.add(layer)
+            self._events[layer] = [event]
+            self._changed.notify_all()
 
     def end(self, ok: bool) -> None:
         """The receipt is there: all layers are in place, or none will be told of any more."""
@@ -71,13 +93,26 @@ class LayerEvents:
             elif not self._failed:
                 self._pending = [0] * len(self._pending)
                 self._sealed = True
+                # All are reached, and those of another process may end with its mapping.
+                self._events = [[] for _ in self._pending]
             self._changed.notify_all()
 
     def _queued(self, layer: int, event: StreamEvent) -> None:
         with self._changed:
             self._pending[layer] -= 1
             self._events[layer].append(event)
+            self._tell()
             self._changed.notify_all()
+
+    def _tell(self) -> None:
+        """Push what is complete. Holds the lock."""
+        if self._push is None:
+            return
+        for layer in range(len(self)):
+            if layer not in self._arrived and self._complete(layer):
+                self._arrived.add(layer)
+                self._told = True
+                self._push(layer, self._events[layer])
 
     def _batch_failed(self, layers: Iterable[int]) -> None:
         with self._changed:
@@ -148,7 +183,8 @@ class LayerEvents:
             raise self._hangs(layer)
 
     def _complete(self, layer: int) -> bool:
-        return self._sealed and not self._failed and not self._pending[layer]
+        there = layer in self._arrived or (self._sealed and not self._pending[layer])
+        return there and not self._failed
 
 
 class LayerBatch:

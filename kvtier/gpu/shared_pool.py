@@ -17,7 +17,7 @@ import mmap
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,6 +62,13 @@ class MappablePool(ABC):
     @abstractmethod
     def relay(self, event: StreamEvent) -> int:
         """Number of an event that the service's streams can wait for, after this one."""
+
+    @abstractmethod
+    def listen(self, handles: Sequence[bytes]) -> Callable[[int], StreamEvent]:
+        """The service's events by their numbers, for streams here; open while what is returned lives.
+
+        Raises TierUnavailable.  What is returned raises GeometryError for a number that there is not.
+        """
 
 
 class SharedMemory:

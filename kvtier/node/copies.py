@@ -21,6 +21,7 @@ class CopyJob:
     running: batches whose end is not known, with their slots.  over: its receipt is out; the job is only
     kept until all its batches have ended.  executor: the peer whose process runs the copies.
     to_come_bytes: of a restore, what no batch copies yet.  events: of the worker's, see messages.Park.
+    layers: see messages.Restore.
     """
 
     id: str
@@ -34,6 +35,7 @@ class CopyJob:
     cancelled: bool = False
     to_come_bytes: int = 0
     events: list[int] = field(default_factory=list)
+    layers: bool = False
 
     @property
     def running_bytes(self) -> int:
@@ -85,6 +87,7 @@ class Copies:
                 last=last,
                 fidelity=pairs[0][0].root.fidelity,
                 events=job.events,
+                layers=job.layers,
             ),
         )
 

@@ -73,7 +73,7 @@ class FakeDevice:
         self._events: dict[Event, _Event] = {}
         self._own_streams: set[Stream] = set()
         self._regions: dict[int, _Region] = {}
-        self._mapped: dict[int, bytes] = {}
+        self._mapped: dict[int, int] = {}
         self._failing: dict[str, int] = {}
         # What the process's thread queues its model on, unless a test says otherwise.
         self.current: Stream = self.gpu.add_stream()
@@ -409,14 +409,18 @@ class FakeDevice:
         if not isinstance(memory, np.ndarray):
             raise TierUnavailable("no such handle")
         address = int(memory.ctypes.data)
-        self._regions[address] = _Region(memory, "mapped")
-        self._mapped[address] = handle
+        with self.gpu.lock:
+            self._regions[address] = _Region(memory, "mapped")
+            # As CUDA counts: mapped until it was closed as often as it was opened.
+            self._mapped[address] = self._mapped.get(address, 0) + 1
         return address
 
     def close_memory(self, address: int) -> None:
         """See Device."""
-        del self._mapped[address]
-        del self._regions[address]
+        with self.gpu.lock:
+            self._mapped[address] -= 1
+            if not self._mapped[address]:
+                del self._mapped[address], self._regions[address]
 
     def export_event(self, event: Event) -> bytes:
         """See Device."""

@@ -38,6 +38,7 @@ class StubRuntime:
         self.registered: dict[int, tuple[int, int]] = {}
         self.events: dict[int, int] = {}
         self.current = 0
+        self.count = 1
         self._number = 100
 
     def _called(self, name: str, *whole: int) -> None:
@@ -51,13 +52,13 @@ class StubRuntime:
         return self._number
 
     def getDeviceCount(self) -> int:
-        return 1
+        return self.count
 
     def getDeviceProperties(self, device: int) -> dict[str, Any]:
         return {"name": b"Stub"}
 
     def deviceGetPCIBusId(self, device: int) -> str:
-        return "0000:01:00.0"
+        return f"0000:0{device + 1}:00.0"
 
     def getDevice(self) -> int:
         return self.current

@@ -15,6 +15,7 @@ from kvtier.bench.gpu import gpu_copies
 from kvtier.bench.llama import BLOCK_BYTES
 from kvtier.cli.commands import bench
 from kvtier.errors import ConfigError, TierUnavailable
+from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.ways import always
 from kvtier.testing.fake_device import FakeDevice
@@ -52,6 +53,30 @@ def test_a_copy_that_fails_is_no_figure(monkeypatch):
     with pytest.raises(TierUnavailable, match="corrupt"):
         list(gpu_copies(device, BLOCK_BYTES, 1, Settings(always("staged"), 2, 8 << 20)))
     assert not device.leaks()
+
+
+def test_what_copies_may_still_write_to_is_not_given_back(monkeypatch):
+    device = FakeDevice(gpu=FakeGpu(detect=False))
+    monkeypatch.setattr("kvtier.bench.gpu._IN_USE", in_use := [])
+
+    def hangs(*given):
+        raise TierUnavailable("copies took longer than 60 s")
+
+    monkeypatch.setattr("kvtier.bench.gpu.run", hangs)
+    close, engines = CudaCopyEngine.close, []
+    monkeypatch.setattr(CudaCopyEngine, "close", lambda self: engines.append(self))
+    with pytest.raises(TierUnavailable, match="longer"):
+        list(gpu_copies(device, BLOCK_BYTES, 1, Settings(always("staged"), 2, 8 << 20)))
+    assert {"registered", "allocation"} <= set(device.leaks()) and len(in_use) == 1
+    assert close(engines[0])
+    in_use[0].close()
+    assert not device.leaks()
+    # Control: an engine that ends gives everything back by itself.
+    monkeypatch.setattr(CudaCopyEngine, "close", close)
+    other = FakeDevice(gpu=FakeGpu(detect=False))
+    with pytest.raises(TierUnavailable, match="longer"):
+        list(gpu_copies(other, BLOCK_BYTES, 1, Settings(always("staged"), 2, 8 << 20)))
+    assert not other.leaks() and len(in_use) == 1
 
 
 def test_a_gpu_is_found_or_named(monkeypatch):

@@ -33,6 +33,24 @@ def test_no_gpu_is_said_with_the_fix_and_the_host_is_looked_at(kv, machine):
     assert "no CUDA device: none are visible" in seen.out and "LimitMEMLOCK=infinity" in seen.out
 
 
+def test_every_finding_and_fix_stands_on_a_line(kv, machine):
+    machine(
+        gpus=(),
+        driver=0,
+        cupy="",
+        memlock_bytes=65536,
+        cgroup_bytes=1 << 30,
+        foreign_namespaces=("pid", "ipc"),
+        allocator="expandable_segments:True",
+        huge_pages="never",
+    )
+    seen, said = kv("doctor"), json.loads(kv("doctor", "--json").out)["findings"]
+    assert sum(bool(finding["fix"]) for finding in said) >= 7
+    for finding in said:
+        assert any(finding["text"] in line and finding["about"] in line for line in seen.out.splitlines())
+        assert finding["fix"] in seen.out
+
+
 def test_json_for_programs(kv, machine):
     machine(cupy="")
     seen = kv("doctor", "--json")

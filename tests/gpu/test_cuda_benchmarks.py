@@ -6,17 +6,36 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.run_all import DEADLINE_S, GROUPS, INI, PARTS, SANITIZER_S, TESTS, TESTS_S
+import pytest
+
+import benchmarks.gpu.run_all as run_all_module
+from benchmarks.gpu.run_all import (
+    DEADLINE_S,
+    GROUPS,
+    INI,
+    PARTS,
+    SANITIZER_S,
+    TESTS,
+    TESTS_S,
+    Outcome,
+    run,
+)
+from kvtier.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-ABSENT = {"click", "hypothesis", "lz4", "msgspec", "pydantic", "pytest_asyncio", "ray", "rich"}
+PATIENCE_S = 1200
+# What a machine with a GPU has besides Python and torch; each with what it is made of.
+THERE = {"numpy", "cupy", "msgpack", "aiofiles", "xxhash", "kvtier", "benchmarks", "tests", "sitecustomize"}
+THERE |= {"pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py"}
 
 
 def run_all(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu.run_all", "--dry-run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_a_dry_run_ends_with_a_table_of_everything(tmp_path: Path) -> None:
@@ -33,6 +52,7 @@ def test_a_dry_run_ends_with_a_table_of_everything(tmp_path: Path) -> None:
         for name, value in table["figures"].items()
         if "bit-exact" in name or "probe" in name or "bit-identical" in name
     }
+    assert table["figures"]["layer events across processes"] == 1.0
     assert len(exact) == 4 and set(exact.values()) == {1.0}
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["part"] for row in rows[:-1]} == set(parts) - {"tests"}
@@ -53,42 +73,120 @@ def test_a_part_writes_a_file_of_its_own(tmp_path: Path) -> None:
         env={**os.environ, "OUT": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["gpu-2.jsonl"]
 
 
-def test_what_runs_on_a_gpu_needs_no_more_than_such_a_machine_has(tmp_path: Path) -> None:
-    """Neither hypothesis nor msgspec, Ray or lz4: the tests are collected without them, and parts run."""
-    (tmp_path / "sitecustomize.py").write_text(
+def bare(folder: Path) -> dict[str, str]:
+    """An environment in which nothing but THERE and Python's own can be imported."""
+    (folder / "sitecustomize.py").write_text(
         "import sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {ABSENT!r}:\n"
-        "            raise ModuleNotFoundError(name, name=name)\n"
+        "        first = name.split('.')[0]\n"
+        f"        if first not in sys.stdlib_module_names and first not in {THERE!r}:\n"
+        "            raise ModuleNotFoundError(f'no {first} on such a machine', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
-    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
-    bare = {**os.environ, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    paths = os.pathsep.join((str(folder), str(ROOT)))
+    return {**os.environ, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def test_what_runs_on_a_gpu_needs_no_more_than_such_a_machine_has(tmp_path: Path) -> None:
+    """The tests are collected, and every part is imported, one run, with neither msgspec, Ray nor lz4."""
+    environment = bare(tmp_path)
     options = ["-q", "-c", str(INI), "--rootdir", str(ROOT), "--noconftest", "-m", "gpu", "--collect-only"]
     commands = (
         [sys.executable, "-m", "pytest", *options, *(str(path) for path in TESTS)],
-        [sys.executable, "-m", "benchmarks.gpu.parts", "limits", "--dry-run"],
+        [sys.executable, "-m", "benchmarks.gpu.parts", "processes", "--dry-run"],
         [sys.executable, "-c", "import kvtier.bench.disk, kvtier.bench.gpu, kvtier.bench.copies"],
     )
     for command in commands:
         done = subprocess.run(
-            command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=170, check=False
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", ["kvtier.messages", "hypothesis"])
+def test_control_what_needs_more_is_caught(tmp_path: Path, module: str) -> None:
+    """kvtier.messages is the daemon's, and takes msgspec."""
+    command = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=bare(tmp_path), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert done.returncode != 0 and "on such a machine" in done.stderr
+
+
+def test_a_part_that_is_cut_off_keeps_its_figures_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its child holds the pipe open, and its last line is half an object."""
+    marker = tmp_path / "said"
+    script = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        'print(\'{"name": "a", "value": 1}\')\n'
+        'print(\'{"name": "child", "value": %d}\' % child.pid)\n'
+        "print('{\"name\": \"b', end='', flush=True)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(600)\n"
+    )
+
+    class Popen(subprocess.Popen[str]):
+        """The time is over when all was said."""
+
+        def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+            if timeout is not None:
+                assert wait_until(marker.exists, timeout)
+                timeout = 0.01
+            return super().communicate(input, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    outcome = run("slow", [sys.executable, "-c", script, str(marker)], 160.0)
+    assert outcome.error.startswith("longer than 160 s") and len(outcome.lines) == 2
+    child = int(outcome.lines[1]["value"])
+
+    def ended() -> bool:
+        try:
+            return "Z" in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[:1]
+        except FileNotFoundError:
+            return True
+
+    assert wait_until(ended, 20)
+
+
+def test_a_command_that_is_cut_off_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(name: str, command: Sequence[str], limit_s: float) -> Outcome:
+        if name == "ways":
+            raise KeyboardInterrupt
+        return Outcome(name, 1.0, "exit 1: why", [{"name": "n", "value": 2.0}])
+
+    monkeypatch.setattr(run_all_module, "run", part)
+    out = tmp_path / "lines.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run_all_module.main(["--dry-run", "--only", "limits", "ways", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0] == {"part": "limits", "name": "n", "value": 2.0}
+    assert rows[-1]["summary"]["parts"] == {"limits": "exit 1: why"}
+    assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]
 
 
 def test_a_part_that_fails_is_reported_and_the_rest_goes_on() -> None:
     """Without --dry-run and without a GPU every part fails by itself, and says why."""
     command = [sys.executable, "-m", "benchmarks.gpu.run_all", "--only", "limits", "processes"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     table = json.loads(done.stdout.splitlines()[-1])
     if table["parts"]["limits"] == "ok":
         return

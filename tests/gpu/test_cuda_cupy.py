@@ -14,10 +14,11 @@ import pytest
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda import driver
-from kvtier.gpu.cuda.cupy_device import COPY_BLOCKS, CudaDevice
+from kvtier.gpu.cuda.cupy_device import COPY_BLOCKS, CudaDevice, identities
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.ipc import MappedPool, Prober, export_pool
 from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.make import device_of
 from kvtier.gpu.cuda.measure import copy_once, fit
 from kvtier.gpu.cuda.ways import WAYS, Way, always
 from kvtier.gpu.engine import CopyItem
@@ -150,6 +151,22 @@ def test_pools_are_mapped_by_handle_and_offset(cuda: CudaDevice, cupy: StubCupy)
     with pytest.raises(GeometryError, match="expandable_segments"):
         export_pool(cuda, there.pool)
     there.close()
+
+
+def test_a_device_is_found_by_its_identity_and_no_other_is_touched(
+    cupy: StubCupy, libcuda: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading the kernels makes a context, which takes hundreds of MiB of a GPU that others use."""
+    touched: list[int] = []
+    monkeypatch.setattr(cupy.cuda.runtime, "count", 3)
+    monkeypatch.setattr(cupy.cuda.runtime, "setDevice", touched.append)
+    assert identities() == [f"0000:0{number}:00.0" for number in (1, 2, 3)]
+    found = device_of("0000:02:00.0")
+    assert (found.number, found.identity) == (1, "0000:02:00.0")
+    assert set(touched) <= {0, 1} and 1 in touched
+    with pytest.raises(TierUnavailable, match=r"no CUDA device 0000:09:00\.0 here, but 0000:01:00\.0, "):
+        device_of("0000:09:00.0")
+    assert 2 not in touched
 
 
 def test_a_table_is_fitted(cuda: CudaDevice) -> None:

@@ -173,6 +173,8 @@ def test_events_order_the_two_processes_both_ways() -> None:
         ours.event(7)
     assert ours.event(0).done()
     ours.event(0).synchronize()
+    # An event stays open as long as somebody has it.
+    del after, batch
     ours.close()
     theirs.close()
     engine.close()

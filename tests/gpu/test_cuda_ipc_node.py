@@ -2,92 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-import kvtier
 from kvtier.config import load
-from kvtier.daemon import gpu_copies, gpu_service
-from kvtier.daemon.embedded import Embedded
-from kvtier.daemon.gpu_maps import GpuMaps
+from kvtier.daemon import gpu_copies, gpu_maps, gpu_service
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda import ipc
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.ipc_pool import IpcPool
-from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import cuda_engine
-from kvtier.gpu.cuda.ways import always
 from kvtier.gpu.engine import CopyBatch, CopyItem
 from kvtier.gpu.pool import Pool
 from kvtier.testing.fake_device import FakeDevice
-from kvtier.testing.fake_device_gpu import FakeGpu
-from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_of
+from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
 from kvtier.testing.pool_cases import Slots
+from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, SCRATCH, SETTINGS, World
 from kvtier.tier_messages import PoolProven
 from kvtier.waiting import wait_until
-from kvtier.worker import Worker
-
-COUNT = 200
-PAGES, OTHER, SCRATCH = pages_for(COUNT), pages_for(COUNT, 20), [62, 63]
-SETTINGS = Settings(always("staged"), 2, 16384)
-
-
-class World:
-    """A GPU, a worker's view of it and the service's, a node, and a pool."""
-
-    def __init__(self, kind: str = "device") -> None:
-        self.gpu = FakeGpu(3)
-        self.mine, self.theirs = FakeDevice(gpu=self.gpu), FakeDevice(gpu=self.gpu)
-        # Messages go both ways all the time: what one process has waited for has happened for the other.
-        self.theirs._host = self.mine._host
-        self.memory = KvMemory()
-        for plane in self.memory.planes:
-            self.mine.adopt(plane.reshape(-1).view(np.uint8), kind=kind)
-        self.daemon = Embedded({})
-        self.daemon.gpu = GpuService(self.daemon.config, make_maps=self.maps)
-        self.found: Callable[[str], FakeDevice] = lambda identity: self.theirs
-        self.daemon.start()
-        self.kv = kvtier.connect(str(self.daemon.socket_path))
-        pool = self.memory.pool
-        assert isinstance(pool, Pool)
-        self.pool = IpcPool(pool, cuda_engine(self.mine, SETTINGS), SCRATCH)
-
-    def maps(self, slots: Any) -> GpuMaps:
-        return GpuMaps(slots, lambda identity: self.found(identity), SETTINGS)
-
-    def attach(self) -> Worker:
-        return self.kv.attach(self.memory.model, self.pool, shard=SHARD)
-
-    def mode(self) -> str:
-        return self.kv.status().workers[0].mode
-
-    def compute(self, stream: int, layers: range = range(LAYERS)) -> None:
-        other = KvMemory()
-        other.put(1, PAGES, COUNT)
-        for plane in range(2 * layers.start, 2 * layers.stop):
-            for page in PAGES:
-                self.mine.write(self.memory.planes[plane][page], other.planes[plane][page], stream)
-
-    def turn(self, worker: Worker, **how: Any) -> None:
-        """Park and restore, bits compared."""
-        assert worker.park("chat", tokens_of(1, COUNT), PAGES, **how).result(20).ok
-        self.memory.poison(OTHER)
-        got = worker.restore_async(worker.plan("chat", tokens_of(1, COUNT)), OTHER, deadline_s=20)
-        assert got.result(20).tokens == COUNT
-        assert self.memory.front(1, OTHER, COUNT) == COUNT
-        assert got.layer_ready(0)
-
-    def end(self) -> None:
-        self.gpu.go_on()
-        self.kv.close()
-        self.daemon.close()
-        self.pool.close()
-        assert not self.theirs.leaks() and not self.mine.leaks() and not self.gpu.fault
 
 
 @pytest.fixture
@@ -160,16 +98,17 @@ def test_a_mapping_of_other_memory_is_not_used(world: World, monkeypatch: pytest
     falls_back(world)
 
 
-def test_events_that_cannot_be_opened_leave_nothing_mapped(world: World) -> None:
-    open_event = world.theirs.open_event
-    world.theirs.open_event = _refuse  # type: ignore[method-assign]
+@pytest.mark.parametrize("side", ["theirs", "mine"])
+def test_events_that_cannot_be_opened_leave_nothing_mapped(
+    world: World, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(getattr(world, side), "open_event", _refuse)
     falls_back(world)
-    world.theirs.open_event = open_event  # type: ignore[method-assign]
     assert not world.theirs.leaks().count("mapping")
 
 
-def _refuse(handle: bytes) -> int:
-    raise TierUnavailable("no such event")
+def _refuse(what: object) -> int:
+    raise TierUnavailable("refused")
 
 
 def test_memory_without_a_handle_is_refused_at_attach() -> None:
@@ -301,6 +240,114 @@ def test_an_engine_that_cannot_end_gives_nothing_back_until_it_can(world: World)
     world.gpu.go_on()
     assert engine.close(10) and engine.close(0)
     world.mine.destroy_stream(model)
+
+
+# --- a device that takes its time to free and to unmap ------------------------------------------------------
+
+
+@pytest.fixture
+def slow(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Freeing and unmapping at the service wait for it, as CUDA waits for all that runs on the device."""
+    going, device = threading.Event(), world.theirs
+    for name in ("free", "close_memory"):
+        real = getattr(device, name)
+
+        def late(address: int, real: Any = real) -> None:
+            # Pinned memory goes at once, as that of the probe.
+            assert device._regions[address].kind == "pinned" or going.wait(120)
+            real(address)
+
+        monkeypatch.setattr(device, name, late)
+    yield going
+    going.set()
+    assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 20)
+
+
+def test_giving_back_one_worker_s_memory_holds_up_nobody_else(
+    world: World, slow: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = world.attach(), Second(world)
+    world.memory.put(1, PAGES, COUNT)
+    second.memory.put(1, PAGES, COUNT)
+    world.turn(first)
+    monkeypatch.setattr(gpu_copies, "LATE_S", 0.0)
+    first.close()
+    park = second.worker.park("other", tokens_of(1, COUNT), PAGES, stream=second.stream)
+    assert park.result(20).ok
+
+    def stuck() -> list[str]:
+        return [warning for warning in world.kv.status().warnings if "cannot be unmapped" in warning]
+
+    assert wait_until(lambda: bool(stuck()), 20)
+    assert any("may hang" in record.message for record in caplog.records)
+    assert world.theirs.leaks().count("mapping") == 4 * LAYERS
+    slow.set()
+    assert wait_until(lambda: not stuck() and world.theirs.leaks().count("mapping") == 2 * LAYERS, 20)
+    second.close()
+
+
+def test_control_unmapping_in_the_loop_holds_up_everybody(
+    world: World, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = world.attach(), Second(world)
+    world.memory.put(1, PAGES, COUNT)
+    second.memory.put(1, PAGES, COUNT)
+    world.turn(first)
+    with monkeypatch.context() as inline:
+        inline.setattr(gpu_maps.Closing, "__init__", _close_at_once)
+        first.close()
+        service = world.daemon.gpu
+        assert wait_until(lambda: service._loop.still_s() > 1.0, 20)
+        park = second.worker.park("other", tokens_of(1, COUNT), PAGES, stream=second.stream)
+        assert not park.result(0.2).ok and not park.done()
+        slow.set()
+        assert park.result(20).ok
+        second.close()
+        assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 20)
+
+
+def _close_at_once(self: Any, name: str, close: Callable[[], bool]) -> None:
+    self.since_s, self._over = 0.0, threading.Event()
+    assert close()
+    self._over.set()
+
+
+def test_a_lost_node_is_given_back_in_the_background(world: World, slow: threading.Event) -> None:
+    """The service hears and answers meanwhile, joins no node, and says why."""
+    service = world.daemon.gpu
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        service._loop.call(lambda: service._lose_node("a test"))
+        assert wait_until(lambda: "do not end" in service.health()["failure"], 20)
+        assert not service.health()["ready"]
+        called = threading.Event()
+        service._loop.call(called.set)
+        assert called.wait(20)
+        slow.set()
+        assert wait_until(lambda: bool(service.health()["ready"]), 20)
+
+
+def test_a_device_that_is_lost_takes_nothing_back_and_nobody_waits_for_it(world: World) -> None:
+    closing = gpu_maps.Closing("kvtier-test", _answers(False, False, True))
+    assert closing.over(20)
+    worker = world.attach()
+    world.memory.put(1, PAGES, COUNT)
+    world.turn(worker)
+    maps = world.daemon.gpu._node.copies.maps  # type: ignore[union-attr]
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(world.theirs, "close_memory", _refuse)
+        worker.close()
+        assert wait_until(lambda: not maps.device_bytes and not maps.unmapping(float("inf")), 20)
+    # As the end of the process would.
+    for address in world.theirs._mapped:
+        del world.theirs._regions[address]
+    world.theirs._mapped.clear()
+
+
+def _answers(*values: bool) -> Callable[[], bool]:
+    left = list(values)
+    return lambda: left.pop(0)
 
 
 # --- probes that come again -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cpu_engine import CpuCopyEngine
-from kvtier.gpu.engine import CopyBatch, CopyItem, Reached
+from kvtier.gpu.engine import CopyBatch, CopyItem, Reached, StreamEvent
 from kvtier.gpu.layers import LayerBatch, LayerEvents, LayerReady
 from kvtier.gpu.layout import LayerGroup
 from kvtier.gpu.places import CpuPlace, choose, location_of, place_of
@@ -130,6 +131,33 @@ Restore.TestCase.settings = settings(max_examples=200, stateful_step_count=30, d
 TestRestore = Restore.TestCase
 
 
+class Pushed(Restore):
+    """The same where the GPU service copies: who asked is nobody, all that is complete is pushed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pushes: list[int] = []
+        self.all = LayerEvents(_Layout, push=self.push)  # type: ignore[arg-type]
+
+    def push(self, layer: int, events: Sequence[StreamEvent]) -> None:
+        assert not self.failed and not self.todo
+        assert not any(
+            layer in self.layers_of[group] and layer not in there for _, group, there in self.running
+        )
+        self.pushes.append(layer)
+        self.told[layer] = self.written[layer]
+
+    @invariant()
+    def a_layer_is_pushed_once(self) -> None:
+        assert len(set(self.pushes)) == len(self.pushes)
+        if self.over and not self.failed:
+            assert sorted(self.pushes) == list(range(LAYERS))
+
+
+Pushed.TestCase.settings = Restore.TestCase.settings
+TestPushed = Pushed.TestCase
+
+
 def test_control_a_forgetful_keeper_of_layers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that lets a batch begin after a layer was told: the machine sees the second write."""
     begin = LayerEvents.begin
@@ -152,6 +180,52 @@ def test_control_a_forgetful_keeper_of_layers_is_caught(monkeypatch: pytest.Monk
     machine.begin()
     with pytest.raises(AssertionError):
         machine.what_was_told_is_not_written_again()
+
+
+def test_control_a_service_that_forgets_what_it_pushed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = LayerEvents.begin
+
+    def careless(self: LayerEvents, items: list[CopyItem], last: bool) -> LayerBatch | None:
+        self._told = self._failed = False
+        return begin(self, items, last)
+
+    monkeypatch.setattr(LayerEvents, "begin", careless)
+    machine = Pushed()
+    machine.todo = [0]
+    machine.begin()
+    part, _, events = machine.running[0]
+    for layer in (0, 2):
+        events[layer] = _Event()
+        part.on_layer(layer, events[layer])
+    assert {0, 2} <= set(machine.pushes)
+    machine.running.pop()[0].ended(False)
+    machine.todo = [0]
+    machine.begin()
+    with pytest.raises(AssertionError):
+        machine.what_was_told_is_not_written_again()
+
+
+def test_what_another_process_says_is_there_is_there_until_the_restore_fails() -> None:
+    layers = LayerEvents(_Layout)  # type: ignore[arg-type]
+    late = _Event()
+    layers.arrived(0, late)
+    assert not layers.ready(0) and layers.wait(0, 0, 0) and not layers.ready(1)
+    late.reached = True
+    assert layers.ready(0)
+    for layer in (-1, LAYERS):
+        with pytest.raises(GeometryError, match="no layer"):
+            layers.arrived(layer, Reached())
+    layers.end(False)
+    layers.arrived(1, Reached())
+    assert not layers.ready(0) and not layers.ready(1)
+
+
+def test_after_the_receipt_no_event_of_another_process_is_asked() -> None:
+    """They end with the mapping that they came with."""
+    layers = LayerEvents(_Layout)  # type: ignore[arg-type]
+    layers.arrived(0, _Event())
+    layers.end(True)
+    assert layers.ready(0)
 
 
 def test_a_receipt_that_is_not_ok_ends_the_waiting() -> None:

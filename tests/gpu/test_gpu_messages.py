@@ -10,19 +10,30 @@ import pytest
 from kvtier import protocol
 from kvtier.geometry import CUDA_IPC, Geometry, GroupGeometry
 from kvtier.messages import Attach, Message, Park, Restore
-from kvtier.tier_messages import Arenas, Copy, GpuUsage, PoolProbed, PoolProven, ProbePool, pool_descriptors
+from kvtier.tier_messages import (
+    Arenas,
+    Copy,
+    GpuUsage,
+    LayerQueued,
+    PoolProbed,
+    PoolProven,
+    ProbePool,
+    pool_descriptors,
+)
 
 GEOMETRY = Geometry(16, 16, (GroupGeometry("full", 64),))
 SAID: list[tuple[Message, dict[str, Any]]] = [
     (Park(worker="w", request=1, conversation="c", tenant="t", tokens=b"1234", events=[3]), {"events": []}),
-    (Restore(worker="w", request=1, plan_id="p", deadline_s=1.0, by_layer=True, events=[1]),
-     {"by_layer": False, "events": []}),
-    (Copy(job="j", batch=0, worker="w", request=1, direction="gather", items=[], events=[1]), {"events": []}),
+    (Restore(worker="w", request=1, plan_id="p", deadline_s=1.0, by_layer=True, events=[1], layers=True),
+     {"by_layer": False, "events": [], "layers": False}),
+    (Copy(job="j", batch=0, worker="w", request=1, direction="gather", items=[], events=[1], layers=True),
+     {"events": [], "layers": False}),
+    (PoolProbed(ok=True, seen=b"s", written=b"w", events=[b"handle"]), {"events": []}),
     (Attach(fingerprint=b"f", model="m", geometry=GEOMETRY, shard="s", layout="l", engine="cuda",
             place="cuda:0 GPU", gpu_bytes=7), {"engine": "", "place": "", "gpu_bytes": 0}),
     (Arenas(arena_bytes=[1], generation_slots=2, takes_gpu_usage=True), {"takes_gpu_usage": False}),
-    (GpuUsage(workers={"w": 1}, context_bytes=2, late=["w"]),
-     {"workers": {}, "context_bytes": 0, "late": []}),
+    (GpuUsage(workers={"w": 1}, context_bytes=2, late=["w"], unmapping=["v"]),
+     {"workers": {}, "context_bytes": 0, "late": [], "unmapping": []}),
 ]  # fmt: skip
 
 
@@ -56,9 +67,11 @@ def test_what_a_newer_peer_adds_is_passed_over(message: Message, without: dict[s
         PoolProbed(ok=True, seen=b"s", written=b"w"),
         PoolProbed(ok=False, detail="why"),
         PoolProven(ok=True),
+        LayerQueued(request=1, layer=2, event=3),
+        LayerQueued(request=1, layer=2),
     ],
 )
-def test_the_probe_s_messages_travel(message: Message) -> None:
+def test_the_messages_of_a_mapped_pool_travel(message: Message) -> None:
     assert decoded(raw(message)) == message
 
 

@@ -1,60 +1,80 @@
-"""One engine's code against both copy engines: streams, layers and status, through a node."""
+"""One engine's code against both copy engines in both modes: streams, layers and status, through a node."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kvtier
 from kvtier.daemon.embedded import Embedded, start
-from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import cuda_engine
-from kvtier.gpu.cuda.ways import always
 from kvtier.gpu.engine import Place, StreamEvent
 from kvtier.gpu.layers import LayerReady
 from kvtier.gpu.places import CpuPlace
 from kvtier.testing.fake_device import FakeDevice
-from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_of
+from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
+from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, SETTINGS, World
 from kvtier.worker import Worker
 
-COUNT = 200
-PAGES, OTHER = pages_for(COUNT), pages_for(COUNT, 20)
+
+class Case:
+    """A node, and what a worker attaches to it with. engine: 'cpu' or 'cuda'; mode: 'worker' or 'shared'."""
+
+    def __init__(self, engine: str, mode: str, stack: ExitStack) -> None:
+        self.engine, self.mode = engine, mode
+        self.place: Place = CpuPlace()
+        if (engine, mode) == ("cuda", "shared"):
+            world = World()
+            stack.callback(world.end)
+            self.node, self.memory = world.daemon, world.memory
+            self.pool: Any = world.pool
+            self.place = world.pool.place
+        else:
+            self.node = stack.enter_context(closing(start()))
+            self.memory = stack.enter_context(closing(KvMemory(shared=mode == "shared")))
+            self.pool = self.memory.pool
+        if (engine, mode) == ("cuda", "worker"):
+            device = FakeDevice(11)
+            for plane in self.memory.planes:
+                device.adopt(plane.reshape(-1).view(np.uint8))
+            self.place = cuda_engine(device, SETTINGS)
+        self.memory.put(1, PAGES, COUNT)
+        self.kv = stack.enter_context(kvtier.connect(str(self.node.socket_path)))
+        # What copies a pool that the service maps is said by the pool.
+        self.make: dict[str, Any] = {"make_engine": self.place} if mode == "worker" else {}
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[Embedded]:
-    made = start()
-    yield made
-    made.close()
+@pytest.fixture(params=["cpu worker", "cuda worker", "cpu shared", "cuda shared"])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    with ExitStack() as stack:
+        engine, mode = request.param.split()
+        yield Case(engine, mode, stack)
 
 
 @pytest.fixture
-def memory() -> KvMemory:
-    made = KvMemory()
-    made.put(1, PAGES, COUNT)
-    return made
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def place(request: pytest.FixtureRequest, memory: KvMemory) -> Place:
-    if request.param == "cpu":
-        return CpuPlace()
-    device = FakeDevice(11)
-    for plane in memory.planes:
-        device.adopt(plane.reshape(-1).view(np.uint8))
-    return cuda_engine(device, Settings(always("staged"), 2, 16384))
+def memory(case: Case) -> KvMemory:
+    return case.memory
 
 
 @pytest.fixture
-def worker(node: Embedded, memory: KvMemory, place: Place) -> Iterator[Worker]:
-    with (
-        kvtier.connect(str(node.socket_path)) as kv,
-        kv.attach(memory.model, memory.pool, shard=SHARD, make_engine=place) as made,
-    ):
+def place(case: Case) -> Place:
+    return case.place
+
+
+@pytest.fixture
+def node(case: Case) -> Embedded:
+    return case.node
+
+
+@pytest.fixture
+def worker(case: Case) -> Iterator[Worker]:
+    with case.kv.attach(case.memory.model, case.pool, shard=SHARD, **case.make) as made:
         yield made
 
 
@@ -101,7 +121,7 @@ def test_a_plan_that_was_used_brings_no_layer(worker: Worker) -> None:
 
 
 def test_the_asynchronous_client_marks_the_stream_of_the_caller(
-    node: Embedded, memory: KvMemory, place: Place, monkeypatch: pytest.MonkeyPatch
+    case: Case, node: Embedded, memory: KvMemory, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not of the threads that carry its calls out."""
     marked: list[threading.Thread] = []
@@ -116,7 +136,7 @@ def test_the_asynchronous_client_marks_the_stream_of_the_caller(
     async def turn() -> None:
         async with (
             await kvtier.connect_async(str(node.socket_path)) as kv,
-            await kv.attach(memory.model, memory.pool, shard=SHARD, make_engine=place) as worker,
+            await kv.attach(memory.model, case.pool, shard=SHARD, **case.make) as worker,
         ):
             for how in ({}, {"stream": worker.mark()}, {"layer_events": [worker.mark()] * LAYERS}):
                 park = await worker.park("chat", tokens_of(1, COUNT), PAGES, **how)
@@ -128,8 +148,9 @@ def test_the_asynchronous_client_marks_the_stream_of_the_caller(
     assert len(marked) == 4 and set(marked) == {threading.current_thread()}
 
 
-def test_status_names_the_engine_and_its_place(node: Embedded, worker: Worker, place: Place) -> None:
-    with kvtier.connect(str(node.socket_path)) as kv:
-        (info,) = kv.status().workers
-    assert (info.engine, info.mode, info.gpu_bytes) == (place.engine, "worker", place.device_bytes)
-    assert info.place == ("cpu" if place.engine == "cpu" else "cpu fake")
+def test_status_names_the_engine_its_place_and_the_mode(case: Case, worker: Worker) -> None:
+    (info,) = case.kv.status().workers
+    assert (info.engine, info.mode) == (case.engine, case.mode)
+    assert info.place == ("cpu" if case.engine == "cpu" else "cpu fake")
+    if case.mode == "worker":
+        assert info.gpu_bytes == case.place.device_bytes

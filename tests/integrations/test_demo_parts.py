@@ -304,10 +304,30 @@ class AnywhereDevice(FakeDevice):
 
 
 def test_a_gpu_is_found_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert (device_of("auto"), device_of("cpu"), device_of("cuda:1")) == ("cuda:0", "cpu", "cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert device_of("auto") == "cpu"
+
+
+@pytest.mark.parametrize("asked", ["nonsense", "cuda", "cuda:2", "cuda:x", ""])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_started(
+    asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    work = tmp_path / "work"
+    with pytest.raises(ConfigError, match=r"torch finds cpu, cuda:0, cuda:1") as refused:
+        run.main(directory=work, device=asked)
+    assert "device" in str(refused.value) and not work.exists()
+    # Control: it is this check alone that stops it here.
+    monkeypatch.setattr(run, "check_device", lambda device: None)
+    monkeypatch.setattr(run, "daemon_settings", _reached)
+    with pytest.raises(KvtierError, match="reached"):
+        run.main(directory=work, device=asked)
+
+
+def _reached(*given: object) -> None:
+    raise KvtierError("reached")
 
 
 def test_a_serving_process_copies_by_the_engine_of_the_model_s_device(

@@ -38,5 +38,9 @@ def _show(facts: Facts, findings: list[Finding], as_json: bool) -> None:
     if as_json:
         output.print_json({"facts": asdict(facts), "findings": [asdict(finding) for finding in findings]})
         return
-    rows = ((MARKS[f.grade], f.about, f.text + (f"; fix: {f.fix}" if f.fix else "")) for f in findings)
+    rows = []
+    for finding in findings:
+        rows.append((MARKS[finding.grade], finding.about, finding.text))
+        # A row of its own, so that neither is cut where a program reads, nor long where a person does.
+        rows += [("", "fix", finding.fix)] if finding.fix else []
     output.print_table(("", "ABOUT", "FINDING"), rows)

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtier.cli.demo import texts
+from kvtier.errors import ConfigError
 
 # 4 layers of 8 KV heads of 64 in float32: 16 KiB for each token, an eighth of Llama-3-8B's in bfloat16.
 LAYERS = 4
@@ -43,10 +44,20 @@ def make_model(folder: Path, seed: int) -> None:
 
 
 def device_of(asked: str) -> str:
-    """The device for 'auto', which is the same in all processes of a machine; any other as it is."""
-    if asked != "auto":
-        return asked
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    """The device for 'auto', which is the same in all processes of a machine; any other as it is.
+
+    Raises ConfigError for one that is not there, and names those that are.
+    """
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if asked == "auto":
+        return there[min(1, len(there) - 1)]
+    if asked not in there:
+        raise ConfigError(
+            "device",
+            f"there is no {asked!r}; torch finds {', '.join(there)}",
+            fix="name one of them, or auto",
+        )
+    return asked
 
 
 def load_model(folder: Path, threads: int, device: str) -> Any:

@@ -69,6 +69,7 @@ def main(
     count = len(shipped) if conversations is None else conversations
     if not 1 <= count <= len(shipped):
         raise ConfigError("conversations", f"{count} is not between 1 and {len(shipped)}")
+    check_device(device)
     console = Console(stderr=as_json)
     with work_folder(directory, keep=keep, console=console) as work, runtime_folder() as runtime:
         settings = daemon_settings(work, runtime)
@@ -80,6 +81,16 @@ def main(
     if as_json:
         print(msgspec.json.encode(report.as_dict()).decode())
     return 0 if report.bit_identical and not report.problems else 1
+
+
+def check_device(asked: str) -> None:
+    """Raises ConfigError for a device that the model cannot run on, before anything is started."""
+    if asked in ("auto", "cpu"):
+        return
+    # Only here: loading torch takes seconds, and this process needs it for nothing else.
+    from kvtier.cli.demo.model import device_of
+
+    device_of(asked)
 
 
 @contextmanager

@@ -55,6 +55,23 @@ def _device_errors(call: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise TierUnavailable(
+            f"cupy cannot be imported: {error}", fix="pip install 'kvtier[cuda13]' or 'kvtier[cuda12]'"
+        ) from error
+    return cupy
+
+
+@_device_errors
+def identities() -> list[str]:
+    """Of the visible devices, in CUDA's order; makes no context. Raises TierUnavailable."""
+    run = _cupy().cuda.runtime
+    return [str(run.deviceGetPCIBusId(number)) for number in range(int(run.getDeviceCount()))]
+
+
 class CudaDevice:
     """See kvtier.gpu.cuda.device.Device. number: as CUDA counts visible devices.
 
@@ -63,14 +80,8 @@ class CudaDevice:
 
     @_device_errors
     def __init__(self, number: int = 0) -> None:
-        try:
-            import cupy
-        except ImportError as error:
-            raise TierUnavailable(
-                f"cupy cannot be imported: {error}", fix="pip install 'kvtier[cuda13]' or 'kvtier[cuda12]'"
-            ) from error
-        self._cupy: Any = cupy
-        self._run: Any = cupy.cuda.runtime
+        self._cupy: Any = _cupy()
+        self._run: Any = self._cupy.cuda.runtime
         self.number = number
         count = int(self._run.getDeviceCount())
         if number >= count:

@@ -135,9 +135,17 @@ def _memlock(facts: Facts) -> Finding:
     return Finding(
         "memlock",
         "note",
-        f"locked memory is limited to {facts.memlock_bytes} bytes; some drivers count the arena against it",
+        f"locked memory is limited to {_size(facts.memlock_bytes)}; some drivers count the arena against it",
         "ulimit -l unlimited; LimitMEMLOCK=infinity for systemd; --ulimit memlock=-1 for containers",
     )
+
+
+def _size(nbytes: int) -> str:
+    """`ulimit -l` counts in KiB, and a usual limit is 64 KiB or 8 MiB."""
+    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes / 1024:.0f} KiB"
 
 
 def _cgroup(facts: Facts) -> Finding:

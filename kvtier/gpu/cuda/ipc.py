@@ -7,7 +7,8 @@ views of it.
     actor   MappedPool.attach(device, said)      maps each allocation once; a Pool for the copy engine
     both    probe: the worker writes a random pattern into scratch pages and says its digest; the actor reads
             it, writes another, and the worker reads that.  Only then is the mapping used.
-    both    EventRing.handles() -> PeerEvents    events of one side that the other's streams wait for
+    both    EventRing.handles() -> PeerEvents    events of one side that the other's streams wait for: the
+            worker's before a park or restore, the actor's after each layer of a restore
     actor   close() when the worker's process has ended (a pidfd says so), after its batches were answered
 
 A mapping keeps the worker's memory alive on the device, even past the worker's end, until it is closed.  What
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +29,7 @@ import numpy as np
 
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda.device import Device, Event, Stream
-from kvtier.gpu.cuda.events import mark
+from kvtier.gpu.cuda.events import DeviceEvent, mark
 from kvtier.gpu.cuda.shapes import ShapeCache, pieces_of
 from kvtier.gpu.engine import StreamEvent
 from kvtier.gpu.pool import Pool
@@ -37,6 +39,8 @@ from kvtier.gpu.tensors import DeviceBytes
 VERSION = 1
 # CUDA's have 64 bytes.
 MOST_HANDLE_BYTES = 256
+# A restore of a large model takes some 80 for its layers, a park as many.
+RING_EVENTS = 256
 
 
 def export_pool(device: Device, pool: Pool) -> dict[str, Any]:
@@ -137,17 +141,24 @@ def _unmap(device: Device, mapped: list[int]) -> None:
 
 
 class EventRing:
-    """Events of this process that another waits for, used in turn.
+    """Events of this process that another waits for, used in turn. Calls from any thread.
 
     The other side is told an event's number after it was recorded.  An event that is recorded again before
     the other side waited stands for the later point: it waits longer than it must, never less.
     """
 
-    def __init__(self, device: Device, count: int) -> None:
+    def __init__(self, device: Device, count: int = RING_EVENTS) -> None:
         self._device = device
+        self._lock = threading.Lock()
         self._stream = device.stream()
-        self._events = [device.event(shared=True) for _ in range(count)]
+        self._events: list[Event] = []
         self._next = 0
+        try:
+            for _ in range(count):
+                self._events.append(device.event(shared=True))
+        except TierUnavailable:
+            self.close()
+            raise
 
     def handles(self) -> list[bytes]:
         """What the other side opens."""
@@ -155,14 +166,20 @@ class EventRing:
 
     def mark(self, stream: Stream) -> int:
         """Number of an event for all that is queued on a stream so far."""
+        with self._lock:
+            return self._record(stream)
+
+    def relay(self, *events: StreamEvent) -> int:
+        """Number of an event that comes after these, such as a layer's."""
+        with self._lock:
+            for event in events:
+                event.wait(self._stream)
+            return self._record(self._stream)
+
+    def _record(self, stream: Stream) -> int:
         number, self._next = self._next, (self._next + 1) % len(self._events)
         self._device.record(self._events[number], stream)
         return number
-
-    def relay(self, event: StreamEvent) -> int:
-        """Number of an event that comes after this one, such as a layer's."""
-        event.wait(self._stream)
-        return self.mark(self._stream)
 
     def close(self) -> None:
         """Destroy them. The other side must have closed its own."""
@@ -171,36 +188,17 @@ class EventRing:
         self._device.destroy_stream(self._stream)
 
 
-class PeerEvent:
-    """An event of another process's ring, as users see it."""
-
-    __slots__ = ("_device", "_event")
-
-    def __init__(self, device: Device, event: Event) -> None:
-        self._device, self._event = device, event
-
-    def done(self) -> bool:
-        """See StreamEvent."""
-        return self._device.done(self._event)
-
-    def wait(self, stream: Stream) -> None:
-        """See StreamEvent."""
-        self._device.wait(stream, self._event)
-
-    def synchronize(self) -> None:
-        """See StreamEvent."""
-        self._device.synchronize(self._event)
-
-
 class PeerEvents:
-    """Another process's ring, opened here. Raises TierUnavailable, and then nothing stays open."""
+    """Another process's ring, opened here; an event stays open as long as somebody has it.
+
+    Raises TierUnavailable, and then nothing stays open.
+    """
 
     def __init__(self, device: Device, handles: Sequence[bytes]) -> None:
-        self._device = device
-        self._events: list[Event] = []
+        self._events: list[StreamEvent] = []
         try:
             for handle in handles:
-                self._events.append(device.open_event(handle))
+                self._events.append(DeviceEvent(device, device.open_event(handle)))
         except TierUnavailable:
             self.close()
             raise
@@ -209,12 +207,11 @@ class PeerEvents:
         """The event with this number. Raises GeometryError."""
         if not 0 <= number < len(self._events):
             raise GeometryError(f"there are {len(self._events)} events, not one numbered {number}")
-        return PeerEvent(self._device, self._events[number])
+        return self._events[number]
 
     def close(self) -> None:
         """Give them back."""
-        while self._events:
-            self._device.destroy_event(self._events.pop())
+        self._events.clear()
 
 
 # -- the copy-and-compare probe

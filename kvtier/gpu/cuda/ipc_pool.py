@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvtier.errors import GeometryError
 from kvtier.geometry import CUDA_IPC
-from kvtier.gpu.cuda.ipc import EventRing, Prober, export_pool
+from kvtier.gpu.cuda.ipc import EventRing, PeerEvents, Prober, export_pool
 from kvtier.gpu.cuda.make import CudaPlace
 from kvtier.gpu.engine import StreamEvent
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.shared_pool import Answer, Challenge, MappablePool
-
-EVENTS = 256
 
 
 class IpcPool(MappablePool):
@@ -33,8 +30,7 @@ class IpcPool(MappablePool):
         self.pool, self.place, self._gpu = pool, place, place.gpu
         self._scratch = tuple(scratch)
         self._prober = Prober(self._gpu, pool)
-        self._ring = EventRing(self._gpu, EVENTS)
-        self._lock = threading.Lock()
+        self._ring = EventRing(self._gpu)
 
     def export(self) -> dict[str, Any]:
         """See MappablePool."""
@@ -50,8 +46,11 @@ class IpcPool(MappablePool):
 
     def relay(self, event: StreamEvent) -> int:
         """See MappablePool."""
-        with self._lock:
-            return self._ring.relay(event)
+        return self._ring.relay(event)
+
+    def listen(self, handles: Sequence[bytes]) -> Callable[[int], StreamEvent]:
+        """See MappablePool."""
+        return PeerEvents(self._gpu, handles).event
 
     def close(self) -> None:
         """Give the events back, once no worker is attached with it."""

@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from kvtier.errors import GeometryError
-from kvtier.gpu.cuda.cupy_device import CudaDevice
+from kvtier.errors import GeometryError, TierUnavailable
+from kvtier.gpu.cuda.cupy_device import CudaDevice, identities
 from kvtier.gpu.cuda.device import Device, Stream
 from kvtier.gpu.cuda.engine import DIRECTIONS, CudaCopyEngine
 from kvtier.gpu.cuda.events import borrowed_event, mark, stream_handle
@@ -89,13 +89,17 @@ def cuda_engine(device: Device | int = 0, settings: Settings | None = None) -> C
 
 
 def device_of(identity: str) -> CudaDevice:
-    """The device with this identity, whatever its number is here. Raises TierUnavailable."""
-    number = 0
-    while True:
-        device = CudaDevice(number)
-        if device.identity == identity:
-            return device
-        number += 1
+    """The device with this identity, whatever its number is here; no context is made on any other.
+
+    Raises TierUnavailable.
+    """
+    there = identities()
+    if identity not in there:
+        raise TierUnavailable(
+            f"there is no CUDA device {identity} here, but {', '.join(there) or 'none'}",
+            fix="let the GPU service see the workers' devices (CUDA_VISIBLE_DEVICES, --gpus)",
+        )
+    return CudaDevice(there.index(identity))
 
 
 def mappings_of(slots: SlotMemory) -> list[Bytes]:

@@ -1,0 +1,265 @@
+"""Layers of a restore that the GPU service copies: a prefill follows them before the receipt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import pytest
+
+import kvtier
+from kvtier.daemon.embedded import Embedded, start
+from kvtier.daemon.gpu_layers import RestoreLayers
+from kvtier.errors import KvtierError, TierUnavailable
+from kvtier.gpu.cuda.ipc import EventRing
+from kvtier.gpu.cuda.lane import Lane
+from kvtier.gpu.engine import CopyBatch, Reached
+from kvtier.gpu.layers import LayerEvents
+from kvtier.handles import RestoreHandle
+from kvtier.messages import Message
+from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
+from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, World
+from kvtier.tier_messages import Copied, Copy, LayerQueued
+from kvtier.waiting import wait_until
+from kvtier.worker import Worker
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No batch of a restore is answered before it is set."""
+    opened = threading.Event()
+    conclude = Lane.conclude
+
+    def late(self: Lane, run: Any) -> Any:
+        assert run.batch.direction == "gather" or opened.wait(60)
+        return conclude(self, run)
+
+    monkeypatch.setattr(Lane, "conclude", late)
+    yield opened
+    opened.set()
+
+
+def restoring(
+    worker: Worker, memory: KvMemory, *, by_layer: bool = True, level: Any = "host"
+) -> RestoreHandle:
+    memory.put(1, PAGES, COUNT)
+    assert worker.park("chat", tokens_of(1, COUNT), PAGES, level=level).result(20).level == level
+    plan = worker.plan("chat", tokens_of(1, COUNT))
+    return worker.restore_async(plan, OTHER, deadline_s=60, by_layer=by_layer)
+
+
+def prefill(world: World, got: RestoreHandle, stream: int, into: Any) -> None:
+    """Queue a read of each layer after the layer's event, as a prefill does."""
+    for layer in range(LAYERS):
+        assert got.wait_on(stream, layer, 20)
+        page = world.memory.planes[2 * layer][OTHER[0]]
+        world.mine.copy(int(into.ctypes.data), int(page.ctypes.data), page.nbytes, stream)
+
+
+# -- on a GPU
+
+
+def test_a_prefill_runs_on_all_layers_before_the_receipt(world: World, gate: threading.Event) -> None:
+    stream, seen = world.mine.stream(), world.mine.pinned(1 << 16)
+    with world.attach() as worker:
+        got = restoring(worker, world.memory)
+        prefill(world, got, stream, seen)
+        assert got.events[LAYERS - 1].synchronize(20) and all(got.layer_ready(n) for n in range(LAYERS))
+        assert world.memory.front(1, OTHER, COUNT) == COUNT
+        assert world.mode() == "shared" and not got.done()
+        gate.set()
+        assert got.result(20).ok
+    world.mine.run_all()
+    assert not world.gpu.races
+    world.mine.destroy_stream(stream)
+    world.mine.free_pinned(seen)
+
+
+def test_control_events_that_do_not_follow_the_copies_are_a_race(
+    world: World, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EventRing, "relay", lambda self, *events: self.mark(self._stream))
+    stream, seen = world.mine.stream(), world.mine.pinned(1 << 16)
+    with world.attach() as worker:
+        got = restoring(worker, world.memory)
+        prefill(world, got, stream, seen)
+        world.mine.run_all()
+        gate.set()
+        got.result(20)
+    assert world.gpu.races
+    world.mine.destroy_stream(stream)
+    world.mine.free_pinned(seen)
+
+
+def test_without_a_copy_connection_layers_come_with_the_receipt(
+    world: World, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = world.daemon.gpu
+    with world.attach() as worker:
+        sent: list[Message] = []
+        monkeypatch.setattr(service, "_say_to", lambda name, message: sent.append(message))
+        got = restoring(worker, world.memory)
+        assert wait_until(lambda: len(sent) == LAYERS, 20)
+        assert not got.layer_ready(0) and not got.wait_on(None, 1, 0)
+        gate.set()
+        assert got.result(20).ok and all(got.layer_ready(layer) for layer in range(LAYERS))
+
+
+def what_was_told_is_not_written_again(world: World, by_layer: bool) -> None:
+    """A flipped bit on the link: read again from disk, unless a prefill may run on the layer by then."""
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        assert worker.park("chat", tokens_of(1, COUNT), PAGES, level="disk").result(20).level == "disk"
+        world.theirs.flip_next = "mapped"
+        plan = worker.plan("chat", tokens_of(1, COUNT))
+        receipt = worker.restore_async(plan, OTHER, deadline_s=60, by_layer=by_layer).result(60)
+        assert not world.theirs.flip_next
+        assert receipt.ok != by_layer
+        if receipt.ok:
+            assert world.memory.front(1, OTHER, COUNT) == COUNT
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_what_was_told_is_not_written_again(world: World, by_layer: bool) -> None:
+    what_was_told_is_not_written_again(world, by_layer)
+
+
+def test_control_a_service_that_forgets_what_it_told_writes_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = LayerEvents.begin
+
+    def careless(self: LayerEvents, items: Any, last: bool) -> Any:
+        self._told = self._failed = False
+        return begin(self, items, last)
+
+    monkeypatch.setattr(LayerEvents, "begin", careless)
+    with pytest.raises(AssertionError):
+        what_was_told_is_not_written_again(world, True)
+
+
+def test_a_worker_that_does_not_ask_is_told_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of an earlier release would take the message for a fault, and close the connection."""
+    sent: list[Any] = []
+    say = world.daemon.gpu._say_to
+
+    def noted(name: str, message: Any) -> None:
+        sent.append(message)
+        say(name, message)
+
+    monkeypatch.setattr(world.daemon.gpu, "_say_to", noted)
+    with world.attach() as worker:
+        assert restoring(worker, world.memory, by_layer=False).result(20).ok
+        assert not sent
+        assert restoring(worker, world.memory).result(20).ok
+        assert [message.layer for message in sent] == list(range(LAYERS))
+
+
+# -- in shared memory
+
+
+@pytest.fixture
+def node() -> Iterator[Embedded]:
+    with closing(start()) as made:
+        yield made
+
+
+def test_a_prefill_runs_before_the_receipt_in_shared_memory(
+    node: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's engine has no streams: its layers are there when their batch is."""
+    finish = node.gpu._finish
+    held: list[Copied] = []
+    with (
+        closing(KvMemory(shared=True)) as memory,
+        kvtier.connect(str(node.socket_path)) as kv,
+        kv.attach(memory.model, memory.pool, shard=SHARD) as worker,
+    ):
+        memory.put(1, PAGES, COUNT)
+        assert worker.park("chat", tokens_of(1, COUNT), PAGES).result(20).ok
+        monkeypatch.setattr(node.gpu, "_finish", held.append)
+        plan = worker.plan("chat", tokens_of(1, COUNT))
+        got = worker.restore_async(plan, OTHER, deadline_s=60, by_layer=True)
+        assert all(got.wait_on(None, layer, 20) for layer in range(LAYERS))
+        assert memory.front(1, OTHER, COUNT) == COUNT
+        assert not got.done() and held
+        monkeypatch.setattr(node.gpu, "_finish", finish)
+        node.gpu._loop.call(partial(finish, held[0]))
+        assert got.result(20).ok
+
+
+# -- the service's books
+
+
+def asked(number: int, *, last: bool = True, layers: bool = True) -> Copy:
+    return Copy(
+        job="s1", batch=number, worker="w", request=7, direction="scatter", items=[], last=last, layers=layers
+    )
+
+
+def batch_of(memory: KvMemory, number: int) -> CopyBatch:
+    pool: Any = memory.pool
+    item: Any = type("Item", (), {"group": 0})
+    return CopyBatch("s1", number, "scatter", pool.bind(PAGES), (item,))
+
+
+def test_a_batch_after_a_told_layer_is_refused_until_the_worker_left() -> None:
+    said: list[LayerQueued] = []
+    books, memory = RestoreLayers(lambda worker, message: said.append(message)), KvMemory()
+    batch = books.begin(asked(0), batch_of(memory, 0), None)
+    assert batch.on_layer is not None
+    for layer in range(LAYERS):
+        batch.on_layer(layer, Reached())
+    assert said == [LayerQueued(request=7, layer=layer) for layer in range(LAYERS)]
+    books.over("w", "s1", 0, ok=False)
+    with pytest.raises(KvtierError, match="written again"):
+        books.begin(asked(1), batch_of(memory, 1), None)
+    books.leave("w")
+    assert not books._restores
+    assert books.begin(asked(2), batch_of(memory, 2), None).on_layer is not None
+
+
+def test_a_restore_that_went_well_leaves_nothing_in_the_books() -> None:
+    books, memory = RestoreLayers(lambda worker, message: None), KvMemory()
+    for number in range(2):
+        books.begin(asked(number, last=number == 1), batch_of(memory, number), None)
+    for number in range(2):
+        books.over("w", "s1", number, ok=True)
+    assert not books._restores
+    same = batch_of(memory, 3)
+    assert books.begin(asked(3, layers=False), same, None) is same and not books._restores
+
+
+def test_a_batch_that_failed_before_anything_was_told_may_come_again() -> None:
+    said: list[LayerQueued] = []
+    books, memory = RestoreLayers(lambda worker, message: said.append(message)), KvMemory()
+    books.begin(asked(0), batch_of(memory, 0), None)
+    books.over("w", "s1", 0, ok=False)
+    assert not said and not books._restores
+    books.begin(asked(1), batch_of(memory, 1), None)
+    books.over("w", "s1", 1, ok=True)
+    assert [message.layer for message in said] == list(range(LAYERS))
+
+
+def test_a_lost_device_tells_of_nothing(world: World) -> None:
+    said: list[LayerQueued] = []
+
+    def lost(*events: Any) -> int:
+        raise TierUnavailable("the device is lost")
+
+    books = RestoreLayers(lambda worker, message: said.append(message))
+    batch = books.begin(asked(0), batch_of(world.memory, 0), lost)
+    assert batch.on_layer is not None
+    batch.on_layer(0, world.pool.place.mark())
+    assert not said
+    books.leave("w")
