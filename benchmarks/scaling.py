@@ -28,13 +28,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kvtier.bench.lines import Line, table
 from kvtier.client import connect
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.node_cluster import cluster_settings
-from kvtier.testing.service_processes import ServiceProcesses
+from kvtier.testing.service_processes import ServiceProcesses, processor_s
 from kvtier.testing.worker_process import OrderedProcess, serve
 from kvtier.waiting import wait_until
 
@@ -160,7 +160,7 @@ class _Nodes:
             if not wait_until(lambda w=worker, s=seed: w.do("knows", seed=s), _WAIT_S):  # type: ignore[misc]
                 raise RuntimeError(f"conversation {seed} is not known elsewhere")
 
-    def measure(self, into: _Measured, order: str, firsts: Sequence[int], **how: object) -> None:
+    def measure(self, into: _Measured, order: str, firsts: Sequence[int], **how: Any) -> None:
         """Have every worker carry out an order at once, each from its own number on."""
         before, begun_s = self._cpu_s(), time.perf_counter()
         calls = [
@@ -175,17 +175,11 @@ class _Nodes:
 
     def _cpu_s(self) -> dict[str, float]:
         """Processor seconds so far, by kind of process."""
-        spent = {"worker": sum(_spent_s(worker.pid) for worker in self.workers)}
+        spent = {"worker": sum(processor_s(worker.pid) for worker in self.workers)}
         for services in self._services:
             for name in services.names:
-                spent[name] = spent.get(name, 0.0) + _spent_s(services.pid(name))
+                spent[name] = spent.get(name, 0.0) + processor_s(services.pid(name))
         return spent
-
-
-def _spent_s(pid: int) -> float:
-    """Processor seconds of a process and all its threads, also those that ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def scaling(most: int, turns: int, rounds: int) -> Iterator[Line]:

@@ -90,6 +90,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     host, disk: of loads into its pool.  peer: of reads from other nodes.  wait_s: until a worker of it could
     begin to compute.  accepts: whether turns may go there; not where it goes out of service.  room_bytes: of
     host memory, without what only it holds.  domain: what may fail at once with it; '': the node alone.
+    takes_bytes: of nodes that are full, so that nothing here goes for it.
     """
 
     host: Speed
@@ -99,6 +100,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     accepts: bool = True
     room_bytes: int = 0
     domain: str = ""
+    takes_bytes: int = 0
 
 
 class Reach(NamedTuple):
@@ -272,11 +274,15 @@ class WhatIs(Message, frozen=True, tag="what_is"):
 
 
 class TheseAre(Message, frozen=True, tag="these_are"):
-    """Answer to WhatIs and AskHolder: objects in the order of the keys; nothing where nobody answered."""
+    """Answer to WhatIs and AskHolder: objects in the order of the keys; nothing where nobody answered.
+
+    way: to AskHolder, how the node was reached.
+    """
 
     job: str = ""
     roots: tuple[WireRoot, ...] = ()
     metas: tuple[WireMeta, ...] = ()
+    way: str = ""
 
 
 class Keep(Message, frozen=True, tag="keep"):
@@ -351,7 +357,8 @@ class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
     """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.client.Outcome).
 
     received_bytes: of KV over the network, what failed included; coded_bytes: of those, encoded on their way;
-    wire_bytes: what all of them were on their way.
+    wire_bytes: what all of them were on their way; relayed_bytes: of KV, what no TCP brought.  node, way:
+    how the node was reached last; '' where it was not.
     """
 
     job: str
@@ -361,6 +368,9 @@ class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
     received_bytes: int = 0
     coded_bytes: int = 0
     wire_bytes: int = 0
+    relayed_bytes: int = 0
+    node: str = ""
+    way: str = ""
 
 
 class Drain(Message, frozen=True, tag="drain"):

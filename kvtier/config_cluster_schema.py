@@ -47,7 +47,12 @@ class RayConfig(Section, frozen=True):
         ),
     ] = ""
     object_store_bytes: Annotated[
-        int, Meta(ge=80 * MiB, description="Ray's own object store; KV never goes through it.")
+        int,
+        Meta(
+            ge=80 * MiB,
+            description="Ray's own object store; KV goes through it only between nodes that TCP does not "
+            "connect, 64 MiB at once.",
+        ),
     ] = 128 * MiB
     gcs_reconnect_s: Annotated[
         int, Meta(ge=60, description="How long actors live on without Ray's head (Ray's own default: 60 s).")
@@ -107,6 +112,13 @@ class ClusterConfig(Section, frozen=True):
             ge=1, le=64, description="Connections that one read from a peer uses, and objects sent at once."
         ),
     ] = 4
+    fallback: Annotated[
+        Literal["ray", "none"],
+        Meta(
+            description="How this node speaks to others to which no TCP connection can be made: through Ray, "
+            "slowly (ray), or not at all (none); with TLS not at all."
+        ),
+    ] = "none"
     wire_codec: Annotated[
         Literal["auto", "raw"],
         Meta(
@@ -143,6 +155,14 @@ class ClusterConfig(Section, frozen=True):
             "its memory holds; 0: nothing.",
         ),
     ] = 256 * MiB
+    rebalance_bytes_per_s: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="What a node whose last tier is full gives in a second, at most, to nodes with room, "
+            "of conversations that it would drop next; 0: nothing.",
+        ),
+    ] = 32 * MiB
     tls_cert_file: Annotated[
         str,
         Meta(

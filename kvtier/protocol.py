@@ -11,8 +11,9 @@ Connections to the node's socket, by the role in Hello:
     gpu      the GPU service: the node sends PoolJoined, PoolLeft, Copy, CancelCopies; it answers Copied, and
              says GpuUsage
 Connections to the GPU service's own socket:
-    copy     opened by an attached worker: the service sends Copy and CancelCopies, the worker Copied; for a
-             pool on a GPU that the service maps, ProbePool, PoolProbed and PoolProven
+    copy     opened by an attached worker: the service sends Copy and CancelCopies, the worker Copied; where
+             the service copies, it sends LayerQueued; for a pool on a GPU that it maps, ProbePool, PoolProbed
+             and PoolProven
 """
 
 from __future__ import annotations

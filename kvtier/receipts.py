@@ -276,7 +276,8 @@ class WorkerInfo:
 class StatusReport:
     """The node, at one instant. metrics_url: where /metrics is served; '' when it is not.
 
-    transport: by which it speaks to other nodes: 'tcp', or 'tcp+tls'; '' on a node alone.
+    transport: by which it speaks to other nodes: 'tcp', or 'tcp+tls'; '' on a node alone.  peers: (node, how
+    it was reached last: 'tcp' or 'ray') of those that were asked since the start.
     """
 
     node: str
@@ -292,3 +293,4 @@ class StatusReport:
     warnings: tuple[str, ...] = ()
     metrics_url: str = ""
     transport: str = ""
+    peers: tuple[tuple[str, str], ...] = ()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 
+from kvtier.carriage import MOST_CONNECTIONS, Bytes, Carrier, Passing
 from kvtier.cluster.reconciler import TierRole
 from kvtier.cluster.services import load_service
 from kvtier.config_schema import Config
@@ -24,8 +25,9 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NU
 _WATCH_S = 60.0
 # Long enough for the answer of serve() to leave the process, short against the second of a restart.
 _LINGER_S = 0.1
-# serve() holds a thread for good; a controller that was restarted calls it again; the rest is for the others.
-CONCURRENCY = 6
+# serve() holds a thread for good; a controller that was restarted calls it again; each connection that is
+# carried here has a call at a time; the rest is for the others.
+CONCURRENCY = 6 + MOST_CONNECTIONS
 
 
 class Service(Protocol):
@@ -55,6 +57,22 @@ class Drains(Protocol):
         'flushed_bytes': written since the first call, 'moved_bytes': read by other nodes, 'done': it will
         write and give no more}.
         """
+
+
+@runtime_checkable
+class Called(Protocol):
+    """A service that other nodes may reach in calls of its actor: the host's, the directory's."""
+
+    def carried(self, call: Passing) -> Bytes | None:
+        """See kvtier.carriage.Carrier."""
+
+
+@runtime_checkable
+class Calls(Protocol):
+    """A service that reaches others so: the host's."""
+
+    def carry_by(self, carrier: Carrier) -> None:
+        """Use it where TCP does not lead; before the start."""
 
 
 class TierActor:
@@ -110,6 +128,11 @@ class TierActor:
         service = self._service
         return service.drain(within_s) if isinstance(service, Drains) else None
 
+    def carried(self, call: Passing) -> Bytes | None:
+        """See `Called`; None, as if it had ended, from a service that cannot, or not yet."""
+        service = self._service
+        return service.carried(call) if isinstance(service, Called) else None
+
     def stop(self, grace_s: float) -> None:
         """End the service, and with it this actor."""
         service = self._service
@@ -121,6 +144,8 @@ class TierActor:
     def _start(self) -> None:
         try:
             service = load_service(self._path)(msgspec.json.decode(self._config_text, type=Config))
+            if isinstance(service, Calls):
+                service.carry_by(self._carrier())
             service.start()
         except BaseException:
             self._end()
@@ -131,6 +156,12 @@ class TierActor:
                 self._state = "ready"
                 self._changed.notify_all()
         threading.Thread(target=self._watch, args=(service,), name="kvtier-watch", daemon=True).start()
+
+    def _carrier(self) -> Carrier:
+        # Only here: this file is read where there is no Ray.
+        from kvtier.cluster.grip import carrier
+
+        return carrier()
 
     def _watch(self, service: Service) -> None:
         while not service.wait(_WATCH_S):

@@ -17,7 +17,10 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from kvtier.carriage import Bytes, Passing
+from kvtier.cluster import store
 from kvtier.cluster.actors import ACTORS, CONCURRENCY
+from kvtier.cluster.carrier import ActorCarrier, actor_of
 from kvtier.cluster.drain import Progress
 from kvtier.cluster.members import Member
 from kvtier.cluster.reconciler import Incarnation, Seen, TierRole
@@ -204,6 +207,27 @@ class Grip:
         every_s = self.health_every_s if known.state == "ready" else 0.0
         if now_s - known.asked_at_s >= every_s:
             known.asks(known.handle.health.remote(), now_s)
+
+
+def carrier() -> ActorCarrier:
+    """Ray as what carries bytes between nodes."""
+    return ActorCarrier(_find, _carry)
+
+
+def _find(called: str) -> Any:
+    try:
+        who = actor_of(called, store.members().values(), named())
+        return None if who is None else ray.get_actor(name_of(who))
+    except (ValueError, RayError) as error:
+        raise OSError(f"Ray does not say where '{called}' is: {error}") from error
+
+
+def _carry(handle: Any, call: Passing, timeout_s: float) -> Bytes | None:
+    try:
+        came: Bytes | None = ray.get(handle.carried.remote(call), timeout=timeout_s)
+    except RayError as error:
+        raise OSError(f"Ray: {error}") from error
+    return came
 
 
 def named() -> set[Incarnation]:

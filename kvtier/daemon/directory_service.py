@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvtier.carriage import Bytes, Passing
 from kvtier.cluster_messages import Load
 from kvtier.config import Config
 from kvtier.config_cluster_schema import ClusterConfig
@@ -95,6 +96,11 @@ class DirectoryService:
     def wait(self, timeout_s: float | None) -> bool:
         """Whether it ended within the time."""
         return self._ended.wait(timeout_s)
+
+    def carried(self, call: Passing) -> Bytes | None:
+        """See cluster.actors.Called. Any thread."""
+        server = self._server
+        return server.tunnels.pass_on(call) if server is not None else None
 
     def health(self) -> dict[str, Any]:
         """Alive, and what it knows."""

@@ -31,13 +31,14 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def write_probe(tier: DiskTier) -> None:
-    """Write and flush a block that is never listed. A store without room for it is not sick.
+    """Write and flush a block that is never listed; a store without room for it only has to flush.
 
     Raises as a write and a commit do.
     """
     try:
         slot = tier.reserve(_PROBE, holder="probe")
     except TierFull:
+        tier.try_flush()
         return
     try:
         tier.write(slot, bytes(_PROBE.nbytes))

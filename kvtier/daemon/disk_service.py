@@ -86,6 +86,7 @@ class DiskService:
         self._attempts = 0
         self._lanes: Lanes | None = None
         self._degraded = ""
+        # Held from when a try is asked for until it has ended: behind a job that hangs waits one.
         self._trying = threading.Lock()
         self._directory = Path(config.disk_directory)
 
@@ -258,7 +259,7 @@ class DiskService:
         usage = self._usage()
         if session.said != usage:
             session.say(usage)
-        if self._degraded and not self._trying.locked():
+        if self._degraded and self._trying.acquire(blocking=False):
             lanes.submit("rest", self._try_again, session, usage)
 
     def _hanging(self) -> str:
@@ -270,21 +271,28 @@ class DiskService:
         return f"the drive does not answer: a {oldest.what} has not ended for {oldest.age_s:.0f} s"
 
     def _try_again(self, session: Session, _: DiskUsage) -> None:
-        """Whether a drive that refused a write takes one by now: a block that is not listed, and a line."""
-        with self._trying:
-            if self._find_place() != self._place or self._meter.reserve(PROBE_ROOM_BYTES):
+        try:
+            if not self._works():
                 return
-            try:
-                write_probe(self._tier)
-                self._tier.commit_with_records([], [], {"tried_at": str(time.time()).encode()})
-            except (TierError, OSError) as error:
-                log.info("the drive does not work yet: %s", error)
-                return
-            finally:
-                self._meter.settle(PROBE_ROOM_BYTES, whole=True)
             self._degraded = ""
+        finally:
+            self._trying.release()
         log.info("the drive works again")
         session.say(self._usage())
+
+    def _works(self) -> bool:
+        """Whether a drive that refused a write takes one by now: a block that is not listed, and a line."""
+        if self._find_place() != self._place or self._meter.reserve(PROBE_ROOM_BYTES):
+            return False
+        try:
+            write_probe(self._tier)
+            self._tier.commit_with_records([], [], {"tried_at": str(time.time()).encode()})
+        except (TierError, OSError) as error:
+            log.info("the drive does not work yet: %s", error)
+            return False
+        finally:
+            self._meter.settle(PROBE_ROOM_BYTES, whole=True)
+        return True
 
     # --- announcing -------------------------------------------------------------------------------------
 

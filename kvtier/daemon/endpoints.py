@@ -131,6 +131,7 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
             "kv": counters.peer_received_bytes,
             "coded": counters.peer_coded_bytes,
             "wire": counters.peer_wire_bytes,
+            "relayed": counters.peer_relayed_bytes,
         },
         host_dirty_bytes=core.state.dirty_bytes,
         log_lost=core.state.log_lost,

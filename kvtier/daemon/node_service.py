@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier import __version__, paths
+from kvtier.carriage import Bytes, Carrier, Passing
 from kvtier.cluster_messages import DIRECTORY, SERVICE, Drain
 from kvtier.config import Config
 from kvtier.config_secrets import tenant_secret
@@ -88,6 +89,7 @@ class NodeService:
         self._endpoints: HealthServer | None = None
         self._turn_asked = False
         self._desk: PeerDesk | None = None
+        self._carrier: Carrier | None = None
 
     # --- life -------------------------------------------------------------------------------------------
 
@@ -148,6 +150,14 @@ class NodeService:
             raise KvtierError("the node's loop does not answer")
         return asdict(progress)
 
+    def carry_by(self, carrier: Carrier) -> None:
+        """See cluster.actors.Calls."""
+        self._carrier = carrier
+
+    def carried(self, call: Passing) -> Bytes | None:
+        """See cluster.actors.Called. Any thread."""
+        return self._desk.carried(call) if self._desk is not None else None
+
     def ask(self, question: Callable[[NodeCore], Answer]) -> Answer | None:
         """Have the loop's thread put a question to the core; None when it does not answer. Any thread."""
         return Question(question).put(self._loop, self._core)
@@ -185,6 +195,7 @@ class NodeService:
             prefetch_s=config.policy.prefetch_s,
             failure_domain=config.cluster.failure_domain or platform.node(),
             move_bytes_per_s=config.cluster.move_bytes_per_s,
+            rebalance_bytes_per_s=config.cluster.rebalance_bytes_per_s,
             transport=config.cluster.transport,
         )
         self._core = NodeCore(
@@ -214,7 +225,7 @@ class NodeService:
         # Only here: a node that is alone needs nothing of it.
         from kvtier.daemon.peer_desk import PeerDesk
 
-        desk = PeerDesk(self._config, self._epoch, self._host, self._tell_soon, self._look)
+        desk = PeerDesk(self._config, self._epoch, self._host, self._tell_soon, self._look, self._carrier)
         undo.callback(desk.close)
         self._tell(time.time(), Received(DIRECTORY, desk.graves()))
         desk.start()
@@ -234,6 +245,9 @@ class NodeService:
             self._desk.close()
         if self._endpoints is not None:
             self._endpoints.close()
+        for link in self._links.values():
+            # The core is told of no end any more: nobody carries out what it would answer.
+            link.connection.on_close = lambda: None
         self._listener.close()
         for link in self._links.values():
             os.close(link.peer.pidfd)

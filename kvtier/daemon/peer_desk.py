@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 
 from kvtier import protocol
+from kvtier.carriage import Bytes as Piece
+from kvtier.carriage import Carrier, Passing
 from kvtier.cluster_messages import (
     DIRECTORY,
     PEER,
@@ -80,7 +82,7 @@ class PeerDesk:
     """Serves other nodes and asks them, from `start` to `close`.
 
     tell: hands the core a message from a peer of this name, in the loop's thread, soon.  look: has the
-    loop's thread look at the core, and returns when it did.
+    loop's thread look at the core, and returns when it did.  carrier: what reaches nodes that TCP does not.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class PeerDesk:
         host: HostTier,
         tell: Tell,
         look: Callable[[Callable[[NodeCore], None]], object],
+        carrier: Carrier | None = None,
     ) -> None:
         cluster = config.cluster
         self._config = config
@@ -101,6 +104,7 @@ class PeerDesk:
         self._tls = tls_files(cluster)
         self._call_tls = client_side(self._tls) if self._tls else None
         self._codecs = codings() if cluster.wire_codec == "auto" else {}
+        self._carrier = carrier if cluster.fallback == "ray" else None
         self._graves = PeerGraves(config.node.state_dir)
         self._lender = PeerLender(host, tell, lambda erased: self._was_erased(erased.stone))
         self._directory = PeerDirectory(
@@ -112,6 +116,7 @@ class PeerDesk:
             over=self._are_over,
             heard=lambda: tell(DIRECTORY, Heard()),
             book=PeerBook(config.node.state_dir, cluster.keep_tombstones_s),
+            carrier=self._carrier,
         )
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], PeerClient] = {}
@@ -162,6 +167,11 @@ class PeerDesk:
         if self._server is not None:
             self._server.close()
         self._graves.close()
+
+    def carried(self, call: Passing) -> Piece | None:
+        """What another node says to this one in calls, and this one to it. Any thread."""
+        server = self._server
+        return server.tunnels.pass_on(call) if server is not None else None
 
     # --- the core's instructions ------------------------------------------------------------------------
 
@@ -224,7 +234,9 @@ class PeerDesk:
             client = self._clients.get((node, address))
             if client is None:
                 streams = self._config.cluster.streams
-                settings = ClientSettings(streams=streams, tls=self._call_tls, codecs=self._codecs)
+                settings = ClientSettings(
+                    streams=streams, tls=self._call_tls, codecs=self._codecs, carrier=self._carrier
+                )
                 client = PeerClient(self._own, node, split(address), settings)
                 self._clients[node, address] = client
             client.least_epoch = max(client.least_epoch, epoch)
@@ -237,7 +249,7 @@ class PeerDesk:
         question = WhatIs(keys=message.keys, shard=message.shard)
         found = self._question(message.node, client, question, self._config.cluster.ask_s)
         answer = found if isinstance(found, TheseAre) else TheseAre()
-        return msgspec.structs.replace(answer, job=message.job)
+        return msgspec.structs.replace(answer, job=message.job, way=client.way if client is not None else "")
 
     def _question(
         self, node: str, client: PeerClient | None, message: Message, timeout_s: float
@@ -282,6 +294,9 @@ class PeerDesk:
             received_bytes=came_over.bytes,
             coded_bytes=came_over.coded_bytes,
             wire_bytes=came_over.wire_bytes,
+            relayed_bytes=came_over.relayed_bytes,
+            node=message.node,
+            way=client.way if client is not None else "",
         )
 
     def _room(self, item: WireItem) -> Bytes:
@@ -339,9 +354,13 @@ class PeerDesk:
     # --- the directory ----------------------------------------------------------------------------------
 
     def _begin_to_say_everything(self) -> None:
-        """On a thread of its own: who announces has other shards to tell that this node is there."""
-        self._saying = threading.Thread(target=self._say_everything, name="kvtier-everything", daemon=True)
-        self._saying.start()
+        """On a thread of its own: who announces has other shards to tell that this node is there.
+
+        Raises RuntimeError where none can be started.
+        """
+        thread = threading.Thread(target=self._say_everything, name="kvtier-everything", daemon=True)
+        thread.start()
+        self._saying = thread
 
     def _say_everything(self) -> None:
         """In steps of the loop's thread, which has others to serve between them."""

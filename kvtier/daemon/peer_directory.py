@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from kvtier.carriage import Carrier
 from kvtier.cluster_messages import (
     Branches,
     FindBranches,
@@ -73,9 +74,9 @@ class _Service:
 class PeerDirectory:
     """See the module's text. Methods may be called from any thread, `say*` from the core's alone.
 
-    snapshot: begins to have the core's thread say everything, in parts.  forget, over: what the
-    directory's answers ask for.  heard: when every shard has answered for the first time.  book: keeps who
-    there is, for a directory that knows nothing yet.
+    snapshot: begins to have the core's thread say everything, in parts; RuntimeError: not now.  forget,
+    over: what the directory's answers ask for.  heard: when every shard has answered for the first time.
+    book: keeps who there is, for a directory that knows nothing yet.  carrier: see PeerDesk.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class PeerDirectory:
         over: Callable[[Sequence[str]], None],
         heard: Callable[[], None],
         book: PeerBook | None = None,
+        carrier: Carrier | None = None,
     ) -> None:
         self._config = config
         self._own = own
@@ -105,7 +107,7 @@ class PeerDirectory:
         self._loads: dict[str, Load] = {}
         self._load: Load | None = None
         self._ended = threading.Event()
-        settings = ClientSettings(streams=1, connect_s=1.0, tls=tls)
+        settings = ClientSettings(streams=1, connect_s=1.0, tls=tls, carrier=carrier)
         self._services = [
             _Service(
                 address, PeerClient(own, directory_name(address), split(address), settings), time.monotonic()
@@ -188,17 +190,25 @@ class PeerDirectory:
             _LOG.exception("announcing to the directory at %s failed, and begins again", service.address)
             raise
         finally:
-            if not self._ended.wait(_PAUSE_S):
-                self._begin(service)
+            while not self._ended.wait(_PAUSE_S):
+                try:
+                    self._begin(service)
+                    break
+                except RuntimeError as error:
+                    _LOG.warning(
+                        "nobody announces to the directory at %s for now: %s", service.address, error
+                    )
 
     def _begin(self, service: _Service) -> None:
+        """Raises RuntimeError where no thread can be started."""
         with self._lock:
             if self._ended.is_set():
                 return
-            service.thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._announce, args=(service,), name="kvtier-announce", daemon=True
             )
-            service.thread.start()
+            thread.start()
+            service.thread = thread
 
     def _announce_all(self, service: _Service) -> None:
         silent_s = min(_MOST_SILENT_S, self._config.lost_after_s / 3)
@@ -274,7 +284,13 @@ class PeerDirectory:
             if self._being_made:
                 return
             self._being_made = True
-        self._snapshot()
+        try:
+            self._snapshot()
+        except RuntimeError as error:
+            # It is asked for again with the next probe.
+            _LOG.warning("not everything can be told to the directory for now: %s", error)
+            with self._lock:
+                self._being_made = False
 
     def _answered(self, shard: int, sender: Sender, answer: Answer) -> None:
         with self._lock:

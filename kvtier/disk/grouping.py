@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 Work = TypeVar("Work")
+CarryOut: TypeAlias = Callable[[Sequence[Work]], Sequence[BaseException | None]]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,20 +27,20 @@ class _Waiting(Generic[Work]):
 
 
 class Group(Generic[Work]):
-    """Callers from any thread; `carry_out` is called by one of them at a time, for one or several works.
+    """Callers from any thread; one of them at a time carries out one or several works."""
 
-    It returns for each work None or what went wrong with it.  What it raises itself is raised in every
-    caller whose work it was given.
-    """
-
-    def __init__(self, carry_out: Callable[[Sequence[Work]], Sequence[BaseException | None]]) -> None:
-        self._carry_out = carry_out
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queue: list[_Waiting[Work]] = []
         self._led = False
 
-    def submit(self, work: Work) -> None:
-        """Return when the work was carried out. Raises what went wrong with it."""
+    def submit(self, work: Work, carry_out: CarryOut[Work]) -> None:
+        """Return when the work was carried out. Raises what went wrong with it.
+
+        carry_out: the same for all; returns for each work None or what went wrong with it.  What it raises
+        itself is raised in every caller whose work it was given.  It comes with each call, since whoever has
+        a group and is held by it could be freed by no reference count (see daemon/collector.py).
+        """
         own = _Waiting(work)
         with self._lock:
             self._queue.append(own)
@@ -48,16 +49,16 @@ class Group(Generic[Work]):
         if not leads:
             own.done.wait()
         if not own.carried_out and own.failure is None:
-            self._lead()
+            self._lead(carry_out)
         if own.failure is not None:
             raise own.failure
 
-    def _lead(self) -> None:
+    def _lead(self, carry_out: CarryOut[Work]) -> None:
         """Carry out everything that waits, the caller's own work among it, and hand over."""
         with self._lock:
             group, self._queue = self._queue, []
         try:
-            failures = self._carry_out([waiting.work for waiting in group])
+            failures = carry_out([waiting.work for waiting in group])
         except BaseException as problem:
             self._finish(group, [problem] * len(group))
             raise

@@ -278,9 +278,14 @@ class Store:
 
     def flush(self, entries: Sequence[Entry]) -> None:
         """Make the payloads of these entries survive power loss."""
+        self.flush_segments({entry.segment for entry in entries})
+        for what in (BLOCK_WRITE, FLUSH):
+            self.faults.worked(what)
+
+    def flush_segments(self, touched: set[int]) -> None:
+        """Make what these segments hold survive power loss."""
         if not self._held.still_held():
             raise self.faults.unavailable("the disk tier's directory was deleted, moved or unmounted")
-        touched = {entry.segment for entry in entries}
         try:
             self.segments.flush(sorted(touched))
         except OSError as problem:
@@ -288,8 +293,6 @@ class Store:
             with self.lock:
                 self.ledger.fail_writers(touched)
             raise self.faults.of_device(FLUSH, problem, 0) from problem
-        for what in (BLOCK_WRITE, FLUSH):
-            self.faults.worked(what)
         with self.lock:
             self.flushes += len(touched)
 

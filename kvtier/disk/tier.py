@@ -138,7 +138,7 @@ class DiskTier(Tier):
         self._ledger = self._store.ledger
         self._longest = min(segment_bytes, self._ledger.capacity_bytes)
         self._mover = Mover(self._store, check=check)
-        self._commits = Group(self._make_durable)
+        self._commits: Group[Commit] = Group()
         self._scrub: ScrubThread | None = None
         self._ahead: AheadThread | None = None
         self._scrubbed = ScrubStats()
@@ -218,7 +218,7 @@ class DiskTier(Tier):
         try:
             commit = Commit(entries, records, state or {}, forget)
             if entries:
-                self._commits.submit(commit)
+                self._commits.submit(commit, self._make_durable)
             else:
                 # With nothing to flush, there is no reason to wait for the flush of others.
                 self._store.list_in_index(commit)
@@ -234,6 +234,12 @@ class DiskTier(Tier):
         with self._lock:
             entry = self._ready(slot)
         self._store.flush([entry])
+
+    def try_flush(self) -> None:
+        """Flush a segment, whatever it holds, to see whether that works. Raises as a commit does."""
+        with self._lock:
+            first = min(self._ledger.extents.segments, default=None)
+        self._store.flush_segments(set() if first is None else {first})
 
     def abort(self, slot: Slot, *, quiet: bool) -> None:
         """See Tier.abort. Raises StaleSlot."""
@@ -348,9 +354,8 @@ class DiskTier(Tier):
 
     def start_scrub(self, bytes_per_s: int) -> None:
         """Read everything again in the background, again and again, until `close`; see `scrub`."""
-        scrubber = Scrubber(
-            self._store, bytes_per_s, lambda: self._mover.reads_wanted > 0, self._mover.quarantine
-        )
+        mover = self._mover
+        scrubber = Scrubber(self._store, bytes_per_s, lambda: mover.reads_wanted > 0, mover.quarantine)
         self._scrubbed = scrubber.stats
         self._scrub = ScrubThread(scrubber)
 

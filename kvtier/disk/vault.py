@@ -67,7 +67,7 @@ class Vault:
         self._loading = threading.Lock()
         self._tenants: dict[int, TenantKey] = {}
         self._numbers: dict[str, int] = {}
-        self._doomed = Group(self._destroy_all)
+        self._doomed: Group[Sequence[int]] = Group()
         self._open = True
         self._folder = VaultFolder(directory)
         try:
@@ -135,7 +135,7 @@ class Vault:
         On return no file of the vault holds their wrapped bytes, durably.  Callers that come while another
         one is under way share a transaction and its flushes.
         """
-        self._doomed.submit(list(generations))
+        self._doomed.submit(list(generations), self._destroy_all)
 
     def generations(self) -> Iterator[int]:
         """Generations with a key, ascending; what changes meanwhile may be seen or not."""

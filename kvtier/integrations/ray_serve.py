@@ -83,6 +83,8 @@ class StickyRouter(RequestRouter):  # type: ignore[misc]
         self._token_file = token_file or None
         self._client: Client | None = None
         self._told = False
+        # Its own: a program that seeds the common one would have all of its routers draw alike.
+        self._random = random.Random()
         # One thread, so that the loop never waits for a socket, nor two threads for one connection.
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="kvtier-router")
 
@@ -98,7 +100,7 @@ class StickyRouter(RequestRouter):  # type: ignore[misc]
             pending_request.routing_context.should_backoff = True
             nodes = await self._located(pending_request.metadata.session_id)
             groups = [found for node in nodes if (found := _on(node, candidate_replicas))]
-        two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
+        two = self._random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         return [*groups, two] if two else groups
 
     async def _located(self, conversation: str) -> list[str]:

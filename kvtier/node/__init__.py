@@ -10,6 +10,7 @@ counters.py       what it has done since its start
 room.py           making room in host memory: evict, spill, wait, or say no
 spills.py         what is written to disk ahead of need, or for room
 disk_side.py      what is asked of the disk service, and what its answers change
+reads.py          reads into host memory that are waited for, from disk or from another node
 holding.py        what jobs need all of at once is kept from leaving
 parks.py          pool -> host -> disk
 plans.py          looking up, choosing, holding
@@ -20,6 +21,7 @@ elsewhere.py      what other nodes have of a plan's tokens
 pulls.py          peer -> host, through peer_reads.py
 loans.py          what other nodes read here
 announcing.py     what the directory is told
+balancing.py      what a full node gives to one with room
 graves.py         what was forgotten, here or elsewhere
 peers.py          workers and services that come, go and die
 admin.py          status, ls, show, models, hint, forget

@@ -99,7 +99,7 @@ class Chooser:
     ) -> Chosen:
         """What to load of a front. tokens: of the request; waited_s: since it came."""
         pieces = front.pieces
-        vias: dict[Source, str] = {"disk": self._codec(message), "peer": front.node}
+        vias: dict[Source, str] = {"disk": self._codec(message), "peer": self._state.path_to(front.node)}
         wish = self._wish(message, worker, waited_s)
         segments = _segments(pieces, vias)
         choice = self._state.policies.restore.choose(segments, tokens, wish)

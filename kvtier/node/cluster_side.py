@@ -8,6 +8,7 @@ from typing import Any
 from kvtier import cluster_messages as c
 from kvtier.messages import Message
 from kvtier.node.announcing import Announcing
+from kvtier.node.balancing import Balancing
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.draining import Draining
 from kvtier.node.elsewhere import Elsewhere
@@ -65,6 +66,7 @@ class ClusterSide:
         self.keeping = Keeping(state, self.pulls.reads, disk, room, self.burials)
         self.everywhere = Everywhere(state, loads)
         self.draining = Draining(state, disk, replicas)
+        self.balancing = Balancing(state, replicas)
 
     def handlers(self) -> dict[type[Message], Callable[[str, Any], None]]:
         """What answers each message."""
@@ -97,4 +99,5 @@ class ClusterSide:
         self.replicas.tick()
         self.keeping.tick()
         self.draining.tick()
+        self.balancing.tick()
         self.announcing.tick()

@@ -49,6 +49,7 @@ class Counters:
     peer_received_bytes: int = 0
     peer_coded_bytes: int = 0
     peer_wire_bytes: int = 0
+    peer_relayed_bytes: int = 0
     damaged_records: int = 0
     restore_s: Histogram = field(default_factory=Histogram)
     eta: EtaCounters = field(default_factory=EtaCounters)

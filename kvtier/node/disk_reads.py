@@ -1,12 +1,14 @@
-"""Reads from disk into host memory, and slots that a lost disk service may still be touching."""
+"""Reads from disk: what comes is host memory's from then on, if nobody changed it meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
 
 from kvtier.node import wire
+from kvtier.node.blocks import Stored
+from kvtier.node.counters import count
+from kvtier.node.reads import Orphans, Reads
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
@@ -15,107 +17,68 @@ from kvtier.tier_messages import DiskRead, DiskReadDone
 # A write or read that the disk service has not answered by then no longer has a right to its slots.
 DISK_LEASE_S = 60.0
 # Why a read failed, where the disk has the object no longer: it removes what it finds to be corrupt.
-GONE = ("corrupt", "missing")
+_GONE = ("corrupt", "missing")
+# Forgotten, or written anew, while it was being read.
+REMOVED: Final = "removed"
 
-# Who waits for a read: told the reason for each object that failed, by its place in the read.
-ReadDone: TypeAlias = Callable[[dict[int, str], int, float], None]
-
-
-class Orphans:
-    """Disk jobs that nobody waits for any more, by the connection that they were sent over.
-
-    Their slots stay held until the service's word, or the end of its process.
-    """
-
-    def __init__(self, state: NodeState) -> None:
-        self._state = state
-        self._jobs: dict[str, set[str]] = {}
-
-    def add(self, peer: str, jobs: Iterable[str]) -> None:
-        """Jobs whose answer will find nobody."""
-        self._jobs.setdefault(peer, set()).update(jobs)
-
-    def answered(self, peer: str, job: str) -> None:
-        """The service says that it has ended a job."""
-        jobs = self._jobs.get(peer, set())
-        if job in jobs:
-            jobs.discard(job)
-            self._state.host.holder_ended(job)
-
-    def ended(self, peer: str) -> None:
-        """Nothing that was done for this connection touches a slot any more."""
-        for job in sorted(self._jobs.pop(peer, ())):
-            self._state.host.holder_ended(job)
-
-    def connected_again(self, peer: str, pid: int) -> None:
-        """A service connects again only after everything that it did for a former connection has ended."""
-        for former in [p for p in self._jobs if p != peer and self._state.pids.get(p) == pid]:
-            self.ended(former)
+# An object on its way from disk or from another node: its entry, the copy that is read, and where to.
+Read: TypeAlias = tuple[Stored, ObjectMeta, Slot]
+# Who waits for a read: told of each object why it is not in host memory, or '', and how many seconds it took.
+ReadEnded: TypeAlias = Callable[[list[tuple[Stored, str]], float], None]
 
 
-@dataclass(slots=True)
-class _Read:
-    slots: list[Slot]
-    done: ReadDone
-
-
-class DiskReads:
+class DiskReads(Reads):
     """Reads that the disk service has not answered."""
 
     def __init__(self, state: NodeState, orphans: Orphans) -> None:
-        self._state = state
-        self._orphans = orphans
-        self._reads: dict[str, _Read] = {}
+        super().__init__(state, orphans, "disk_error")
 
-    def running(self) -> bool:
-        """Whether a read is under way."""
-        return bool(self._reads)
-
-    def start(self, job: str, pairs: Sequence[tuple[ObjectMeta, Slot]], done: ReadDone) -> None:
-        """Read objects into host slots that were reserved by `job`.
-
-        The slots of what failed are given back before `done` is told; the others it has to commit.
-        """
+    def start(self, job: str, reads: Sequence[Read], ended: ReadEnded) -> None:
+        """Read objects into host slots that were reserved by `job`."""
         state = self._state
-        for _, slot in pairs:
-            state.host.lease(slot, job, state.now_s + DISK_LEASE_S)
-        self._reads[job] = _Read([slot for _, slot in pairs], done)
+
+        def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
+            ended(
+                [(read[0], self._arrived(read, failed.get(i, ""))) for i, read in enumerate(reads)], seconds
+            )
+
+        self._begin(job, [(meta, slot) for _, meta, slot in reads], state.now_s + DISK_LEASE_S, done)
         state.send(
             state.disk.peer,
             DiskRead(
                 job=job,
                 batch=0,
-                object_keys=[wire.key_of(meta.object_id) for meta, _ in pairs],
-                slots=[wire.item(meta, slot) for meta, slot in pairs],
+                object_keys=[wire.key_of(meta.object_id) for _, meta, _ in reads],
+                slots=[wire.item(meta, slot) for _, meta, slot in reads],
             ),
         )
 
+    def _arrived(self, read: Read, why: str) -> str:
+        """Take an object into host memory; answers why not, or ''. why: of a read that failed."""
+        state = self._state
+        stored, meta, slot = read
+        if why:
+            count(state.counters.errors, why)
+            block = state.tree.get(meta.object_id.block_key)
+            if why in _GONE and block is not None and state.is_stored(stored):
+                state.removed_from_disk(block, stored)
+            return why
+        if stored.on_disk is not meta or not state.is_stored(stored):
+            state.host.abort(slot, quiet=True)
+            return REMOVED
+        assert meta.checksum is not None, "what is on disk has a checksum"
+        state.host.commit([(slot, meta.checksum)])
+        state.stored_in_host(meta)
+        return ""
+
     def on_read(self, peer: str, message: DiskReadDone) -> None:
         """The answer to a read."""
-        read = self._reads.pop(message.job, None)
-        if read is None:
-            self._orphans.answered(peer, message.job)
-            return
-        failed = dict(message.failed)
-        for index in sorted(failed):
-            self._state.host.abort(read.slots[index], quiet=True)
-        read.done(failed, message.bytes, message.seconds)
+        self._answered(peer, message)
 
     def expired(self, job: str) -> None:
         """A read's right to its slots ended, and it is not answered: it counts as failed."""
-        read = self._reads.pop(job, None)
-        if read is not None:
-            self._orphans.add(self._state.disk.peer, [job])
-            self._fail(read)
+        self._give_up(self._state.disk.peer, [job])
 
     def lost(self, peer: str) -> None:
         """The disk service went away: its last reads may still be running."""
-        reads, self._reads = self._reads, {}
-        self._orphans.add(peer, reads)
-        for read in reads.values():
-            self._fail(read)
-
-    def _fail(self, read: _Read) -> None:
-        for slot in read.slots:
-            self._state.host.abort(slot, quiet=False)
-        read.done(dict.fromkeys(range(len(read.slots)), "disk_error"), 0, 0.0)
+        self._give_up(peer, self._reads)

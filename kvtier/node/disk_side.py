@@ -12,7 +12,7 @@ from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation
 from kvtier.node.counters import count
 from kvtier.node.disk_dues import DiskDues
-from kvtier.node.disk_reads import DISK_LEASE_S, DiskReads, Orphans
+from kvtier.node.disk_reads import DISK_LEASE_S, DiskReads
 from kvtier.node.disk_requests import (
     DiskRequests,
     Purpose,
@@ -24,6 +24,7 @@ from kvtier.node.disk_requests import (
     Written,
 )
 from kvtier.node.disk_room import drop_copies, evict
+from kvtier.node.reads import Orphans
 from kvtier.node.state import NodeState, disk_bytes, room_bytes
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot

@@ -89,8 +89,8 @@ class Lookup:
 
     after: the conversation's tombstones; unheard: those of them that some node may not have heard of.
     slices: of which all have to be had.  sought: of each chain, by shard.  asked: what nodes are asked now,
-    by the question's job.  chosen: the chain that all of it is had of, and how far.  tell: who only wants to
-    know who reaches how far, until until_s.
+    by the question's job; of the first `upto` tokens.  chosen: the chain that all of it is had of, and how
+    far.  tell: who only wants to know who reaches how far, until until_s.
     """
 
     job: str
@@ -105,6 +105,7 @@ class Lookup:
     chains: list[tuple[Private | None, list[BlockRef]]] = field(default_factory=list)
     sought: list[dict[str, _Sought]] = field(default_factory=list)
     asked: dict[str, tuple[str, Reach]] = field(default_factory=dict)
+    upto: int = 0
     chosen: tuple[int, int] | None = None
     over: bool = False
     tell: TellFronts | None = None
@@ -213,7 +214,7 @@ class Elsewhere:
             self._told(lookup, _jointly(known, len(lookup.slices)))
             return
         for chain in range(len(lookup.chains)):
-            sought = {shard: _Sought(self._own(lookup, chain, shard), deque()) for shard in lookup.slices}
+            sought = {shard: _Sought(tokens, deque()) for shard, tokens in self._own(lookup, chain).items()}
             for front in sorted(known, key=lambda front: -front.tokens):
                 slice_of = sought.get(front.shard or lookup.worker.shard)
                 if slice_of is not None and front.chain == chain and front.tokens > slice_of.tokens:
@@ -221,26 +222,36 @@ class Elsewhere:
             lookup.sought.append(sought)
         self._ask_next(lookup)
 
-    def _own(self, lookup: Lookup, chain: int, shard: str) -> int:
-        """How far a slice of a chain is here."""
+    def _own(self, lookup: Lookup, chain: int) -> dict[str, int]:
+        """How far each slice of a chain is here."""
         if len(lookup.slices) == 1:
-            return lookup.tokens
-        blocks = [self._block(lookup.root, ref, ()) for ref in lookup.chains[chain][1]]
+            return dict.fromkeys(lookup.slices, lookup.tokens)
+        blocks = self._blocks(lookup, lookup.chains[chain][1], {})
+        return {shard: self._end(lookup, blocks, shard, {}) for shard in lookup.slices}
+
+    def _end(self, lookup: Lookup, blocks: Sequence[Block], shard: str, remotes: Remotes) -> int:
+        """How far a slice reaches with what is here and there."""
         at_most = wanted_end(lookup.message, lookup.query)
-        return restored_end(longest(blocks, lookup.slices[shard], shard, self._state.source_of, at_most))
+        return restored_end(longest(blocks, lookup.slices[shard], shard, self.source_in(remotes), at_most))
 
     def on_these_are(self, peer: str, message: TheseAre) -> None:
-        """What a node has of a slice; one that has nothing, or is not there, is followed by the next."""
+        """What a node has of a slice; one that has less of it, or is not there, is followed by the next."""
         lookup = self._asking.pop(message.job, None)
         if lookup is None:
             return
         shard, reach = lookup.asked.pop(message.job)
+        self._state.reached(reach.node, message.way)
         private, refs = lookup.chains[reach.chain]
         metas = _trusted(lookup, refs, shard, wire.unpack_metas(message.roots, message.metas))
         if metas:
             slice_of = lookup.sought[reach.chain][shard]
-            slice_of.remote = Remote(reach.node, reach.epoch, private, metas, lookup.after)
-            slice_of.tokens = reach.tokens
+            remotes = {shard: Remote(reach.node, reach.epoch, private, metas, lookup.after)}
+            tokens = self._end(lookup, self._blocks(lookup, refs, remotes), shard, remotes)
+            if tokens >= lookup.upto:
+                tokens = reach.tokens
+            # Otherwise the directory has said more than is there by now.
+            if tokens > slice_of.tokens:
+                slice_of.remote, slice_of.tokens = remotes[shard], tokens
         if not lookup.asked:
             self._ask_next(lookup)
 
@@ -257,6 +268,7 @@ class Elsewhere:
             lookup.chosen = chain, tokens
             self.end(lookup)
             return
+        lookup.upto = tokens
         packed = b"".join(ref.key for ref in _refs_to(lookup, chain, tokens))
         lookup.asked = {f"{lookup.job}/{shard}": (shard, one.rest.popleft()) for shard, one in wanted.items()}
         for job, (shard, reach) in lookup.asked.items():
@@ -315,12 +327,7 @@ class Elsewhere:
             return None
         chain, tokens = lookup.chosen
         remotes = {shard: one.remote for shard, one in lookup.sought[chain].items() if one.remote is not None}
-        there: dict[bytes, list[ObjectMeta]] = {}
-        for remote in remotes.values():
-            for object_id, meta in remote.metas.items():
-                there.setdefault(object_id.block_key, []).append(meta)
-        refs = _refs_to(lookup, chain, tokens)
-        blocks = [self._block(lookup.root, ref, there.get(ref.key, [])) for ref in refs]
+        blocks = self._blocks(lookup, _refs_to(lookup, chain, tokens), remotes)
         at_most = wanted_end(lookup.message, lookup.query)
         pieces = covered(blocks, lookup.slices, self.source_in(remotes), at_most)
         return (remotes, blocks, pieces) if restored_end(pieces) > lookup.tokens else None
@@ -333,6 +340,14 @@ class Elsewhere:
     def source_in(self, remotes: Remotes) -> _SourceOf:
         """Where an object is, if the other nodes count too."""
         return _SourceOf(self._state, remotes)
+
+    def _blocks(self, lookup: Lookup, refs: Iterable[BlockRef], remotes: Remotes) -> list[Block]:
+        """The chain with all that is here and there."""
+        there: dict[bytes, list[ObjectMeta]] = {}
+        for remote in remotes.values():
+            for object_id, meta in remote.metas.items():
+                there.setdefault(object_id.block_key, []).append(meta)
+        return [self._block(lookup.root, ref, there.get(ref.key, ())) for ref in refs]
 
     def _block(self, root: Root, ref: BlockRef, there: Iterable[ObjectMeta]) -> Block:
         """A block as it would be with all that the other node has of it; no part of the tree."""

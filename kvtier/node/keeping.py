@@ -265,7 +265,9 @@ class Keeping:
             return False
         for fingerprint, model, width in message.models:
             state.models.setdefault(fingerprint, model)
-            state.item_bytes.setdefault(fingerprint, width)
+            if width:
+                # 0: its owner does not know it either; whoever does comes in time.
+                state.item_bytes.setdefault(fingerprint, width)
         conversation = state.conversation(job.name)
         conversation.after = tuple(dict.fromkeys((*conversation.after, *message.after)))
         state.tree.name(chain, job.name, message.private)

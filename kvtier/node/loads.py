@@ -10,8 +10,10 @@ from collections.abc import Mapping
 
 from kvtier.cluster_messages import Load, Speed
 from kvtier.messages import MakePlan
+from kvtier.node.balancing import last_tier
 from kvtier.node.queues import Queues
 from kvtier.node.state import NodeState, Worker, spare_bytes
+from kvtier.policy import balance
 
 # More often than that nobody reads it.
 _SAY_EVERY_S = 1.0
@@ -51,6 +53,7 @@ class Loads:
             not state.draining,
             int(_rounded(spare_bytes(state))),
             state.settings.failure_domain,
+            self._takes_bytes(),
         )
 
     def news(self) -> Load | None:
@@ -68,6 +71,12 @@ class Loads:
     def _speed(self, source: str, queued_bytes: int) -> Speed:
         line = self._state.policies.restore.line(source, queued_bytes)
         return Speed(_rounded(line.start_s), _rounded(line.bytes_per_s))
+
+    def _takes_bytes(self) -> int:
+        tier = last_tier(self._state) if not self._state.draining else None
+        if tier is None:
+            return 0
+        return int(_rounded(balance.takes_bytes(tier.used_bytes, tier.capacity_bytes)))
 
     def _wait_s(self) -> float:
         """Until the first of the workers could begin to compute."""

@@ -6,8 +6,6 @@ from kvtier.cluster_messages import MOST_METAS, GaveBack, Lend, Lent, TheseAre, 
 from kvtier.errors import ObjectExists
 from kvtier.node import wire
 from kvtier.node.blocks import Stored
-from kvtier.node.counters import count
-from kvtier.node.disk_reads import GONE
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState
@@ -93,25 +91,10 @@ class Loans:
         return slot if isinstance(slot, Slot) else None
 
     def _read(self, peer: str, stored: Stored, meta: ObjectMeta, read_id: str, slot: Slot) -> None:
-        def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
-            self._was_read(peer, stored, meta, slot, failed.get(0, ""))
+        def ended(objects: list[tuple[Stored, str]], seconds: float) -> None:
+            if objects[0][1]:
+                self._state.send(peer, Lent(reason="missing"))
+            else:
+                self._lend(peer, meta, slot)
 
-        self._disk.reads.start(read_id, [(meta, slot)], done)
-
-    def _was_read(self, peer: str, stored: Stored, meta: ObjectMeta, slot: Slot, why: str) -> None:
-        state = self._state
-        if why:
-            count(state.counters.errors, why)
-            block = state.tree.get(meta.object_id.block_key)
-            if why in GONE and block is not None and state.is_stored(stored):
-                state.removed_from_disk(block, stored)
-            state.send(peer, Lent(reason="missing"))
-        elif stored.on_disk is not meta or not state.is_stored(stored):
-            # Forgotten, or written anew, while it was being read.
-            state.host.abort(slot, quiet=True)
-            state.send(peer, Lent(reason="missing"))
-        else:
-            assert meta.checksum is not None, "what is on disk has a checksum"
-            state.host.commit([(slot, meta.checksum)])
-            state.stored_in_host(meta)
-            self._lend(peer, meta, slot)
+        self._disk.reads.start(read_id, [(stored, meta, slot)], ended)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvtier.cluster_messages import PEERS, PeerRead, PeerReadDone
 from kvtier.node import wire
-from kvtier.node.disk_reads import ReadDone
+from kvtier.node.reads import Orphans, ReadDone, Reads
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
@@ -16,23 +15,11 @@ from kvtier.tier import Slot
 _LEASE_MORE_S = 10.0
 
 
-@dataclass(slots=True)
-class _Read:
-    slots: list[Slot]
-    done: ReadDone
-
-
-class PeerReads:
-    """Reads that have not been answered."""
+class PeerReads(Reads):
+    """Reads that the node's own service has not answered."""
 
     def __init__(self, state: NodeState) -> None:
-        self._state = state
-        self._reads: dict[str, _Read] = {}
-        self._late: set[str] = set()
-
-    def running(self) -> bool:
-        """Whether a read is under way."""
-        return bool(self._reads)
+        super().__init__(state, Orphans(state), "deadline")
 
     def start(
         self,
@@ -50,9 +37,7 @@ class PeerReads:
         The slots of what failed are given back before `done` is told; the others it has to commit.
         """
         state = self._state
-        for _, slot in pairs:
-            state.host.lease(slot, job, state.now_s + timeout_s + _LEASE_MORE_S)
-        self._reads[job] = _Read([slot for _, slot in pairs], done)
+        self._begin(job, pairs, state.now_s + timeout_s + _LEASE_MORE_S, done)
         state.send(
             PEERS,
             PeerRead(
@@ -73,23 +58,10 @@ class PeerReads:
         counters.peer_received_bytes += message.received_bytes
         counters.peer_coded_bytes += message.coded_bytes
         counters.peer_wire_bytes += message.wire_bytes
-        read = self._reads.pop(message.job, None)
-        if read is None:
-            if message.job in self._late:
-                self._late.discard(message.job)
-                self._state.host.holder_ended(message.job)
-            return
-        failed = dict(message.failed)
-        for index in sorted(failed):
-            self._state.host.abort(read.slots[index], quiet=True)
-        read.done(failed, message.bytes, message.seconds)
+        counters.peer_relayed_bytes += message.relayed_bytes
+        self._state.reached(message.node, message.way)
+        self._answered(PEERS, message)
 
     def expired(self, job: str) -> None:
         """A read's right to its slots ended, and it is not answered: it counts as failed."""
-        read = self._reads.pop(job, None)
-        if read is None:
-            return
-        self._late.add(job)
-        for slot in read.slots:
-            self._state.host.abort(slot, quiet=False)
-        read.done(dict.fromkeys(range(len(read.slots)), "deadline"), 0, 0.0)
+        self._give_up(PEERS, [job])

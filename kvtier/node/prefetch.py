@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 from kvtier.errors import GeometryError, ObjectExists
 from kvtier.node.blocks import Stored
-from kvtier.node.counters import count
 from kvtier.node.coverage import longest
-from kvtier.node.disk_reads import GONE
+from kvtier.node.disk_reads import REMOVED, Read
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState
-from kvtier.objects import ObjectMeta
 from kvtier.policy.interfaces import Expected
-from kvtier.tier import Slot
 
 # Who is asked for comes first: a read of this size delays nobody for long.
 _BATCH_BYTES = 32 << 20
@@ -72,16 +69,16 @@ class Prefetch:
             return
         job.reading = True
 
-        def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
+        def ended(objects: list[tuple[Stored, str]], seconds: float) -> None:
             job.reading = False
-            for index, (stored, meta, slot) in enumerate(reads):
-                if index in failed:
-                    self._failed(stored, failed[index])
+            for stored, why in objects:
+                if not why:
+                    self._state.prefetched[stored.meta.object_id] = stored.meta.nbytes
+                    self._state.counters.prefetched_bytes += stored.meta.nbytes
+                elif why != REMOVED:
                     job.todo.clear()
-                else:
-                    self._arrived(stored, meta, slot)
 
-        self._disk.reads.start(read_id, [(meta, slot) for _, meta, slot in reads], done)
+        self._disk.reads.start(read_id, reads, ended)
 
     def _lacking(self, ahead: Expected) -> Iterator[Stored]:
         """What a restore of the newest branch would read from disk, for all ranks that are served here."""
@@ -111,10 +108,10 @@ class Prefetch:
                 if piece.source == "disk":
                     yield piece.stored
 
-    def _next_batch(self, job: _Job, read_id: str) -> list[tuple[Stored, ObjectMeta, Slot]]:
+    def _next_batch(self, job: _Job, read_id: str) -> list[Read]:
         """Slots for what comes next; the job ends where there is no room that is worth less."""
         state, prefetch = self._state, self._state.policies.prefetch
-        reads: list[tuple[Stored, ObjectMeta, Slot]] = []
+        reads: list[Read] = []
         nbytes = 0
         while job.todo and nbytes < _BATCH_BYTES:
             stored = job.todo.popleft()
@@ -132,22 +129,3 @@ class Prefetch:
             reads.append((stored, meta, slot))
             nbytes += meta.nbytes
         return reads
-
-    def _arrived(self, stored: Stored, meta: ObjectMeta, slot: Slot) -> None:
-        state = self._state
-        if stored.on_disk is not meta or not state.is_stored(stored):
-            # Forgotten, or written anew, while it was being read.
-            state.host.abort(slot, quiet=True)
-            return
-        assert meta.checksum is not None, "what is on disk has a checksum"
-        state.host.commit([(slot, meta.checksum)])
-        state.stored_in_host(meta)
-        state.prefetched[meta.object_id] = meta.nbytes
-        state.counters.prefetched_bytes += meta.nbytes
-
-    def _failed(self, stored: Stored, why: str) -> None:
-        state = self._state
-        count(state.counters.errors, why)
-        block = state.tree.get(stored.meta.object_id.block_key)
-        if why in GONE and block is not None and state.is_stored(stored):
-            state.removed_from_disk(block, stored)

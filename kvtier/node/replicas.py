@@ -78,6 +78,7 @@ class Wish:
     until_s: float
     tell: TellCopied
     apart: bool
+    spare: bool
     candidates: list[NodeThere] = field(default_factory=list)
     busy: list[NodeThere] = field(default_factory=list)
     asked: dict[str, NodeThere] = field(default_factory=dict)
@@ -108,13 +109,14 @@ class Replicas:
         tell: TellCopied,
         *,
         apart: bool = True,
+        spare: bool = False,
     ) -> str:
         """Have `others` more nodes keep it; `tell` is told once, until_s at the latest. See `end`.
 
-        apart: in failure domains of their own, also from this node.
+        apart: in failure domains of their own, also from this node.  spare: only where nothing goes for it.
         """
         nbytes = sum(meta.nbytes for meta in keep.metas)
-        wish = Wish(self._state.next_id("k"), keep, nbytes, others, until_s, tell, apart)
+        wish = Wish(self._state.next_id("k"), keep, nbytes, others, until_s, tell, apart, spare)
         self._wishes[wish.job] = wish
         if not self._state.settings.ask_elsewhere_s:
             self._over(wish, "this node is alone")
@@ -240,7 +242,10 @@ class Replicas:
         able = [
             node
             for node in nodes
-            if node.node != settings.node and node.load.accepts and node.load.room_bytes >= wish.nbytes
+            if node.node != settings.node
+            and node.load.accepts
+            and node.load.room_bytes >= wish.nbytes
+            and (not wish.spare or node.load.takes_bytes >= wish.nbytes)
         ]
         name = (wish.keep.tenant, wish.keep.conversation)
         return sorted(able, key=lambda n: (n.load.peer.start_s > _QUEUE_S, -_weight(name, n), n.node))

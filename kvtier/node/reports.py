@@ -74,6 +74,10 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         warnings.append(
             f"copies of {', '.join(state.gpu_said.late)} do not end: their streams may stand still"
         )
+    if state.gpu_said.unmapping:
+        warnings.append(
+            f"the pools of {', '.join(state.gpu_said.unmapping)} cannot be unmapped: their device may hang"
+        )
     if state.disk.said.state == "degraded":
         warnings.append(f"the disk tier is degraded: {state.disk.said.detail}")
     if state.disk.ready and state.disk.said.crowded:
@@ -118,6 +122,7 @@ def status_report(state: NodeState, waiting_parks: int) -> StatusReport:
         warnings=tuple(warnings),
         metrics_url=state.metrics_url,
         transport=state.settings.transport,
+        peers=tuple(sorted(state.ways.items())),
     )
 
 
@@ -200,6 +205,7 @@ def _counters(state: NodeState) -> dict[str, float]:
         "peer_received_bytes": c.peer_received_bytes,
         "peer_coded_bytes": c.peer_coded_bytes,
         "peer_wire_bytes": c.peer_wire_bytes,
+        "peer_relayed_bytes": c.peer_relayed_bytes,
         "damaged_records": c.damaged_records,
         "host_dirty_bytes": state.dirty_bytes,
         "disk_written_bytes": said.written_bytes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
 
 from kvtier.errors import ObjectExists
 from kvtier.messages import Restore, RestoreDone, RestoreStarted
@@ -13,7 +12,7 @@ from kvtier.node.blocks import Stored
 from kvtier.node.copies import Copies, Pair
 from kvtier.node.counters import count
 from kvtier.node.coverage import Piece
-from kvtier.node.disk_reads import GONE
+from kvtier.node.disk_reads import REMOVED, Read
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.held_plan import HeldPlan
 from kvtier.node.limits import check_seconds
@@ -37,9 +36,6 @@ _BY_LAYER_OBJECTS = 4096
 
 # A read from another node is not asked for with less time than this.
 _LEAST_S = 0.01
-
-# An object on its way from disk or from another node: its entry, the copy that is read, and where to.
-Read: TypeAlias = tuple[Stored, ObjectMeta, Slot]
 
 
 class Restores:
@@ -84,6 +80,7 @@ class Restores:
             started_s=state.now_s,
             by_layer=message.by_layer,
             events=message.events,
+            layers=message.layers,
         )
         self._jobs[job.id] = job
         self._acts.began(job)
@@ -107,7 +104,7 @@ class Restores:
 
     def _queue(self, job: RestoreJob, piece: Piece) -> None:
         """Copy it from host memory when it is there, else read it."""
-        if job.reason:
+        if job.over or job.reason:
             return
         state = self._state
         slot = state.host.find(piece.stored.meta.object_id)
@@ -218,44 +215,26 @@ class Restores:
         return reads, ""
 
     def _start_read(self, job: RestoreJob, read_id: str, reads: list[Read]) -> None:
-        def done(failed: dict[int, str], nbytes: int, seconds: float) -> None:
+        def ended(objects: list[tuple[Stored, str]], seconds: float) -> None:
             job.reading -= 1
             job.read_s += seconds
-            for index, (stored, meta, slot) in enumerate(reads):
-                if index in failed:
-                    self._read_failed(job, stored, failed[index])
+            for stored, why in objects:
+                if not why:
+                    self._queue(job, Piece(stored, "host"))
+                elif why == REMOVED:
+                    self._stop(job, "incomplete", "a block was removed while it was read")
                 else:
-                    self._read_worked(job, stored, meta, slot)
+                    self._stop(
+                        job, "corrupt" if why == "corrupt" else "disk_error", f"a block on disk: {why}"
+                    )
 
-        self._disk.reads.start(read_id, [(meta, slot) for _, meta, slot in reads], done)
-
-    def _read_worked(self, job: RestoreJob, stored: Stored, meta: ObjectMeta, slot: Slot) -> None:
-        state = self._state
-        if stored.on_disk is not meta or not state.is_stored(stored):
-            # Forgotten, or written anew, while it was being read.
-            state.host.abort(slot, quiet=True)
-            self._stop(job, "incomplete", "a block was removed while it was read")
-            return
-        assert meta.checksum is not None, "what is on disk has a checksum"
-        state.host.commit([(slot, meta.checksum)])
-        state.stored_in_host(meta)
-        if not job.over and not job.reason:
-            self._queue(job, Piece(stored, "host"))
-
-    def _read_failed(self, job: RestoreJob, stored: Stored, why: str) -> None:
-        state = self._state
-        count(state.counters.errors, why)
-        block = state.tree.get(stored.meta.object_id.block_key)
-        if why in GONE and block is not None and state.is_stored(stored):
-            state.removed_from_disk(block, stored)
-        self._stop(job, "corrupt" if why == "corrupt" else "disk_error", f"a block on disk: {why}")
+        self._disk.reads.start(read_id, reads, ended)
 
     def _start_pull(self, job: RestoreJob, read_id: str, reads: list[Read]) -> None:
         def ended(arrived: list[Stored], reason: Reason, detail: str) -> None:
             job.reading -= 1
             for stored in arrived:
-                if not job.over and not job.reason:
-                    self._queue(job, Piece(stored, "host"))
+                self._queue(job, Piece(stored, "host"))
             if reason:
                 self._stop(job, reason, detail)
 

@@ -22,7 +22,8 @@ class NodeSettings:
     kind they are, for people.  ask_elsewhere_s: how long a plan waits for others; 0 on a node alone.
     retire_after_s: when a model's KV is worth nothing that no worker serves, while others serve its name.
     failure_domain: what may fail at once with this node; '' for the node alone.  move_bytes_per_s: what a
-    node on its way out of service may give to others; 0 for nothing.  transport: by which it speaks to other
+    node on its way out of service may give to others; 0 for nothing.  rebalance_bytes_per_s: what one that
+    is full may, while it stays; 0 for nothing.  transport: by which it speaks to other
     nodes, for people.  prefetch_s: how far ahead of a return the disk is read, if that pays; 0: not at all.
     """
 
@@ -45,5 +46,6 @@ class NodeSettings:
     retire_after_s: float = 3600.0
     failure_domain: str = ""
     move_bytes_per_s: int = 0
+    rebalance_bytes_per_s: int = 0
     transport: str = ""
     prefetch_s: float = 0.0

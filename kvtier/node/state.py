@@ -130,12 +130,16 @@ class NodeState:
         self.gpu_address = ""
         self.gpu_said = GpuUsage()
         self.counters = Counters()
+        # By other node: how it was reached last.
+        self.ways: dict[str, str] = {}
         self.arena_bytes: list[int] = []
         # When plans stop to hold what they name in host memory, if nobody restores them.
         self.plan_ends_s: dict[str, float] = {}
         self.disk_held_bytes = 0
         # Room in host memory of objects that the disk does not have, or has less complete.
         self.dirty_bytes = 0
+        # Of all objects that left their last tier.
+        self.dropped_bytes = 0
         # Of each model, by fingerprint: bytes of its objects in each tier.
         self.host_bytes_of: dict[bytes, int] = {}
         self.disk_bytes_of: dict[bytes, int] = {}
@@ -194,6 +198,16 @@ class NodeState:
         self.send(peer, Failed(id=request.id, error=name, message=error.message, fix=error.fix))
 
     # --- where objects are ------------------------------------------------------------------------------
+
+    def reached(self, node: str, way: str) -> None:
+        """A node was reached like this; '' where it was not."""
+        if node and way:
+            self.ways[node] = way
+
+    def path_to(self, node: str) -> str:
+        """What the policy knows loads from there by: another way than TCP has speeds of its own."""
+        way = self.ways.get(node, "tcp")
+        return node if way == "tcp" else f"{node} by {way}"
 
     def source_of(self, stored: Stored) -> Source | None:
         """The best tier that has the object now."""
@@ -311,6 +325,7 @@ class NodeState:
         self.changed(object_id.block_key)
         self._count_disk(stored, None)
         self.dirty_bytes -= stored.dirty_bytes
+        self.dropped_bytes += stored.meta.nbytes
         stored.dirty_bytes = 0
         gone = self.tree.drop(object_id)
         for block in gone:

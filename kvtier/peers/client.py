@@ -8,7 +8,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -16,13 +16,15 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.carriage import Carrier
 from kvtier.errors import AuthError, KvtierError, MalformedMessage
 from kvtier.objects import ObjectId
 from kvtier.peer_messages import Ask, Offer, PeerProof, PeerReady, Reply, Sending, Want
 from kvtier.peers.choice import RAW, Figures, Rates, choose
 from kvtier.peers.coding import Coding, Codings, receive_encoded
 from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove
-from kvtier.peers.stream import MAX_ASK_BYTES, Stream, StreamLost, connect
+from kvtier.peers.stream import MAX_ASK_BYTES, StreamLost, Wire
+from kvtier.peers.ways import Ways
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,19 +50,20 @@ class Wanted:
 @dataclass(slots=True)
 class Came:
     """What a fetch has received. bytes: of objects; coded_bytes: of those that came encoded; wire_bytes: what
-    all of it was on its way.
+    all of it was on its way; relayed_bytes: of those that no TCP brought.
     """
 
     bytes: int = 0
     coded_bytes: int = 0
     wire_bytes: int = 0
+    relayed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
     """streams: connections to one peer.  depth: objects asked for ahead on each, so that the way there and
     back is not waited for.  connect_s: for a connection and its handshake.  codecs: by which KV may come
-    encoded, where the other end has them too and it pays (choice.py).
+    encoded, where the other end has them too and it pays (choice.py).  carrier: see Ways.
     """
 
     streams: int = 4
@@ -68,6 +71,7 @@ class ClientSettings:
     connect_s: float = 2.0
     tls: ssl.SSLContext | None = None
     codecs: Codings = field(default_factory=dict)
+    carrier: Carrier | None = None
 
 
 class PeerClient:
@@ -78,13 +82,15 @@ class PeerClient:
     """
 
     def __init__(self, own: Identity, node: str, address: tuple[str, int], settings: ClientSettings) -> None:
-        self._own, self._node, self._address, self._settings = own, node, address, settings
+        self._own, self._node, self._settings = own, node, settings
+        self._ways = Ways(node, address, settings.tls, settings.carrier)
         self._lock = threading.Lock()
-        self._idle: list[Stream] = []
-        self._asking: set[Stream] = set()
+        self._idle: list[Wire] = []
+        self._asking: set[Wire] = set()
         self._fetches: set[_Fetch] = set()
         self._closed = False
-        self._rates = Rates()
+        # By way: one says nothing of the other.
+        self._rates: defaultdict[str, Rates] = defaultdict(Rates)
         # What both ends have, once a connection was made.
         self._offers: dict[str, Figures] = {}
         self.epoch = 0
@@ -114,8 +120,8 @@ class PeerClient:
         finally:
             with self._lock:
                 self._fetches.discard(run)
-                if not self._fetches:
-                    self._rates.pause()
+                for rates in self._rates.values() if not self._fetches else ():
+                    rates.pause()
 
     def ask(self, body: bytes, timeout_s: float) -> bytes:
         """Ask what is no object, and wait for the answer.
@@ -129,7 +135,7 @@ class PeerClient:
                 return self._ask_over(stream, body, until_s)
         return self._ask_over(self.new_stream(until_s), body, until_s)
 
-    def _ask_over(self, stream: Stream, body: bytes, until_s: float) -> bytes:
+    def _ask_over(self, stream: Wire, body: bytes, until_s: float) -> bytes:
         try:
             with self._lock:
                 if self._closed:
@@ -165,39 +171,49 @@ class PeerClient:
         for stream in streams:
             stream.close()
 
-    def idle_stream(self) -> Stream | None:
+    def idle_stream(self) -> Wire | None:
         """A connection of an earlier fetch; the peer may have closed it since."""
         while True:
             with self._lock:
                 stream = self._idle.pop() if self._idle else None
-            if stream is None or stream.epoch >= self.least_epoch:
+            if stream is None or (stream.epoch >= self.least_epoch and not self._ways.outdated(stream.way)):
                 return stream
             stream.close()
 
-    def new_stream(self, until_s: float) -> Stream:
+    def new_stream(self, until_s: float) -> Wire:
         """A connection that is ready to be asked. Raises StreamLost, AuthError, MalformedMessage."""
         until_s = min(until_s, time.monotonic() + self._settings.connect_s)
-        stream = connect(self._address, self._settings.tls, until_s)
+        try:
+            return self._greeted(self._ways.open(until_s), until_s)
+        except _AnotherNode:
+            if not self._ways.no_tcp():
+                raise
+            return self._greeted(self._ways.open(until_s), until_s)
+
+    def _greeted(self, stream: Wire, until_s: float) -> Wire:
         try:
             greeting = hello(self._own, self._node, secrets.token_bytes(NONCE_BYTES))
             stream.send(greeting, until_s)
             proof = stream.receive(PeerProof, until_s)
             if proof.reason:
-                raise AuthError(f"node '{self._node}' refuses this node: {proof.reason}")
+                refused = AuthError if proof.node in ("", self._node) else _AnotherNode
+                raise refused(f"node '{self._node}' refuses this node: {proof.reason}")
             stream.send(prove(self._own, greeting, proof), until_s)
             ready = stream.receive(PeerReady, until_s)
             if ready.reason:
                 raise AuthError(f"node '{self._node}' refuses this node: {ready.reason}")
-            self._hear_of(ready.codecs)
-            self.epoch = stream.epoch = proof.epoch
+            stream.epoch = proof.epoch
             if proof.epoch < self.least_epoch:
                 raise StreamLost(f"node '{self._node}' of an earlier start answers")
+            self._hear_of(ready.codecs, proof.epoch)
+            self._ways.reached(stream.way)
             return stream
         except BaseException:
+            self._ways.lost(stream.way)
             stream.close()
             raise
 
-    def give_back(self, stream: Stream) -> None:
+    def give_back(self, stream: Wire) -> None:
         """Keep a connection on which nothing is under way."""
         with self._lock:
             if not self._closed:
@@ -210,21 +226,26 @@ class PeerClient:
         """Objects asked for ahead on one connection."""
         return self._settings.depth
 
-    def codec_now(self) -> str:
-        """By which objects are best asked for; '' for none."""
+    @property
+    def way(self) -> str:
+        """By which the node was reached last; '' before it was."""
+        return self._ways.way
+
+    def codec_now(self, way: str) -> str:
+        """By which objects are best asked for; '' for none. way: of the connection."""
         with self._lock:
-            return choose(self._rates.measured(time.monotonic()), self._offers)
+            return choose(self._rates[way].measured(time.monotonic()), self._offers)
 
     def coding(self, name: str) -> Coding | None:
         """One of those that this end decodes."""
         return self._settings.codecs.get(name)
 
-    def came(self, codec: str, nbytes: int) -> None:
+    def came(self, way: str, codec: str, nbytes: int) -> None:
         """So many bytes of KV have arrived just now."""
         with self._lock:
-            self._rates.came(codec, nbytes, time.monotonic())
+            self._rates[way].came(codec, nbytes, time.monotonic())
 
-    def _hear_of(self, offers: Sequence[Offer]) -> None:
+    def _hear_of(self, offers: Sequence[Offer], epoch: int) -> None:
         streams = self._settings.streams
         known: dict[str, Figures] = {}
         for offer in offers:
@@ -234,6 +255,14 @@ class PeerClient:
                 known[offer.codec] = Figures(offer.ratio, offer.encode_bytes_per_s, decode)
         with self._lock:
             self._offers = known
+            if epoch != self.epoch:
+                # Of a former start of the peer nothing that was measured counts.
+                self.epoch = epoch
+                self._rates.clear()
+
+
+class _AnotherNode(AuthError):
+    """Who answers at the address is not the node that was called."""
 
 
 class _Fetch:
@@ -252,7 +281,7 @@ class _Fetch:
         self._lock = threading.Lock()
         self._todo = deque(range(len(wanted)))
         self._outcomes: dict[int, Outcome] = {}
-        self._streams: set[Stream] = set()
+        self._streams: set[Wire] = set()
         self._cancelled = False
         self._refused: KvtierError | None = None
 
@@ -299,7 +328,7 @@ class _Fetch:
             return
         self._use(stream, reused=False)
 
-    def _use(self, stream: Stream, *, reused: bool) -> bool:
+    def _use(self, stream: Wire, *, reused: bool) -> bool:
         """Receive over this connection; False when it was closed already, and another one is to be used."""
         asked: deque[_Asked] = deque()
         with self._lock:
@@ -326,7 +355,7 @@ class _Fetch:
                 stream.close()
         return True
 
-    def _receive_all(self, stream: Stream, asked: deque[_Asked], received: list[int]) -> None:
+    def _receive_all(self, stream: Wire, asked: deque[_Asked], received: list[int]) -> None:
         while not self._cancelled:
             while len(asked) < self._client.depth and self._ask(stream, asked):
                 pass
@@ -339,13 +368,13 @@ class _Fetch:
             self._ended(index, outcome)
         raise StreamLost("cancelled")
 
-    def _ask(self, stream: Stream, asked: deque[_Asked]) -> bool:
+    def _ask(self, stream: Wire, asked: deque[_Asked]) -> bool:
         with self._lock:
             if not self._todo:
                 return False
             index = self._todo.popleft()
         item_bytes = self._wanted[index].item_bytes
-        codec = self._client.codec_now() if item_bytes else RAW
+        codec = self._client.codec_now(stream.way) if item_bytes else RAW
         asked.append((index, codec))
         key, group, shard = self._wanted[index].object_id
         want = Want(
@@ -354,7 +383,7 @@ class _Fetch:
         stream.send(want, self._until_s)
         return True
 
-    def _receive(self, stream: Stream, wanted: Wanted, asked: str) -> Outcome:
+    def _receive(self, stream: Wire, wanted: Wanted, asked: str) -> Outcome:
         head = stream.receive(Sending, self._until_s)
         if head.reason:
             return "busy" if head.reason == "busy" else "missing"
@@ -364,11 +393,12 @@ class _Fetch:
             raise MalformedMessage(f"encoded by '{head.codec}' where '{asked}' was wanted")
 
         def came(nbytes: int, wire_bytes: int) -> None:
-            self._client.came(head.codec, nbytes)
+            self._client.came(stream.way, head.codec, nbytes)
             with self._lock:
                 self._came.bytes += nbytes
                 self._came.wire_bytes += wire_bytes
                 self._came.coded_bytes += nbytes if head.codec else 0
+                self._came.relayed_bytes += nbytes if stream.way != Wire.way else 0
 
         coding = self._client.coding(head.codec)
         if coding is None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
 from kvtier.errors import CorruptObject, MalformedMessage
 from kvtier.peers.choice import Figures
-from kvtier.peers.stream import Stream
+from kvtier.peers.stream import Wire
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -96,7 +96,7 @@ def encoded(codec: WireCodec, item_bytes: int, data: Bytes) -> Iterator[memoryvi
 
 
 def receive_encoded(
-    stream: Stream, codec: WireCodec, into: Bytes, until_s: float, came: Callable[[int, int], None]
+    stream: Wire, codec: WireCodec, into: Bytes, until_s: float, came: Callable[[int, int], None]
 ) -> int | None:
     """Fill `into` with an object that comes encoded; its checksum, or None when a chunk cannot be decoded.
 

@@ -24,6 +24,7 @@ from kvtier.peers.choice import RAW
 from kvtier.peers.coding import WIDTHS, Codings, encoded
 from kvtier.peers.fairness import Turns
 from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
+from kvtier.peers.relay import Tunnels
 from kvtier.peers.stream import BUFFER_BYTES, MAX_ASK_BYTES, Stream, StreamLost
 
 _LOG = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class PeerServer:
         self._open: dict[Stream, threading.Thread] = {}
         self._closing = False
         self.sent = Sent()
+        # Connections that come in calls instead, in clear: none where there is TLS.
+        self.tunnels = Tunnels(self._tunnelled)
         try:
             family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
             self._listener = socket.create_server(
@@ -124,6 +127,7 @@ class PeerServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
+        self.tunnels.close()
         for stream in streams:
             stream.close()
         for thread in streams.values():
@@ -135,17 +139,34 @@ class PeerServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            with self._lock:
-                if self._closing or len(self._open) >= self._settings.connections:
-                    self.sent.refused += 1
-                    sock.close()
-                    continue
-                stream = Stream(sock)
-                thread = threading.Thread(
-                    target=self._serve, args=(stream, sock), name="kvtier-peer", daemon=True
-                )
-                self._open[stream] = thread
-                thread.start()
+            if not self._take(sock):
+                sock.close()
+
+    def _take(self, sock: socket.socket) -> bool:
+        """Serve a connection, unless there are too many."""
+        with self._lock:
+            if self._closing or len(self._open) >= self._settings.connections:
+                self.sent.refused += 1
+                return False
+            stream = Stream(sock)
+            thread = threading.Thread(
+                target=self._serve, args=(stream, sock), name="kvtier-peer", daemon=True
+            )
+            self._open[stream] = thread
+            thread.start()
+            return True
+
+    def _tunnelled(self) -> socket.socket | None:
+        """See Tunnels."""
+        if self._settings.tls is not None:
+            return None
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        if self._take(ours):
+            return theirs
+        ours.close()
+        theirs.close()
+        return None
 
     def _serve(self, stream: Stream, sock: socket.socket) -> None:
         secured = stream
@@ -194,7 +215,7 @@ class PeerServer:
         try:
             proof = answer(self._own, greeting, nonce)
         except KvtierError as error:
-            stream.send(PeerProof(reason=error.message), until_s)
+            stream.send(PeerProof(reason=error.message, node=self._own.node), until_s)
             raise
         stream.send(proof, until_s)
         try:

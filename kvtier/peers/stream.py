@@ -1,4 +1,4 @@
-"""One TCP connection between two nodes: frames, and the bytes of objects between them."""
+"""A connection between two nodes: frames, and the bytes of objects between them; and such a one over TCP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ssl
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -33,31 +34,26 @@ class StreamLost(OSError):
     """The other end is gone, or took too long. Nothing more can be said over this connection."""
 
 
-class Stream:
+class Wire(ABC):
     """Not thread-safe, but for `close`. Times are deadlines by time.monotonic().
 
-    epoch: of the other end, once it has proven who it is; for who keeps streams.
+    epoch: of the other end, once it has proven who it is; for who keeps streams.  way: how it is reached.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        # Under TLS a part of a record may be there without any more to come from the kernel.
-        self._plain = not isinstance(sock, ssl.SSLSocket)
-        if self._plain:
-            # Who waits, waits in the kernel, for all that is wanted: one call for many packets.
-            sock.settimeout(None)
-        # Held by who sends or receives: under TLS nobody else may take the socket apart meanwhile.
-        self._in_use = threading.Lock()
-        self.epoch = 0
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    epoch = 0
+    way = "tcp"
 
-    def begin_tls(self, until_s: float) -> None:
-        """Agree on keys with the other end, on a TLS socket that has not done so. Raises OSError."""
-        assert isinstance(self._sock, ssl.SSLSocket)
-        with self._in_use:
-            self._sock.settimeout(_left(until_s))
-            self._sock.do_handshake()
+    @abstractmethod
+    def _send_all(self, part: memoryview, until_s: float) -> None:
+        """Raises OSError."""
+
+    @abstractmethod
+    def fill(self, into: memoryview, until_s: float) -> None:
+        """Receive exactly as many bytes. Raises StreamLost."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """From any thread: whoever sends or receives gets StreamLost. Twice is no harm."""
 
     def send(self, message: Message, until_s: float, payload: Iterable[memoryview] = ()) -> int:
         """A frame, and the bytes that belong to it; answers how many those are. Raises StreamLost."""
@@ -70,13 +66,6 @@ class Stream:
         except OSError as error:
             raise StreamLost(f"sending: {error}") from error
         return sent
-
-    def _send_all(self, part: memoryview, until_s: float) -> None:
-        at = 0
-        with self._in_use:
-            while at < len(part):
-                self._bound(socket.SO_SNDTIMEO, until_s)
-                at += self._sock.send(part[at:])
 
     def receive(self, kind: type[M], until_s: float, most_bytes: int = MAX_BODY_BYTES) -> M:
         """The next frame, which has to be of this kind. Raises StreamLost, MalformedMessage."""
@@ -96,20 +85,6 @@ class Stream:
         self.fill(memoryview(body), until_s)
         return decode(memoryview(body))
 
-    def fill(self, into: memoryview, until_s: float) -> None:
-        """Receive exactly as many bytes. Raises StreamLost."""
-        at = 0
-        try:
-            with self._in_use:
-                while at < len(into):
-                    self._bound(socket.SO_RCVTIMEO, until_s)
-                    got = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL if self._plain else 0)
-                    if not got:
-                        raise StreamLost("the other end closed the connection")
-                    at += got
-        except OSError as error:
-            raise StreamLost(f"receiving: {error}") from error
-
     def receive_object(
         self, into: memoryview, until_s: float, came: Callable[[int, int], None] = lambda *_: None
     ) -> int:
@@ -127,9 +102,53 @@ class Stream:
             came(len(part), len(part))
         return combine(sums, len(into))
 
+
+class Stream(Wire):
+    """Over a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        # Under TLS a part of a record may be there without any more to come from the kernel.
+        self._plain = not isinstance(sock, ssl.SSLSocket)
+        if self._plain:
+            # Who waits, waits in the kernel, for all that is wanted: one call for many packets.
+            sock.settimeout(None)
+        # Held by who sends or receives: under TLS nobody else may take the socket apart meanwhile.
+        self._in_use = threading.Lock()
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def begin_tls(self, until_s: float) -> None:
+        """Agree on keys with the other end, on a TLS socket that has not done so. Raises OSError."""
+        assert isinstance(self._sock, ssl.SSLSocket)
+        with self._in_use:
+            self._sock.settimeout(left(until_s))
+            self._sock.do_handshake()
+
+    def _send_all(self, part: memoryview, until_s: float) -> None:
+        at = 0
+        with self._in_use:
+            while at < len(part):
+                self._bound(socket.SO_SNDTIMEO, until_s)
+                at += self._sock.send(part[at:])
+
+    def fill(self, into: memoryview, until_s: float) -> None:
+        """See Wire."""
+        at = 0
+        try:
+            with self._in_use:
+                while at < len(into):
+                    self._bound(socket.SO_RCVTIMEO, until_s)
+                    got = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL if self._plain else 0)
+                    if not got:
+                        raise StreamLost("the other end closed the connection")
+                    at += got
+        except OSError as error:
+            raise StreamLost(f"receiving: {error}") from error
+
     def _bound(self, option: int, until_s: float) -> None:
         """Have the next call end by then."""
-        left_s = _left(until_s)
+        left_s = left(until_s)
         if not self._plain:
             self._sock.settimeout(left_s)
             return
@@ -138,7 +157,7 @@ class Stream:
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, micros))
 
     def close(self) -> None:
-        """From any thread: whoever sends or receives gets StreamLost. Twice is no harm."""
+        """See Wire."""
         # The other end may have closed it before.  Not the TLS socket's own way: that ends TLS first, and who
         # sends just then would send in clear.
         with contextlib.suppress(OSError):
@@ -150,13 +169,13 @@ class Stream:
 def connect(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float) -> Stream:
     """Open a connection. Raises StreamLost."""
     try:
-        sock = socket.create_connection(address, timeout=_left(until_s))
+        sock = socket.create_connection(address, timeout=left(until_s))
     except OSError as error:
         raise StreamLost(f"{address[0]}:{address[1]}: {error}") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         if tls is not None:
-            sock.settimeout(_left(until_s))
+            sock.settimeout(left(until_s))
             sock = tls.wrap_socket(sock, server_hostname=address[0])
         return Stream(sock)
     except OSError as error:
@@ -164,7 +183,8 @@ def connect(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float
         raise StreamLost(f"{address[0]}:{address[1]}: {error}") from error
 
 
-def _left(until_s: float) -> float:
+def left(until_s: float) -> float:
+    """Seconds until then. Raises TimeoutError when there are none."""
     left_s = until_s - time.monotonic()
     if left_s <= 0:
         raise TimeoutError("the time is over")

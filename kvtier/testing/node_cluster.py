@@ -5,6 +5,9 @@ The first of them run the directory's services too.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import socket
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +15,19 @@ from typing import Any
 
 from kvtier.testing.node_bench import Bench, until
 
+# Below those that the kernel gives to connections; each process begins elsewhere.
+_FIRST_PORT, _PORT_COUNT = 12000, 20000
+_PORTS = itertools.count(os.getpid() * 101)
 _TOKEN, _SECRET = "token of a test's cluster", "secret of a test's cluster, 32 bytes"
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
+    """A port of loopback that nobody listens on, and that no connection is given while its node is away."""
+    for number in _PORTS:
+        port = _FIRST_PORT + number % _PORT_COUNT
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("the numbers do not end")
 
 
 def cluster_settings(folder: Path, names: tuple[str, ...], services: int = 1) -> dict[str, dict[str, Any]]:

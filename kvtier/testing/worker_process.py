@@ -30,6 +30,10 @@ FAST = Backoff(first_s=0.01, limit_s=0.1)
 _ANSWER_S = 60.0
 
 
+class ProcessLost(RuntimeError):
+    """The process has ended, or does not answer."""
+
+
 class _Station:
     """Inside the process: carries out what it is told."""
 
@@ -125,9 +129,11 @@ class OrderedProcess:
             [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._rest = b""
-        if self._hear() != "ready":
+        try:
+            self._hear(_ANSWER_S)
+        except BaseException:
             self.kill()
-            raise RuntimeError("the worker process did not start")
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -142,12 +148,23 @@ class OrderedProcess:
         """Of the process."""
         return self._process.pid
 
-    def do(self, order: str, **options: Any) -> Any:
-        """Have it do something, and wait for its answer. Raises RuntimeError for what went wrong there."""
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def do(self, order: str, *, answer_s: float = _ANSWER_S, **options: Any) -> Any:
+        """Have it do something, and wait for its answer.
+
+        Raises ProcessLost, and RuntimeError for what went wrong there.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": order, **options}).encode() + b"\n")
-        self._process.stdin.flush()
-        return self._hear()
+        try:
+            self._process.stdin.write(json.dumps({"do": order, **options}).encode() + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise ProcessLost(str(error)) from error
+        return self._hear(answer_s)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone; again is no error."""
@@ -157,14 +174,14 @@ class OrderedProcess:
             if pipe is not None and not pipe.closed:
                 pipe.close()
 
-    def _hear(self) -> Any:
+    def _hear(self, timeout_s: float) -> Any:
         assert self._process.stdout is not None
-        end_s = time.monotonic() + _ANSWER_S
+        end_s = time.monotonic() + timeout_s
         while b"\n" not in self._rest:
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end_s - time.monotonic()))
             more = self._process.stdout.read1(65536) if ready else b""  # type: ignore[attr-defined]
             if not more:
-                raise RuntimeError("the worker process does not answer")
+                raise ProcessLost("it ended" if ready else f"no answer within {timeout_s} s")
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\n")
         answer = json.loads(line)

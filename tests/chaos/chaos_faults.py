@@ -16,8 +16,17 @@ from chaos_wires import STATES
 
 _MEAN_GAP_S = 1.2
 # How often, against each other.
-_KINDS = {"kill": 5, "stop": 4, "kill node": 2, "kill worker": 2, "stop worker": 3, "link": 6, "leave": 1}
-_PATIENCE_S = 150.0
+_KINDS = {
+    "kill": 5,
+    "stop": 4,
+    "kill node": 2,
+    "kill all": 1,
+    "kill worker": 2,
+    "stop worker": 3,
+    "link": 6,
+    "leave": 1,
+}
+_PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,9 @@ def drawn(
             faults.append(
                 Fault(at_s, draw.uniform(0.3, 6), kind, f"{node}>{other}", both + draw.choice(STATES))
             )
+        elif kind == "kill all":
+            # Nobody is left who knows anything but from a disk.
+            faults += [Fault(at_s, draw.uniform(0.05, 3), "kill node", name) for name in names]
         elif kind.endswith("worker"):
             faults.append(Fault(at_s, draw.uniform(0.1, 6), kind, draw.choice(chairs)))
         elif kind == "stop":

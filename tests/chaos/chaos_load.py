@@ -16,10 +16,11 @@ from typing import Any
 from chaos_ledger import Chat, Copies, Gone, Ledger, Promise
 from chaos_nodes import Broken, Node
 from chaos_text import Text
-from chaos_worker import FAST, WorkerLost, WorkerProcess
+from chaos_worker import WorkerProcess
 
 from kvtier.client import Client, connect
 from kvtier.errors import DaemonNotFound
+from kvtier.testing.worker_process import FAST, ProcessLost
 from kvtier.waiting import wait_until
 
 _FORGET_S = 20.0
@@ -85,13 +86,13 @@ class Chair:
             self._client.close()
 
     def do(self, order: str, **options: Any) -> Any:
-        """Have the worker do something; a new one if there is none. Raises WorkerLost where it was killed,
-        Broken where it ends or hangs by itself, KvtierError for what it raised.
+        """Have the worker do something; a new one if there is none. Raises ProcessLost where it was killed,
+        Broken where it ends or hangs by itself, RuntimeError for what it raised.
         """
         worker = self._present()
         try:
             return worker.do(order, answer_s=_ANSWER_S, **options)
-        except WorkerLost as error:
+        except ProcessLost as error:
             with self._lock:
                 if worker.pid not in self._killed:
                     raise Broken(f"worker {self.name} at '{order}': {error}") from error
@@ -100,7 +101,7 @@ class Chair:
     def _present(self) -> WorkerProcess:
         while True:
             if not self._manned.wait(_ANSWER_S):
-                raise WorkerLost("nobody took its place")
+                raise ProcessLost("nobody took its place")
             with self._lock:
                 if self._worker is not None and self._worker.alive:
                     return self._worker
@@ -124,7 +125,7 @@ class Chair:
         """Turns, until the event."""
         try:
             while not stop.is_set():
-                with suppress(WorkerLost):
+                with suppress(ProcessLost):
                     self.turn(draw)
                 self.seen["turns"] += 1
                 if not self.client.connected:
@@ -201,12 +202,17 @@ class Chair:
             text = draw.choice(chat.texts)
             if draw.random() < 0.5:
                 text = text.grown(0, draw.randint(1, 20))
-            self.restore(chat, text, deadline_s, pause_s=draw.choice((0.0, 0.0, 0.0, 0.02)))
+            self.restore(
+                chat, text, deadline_s, plan_s=deadline_s, pause_s=draw.choice((0.0, 0.0, 0.0, 0.02))
+            )
 
-    def restore(self, chat: Chat, text: Text, deadline_s: float, pause_s: float = 0.0) -> dict[str, Any]:
-        """Restore, and see that nothing is wrong. Raises Broken."""
+    def restore(
+        self, chat: Chat, text: Text, deadline_s: float, *, plan_s: float | None = None, pause_s: float = 0.0
+    ) -> dict[str, Any]:
+        """Restore, and see that nothing is wrong. plan_s: None also plans what is slow. Raises Broken."""
         order = {"text": text.pieces, "tenant": chat.tenant, "name": chat.name}
-        found: dict[str, Any] = self.do("restore", deadline_s=deadline_s, pause_s=pause_s, **order)
+        times = {"deadline_s": deadline_s, "plan_s": plan_s, "pause_s": pause_s}
+        found: dict[str, Any] = self.do("restore", **times, **order)
         self.seen[f"restored {'+'.join(sorted(found['sources']))} {found['reason']}".rstrip()] += 1
         if found["right"] < found["tokens"]:
             raise Broken(f"{self.name}: WRONG BYTES in {chat.name} {text.pieces}: {found}")

@@ -21,13 +21,14 @@ from chaos_wires import State, Wire, Wires
 from kvtier.client import Client, connect
 from kvtier.errors import DaemonNotFound
 from kvtier.receipts import StatusReport
+from kvtier.testing.node_bench import status
 from kvtier.testing.service_processes import ServiceProcesses
 from kvtier.waiting import wait_until
 
 NAMES = ("a", "b", "c")
 _DIRECTORIES = ("a", "b")
 _PEERS_PORT, _DIRECTORY_PORT = 7200, 7201
-_START_S, _HEALED_S = 30.0, 60.0
+_START_S, _HEALED_S = 180.0, 180.0
 SETTINGS: dict[str, Any] = {
     "host.capacity_bytes": 2 << 20,
     "disk.capacity_bytes": 512 << 20,
@@ -88,8 +89,9 @@ class Node:
         self.services.__enter__()
 
     def kill(self, *services: str) -> None:
-        """SIGKILL those that run, all at once; none named: all."""
+        """SIGKILL those that run, all at once; none named: all. Raises Broken where one ended by itself."""
         with self._lock:
+            self._raise_ended()
             running = self.services.running()
             chosen = [name for name in services or running if name in running]
             for name in chosen:
@@ -157,10 +159,7 @@ class Node:
 
     def status(self) -> StatusReport | None:
         """Its report; None while it is away."""
-        try:
-            return self.client.status()
-        except DaemonNotFound:
-            return None
+        return status(self.client)
 
     def heal(self) -> None:
         """Go on, start, and wait until it is ready. Raises Broken."""
@@ -176,9 +175,7 @@ class Node:
     def check_alive(self) -> None:
         """Raises Broken where a service ended by itself."""
         with self._lock:
-            ended = {name: status for name, status in self.services.running().items() if status is not None}
-        if ended:
-            raise Broken(f"services of node {self.name} ended by themselves: {ended}; {self.tail(*ended)}")
+            self._raise_ended()
 
     def tail(self, *services: str) -> str:
         """The last of their logs."""
@@ -202,6 +199,11 @@ class Node:
             for pid in list(self._stopped):
                 self._go_on(pid)
             self.services.kill_all()
+
+    def _raise_ended(self) -> None:
+        ended = {name: status for name, status in self.services.running().items() if status is not None}
+        if ended:
+            raise Broken(f"services of node {self.name} ended by themselves: {ended}; {self.tail(*ended)}")
 
     def _go_on(self, pid: int) -> None:
         self._stopped.discard(pid)

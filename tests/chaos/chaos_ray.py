@@ -24,8 +24,8 @@ from kvtier import paths
 from kvtier.client import Client, connect
 from kvtier.cluster.down import kill_all
 from kvtier.cluster.procs import alive, session_members
-from kvtier.errors import DaemonNotFound
 from kvtier.receipts import StatusReport
+from kvtier.testing.node_bench import status
 from kvtier.waiting import wait_until
 
 # The process of Ray's head, as one more thing that can be killed and stopped.
@@ -159,10 +159,7 @@ class RayNode:
 
     def status(self) -> StatusReport | None:
         """Its report; None while it is away."""
-        try:
-            return self.client.status()
-        except DaemonNotFound:
-            return None
+        return status(self.client)
 
     def check_alive(self) -> None:
         """Actors end with their node, and the reconciler starts them: `heal` has seen to it."""

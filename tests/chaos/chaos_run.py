@@ -30,8 +30,6 @@ CHATS = 14
 _KEPT_S, _QUIET_S, _CLEAN_S = 20.0, 30.0, 30.0
 _OLD_GONE, _NEW_GONE, _ELSEWHERE = 20, 40, 12
 _TAIL = 150
-# A path that is known to be slow is tried again after 64 refusals: on a busy machine they take their time.
-_TRIES = 70
 _MOST_FDS = 400
 
 
@@ -184,12 +182,13 @@ class Run:
         """By itself; one that ends in a tail, also by a longer text that comes back whole.
 
         A full block of that one may have taken the tail's place: then all full blocks of this one are there.
-        The longer text may have reached the disk after its receipt said less.
+        The longer text may have reached the disk after its receipt said less.  At the node itself, all of it
+        is there before anybody else is asked, but for such a tail.
         """
         found: list[dict[str, Any]] = []
-        tries = 0
         said = promise.text.cut(promise.tokens)
         tail = said.count % BLOCK_TOKENS
+        own = chair.node.name == promise.node
         longer = [
             text
             for text in self._ledger.longer(chat, said)
@@ -197,9 +196,9 @@ class Run:
         ]
 
         def held() -> bool:
-            nonlocal tries
-            tries += 1
             found[:] = [chair.restore(chat, said, self._plan.patience_s)]
+            if own and said.count >= BLOCK_TOKENS and "peer" in found[0]["sources"]:
+                raise self._lost(chat, promise, chair, found)
             if found[0]["tokens"] >= tokens:
                 return True
             for text in longer if found[0]["tokens"] >= said.count - tail else ():
@@ -209,29 +208,29 @@ class Run:
                     return True
             return False
 
-        while not wait_until(held, self._plan.patience_s):
-            if tries < _TRIES:
-                continue
-            located = chair.client.locate(chat.name, tenant=chat.tenant)
-            raise Broken(
-                f"LOST: node {promise.node} promised {promise.tokens} tokens of {chat.tenant}/{chat.name} "
-                f"{promise.text.pieces}; at {chair.name} there is {found}; "
-                f"located at {located}"
-            )
+        if not wait_until(held, self._plan.patience_s):
+            raise self._lost(chat, promise, chair, found)
         self.seen["promises held"] += 1
 
+    @staticmethod
+    def _lost(chat: Chat, promise: Promise, chair: Chair, found: list[dict[str, Any]]) -> Broken:
+        located = chair.client.locate(chat.name, tenant=chat.tenant)
+        return Broken(
+            f"LOST: node {promise.node} promised {promise.tokens} tokens of {chat.tenant}/{chat.name} "
+            f"{promise.text.pieces}; at {chair.name} there is {found}; "
+            f"located at {located}"
+        )
+
     def _hold_copies(self, chat: Chat, copies: Copies) -> None:
-        """At a node whose memory was not lost since: n copies outlive the loss of n - 1 nodes.
+        """At each node whose memory was not lost since: n copies outlive the loss of n - 1 nodes.
 
         Also where its disk was away, now and again: memory keeps them until it is back.
         """
-        for name in copies.nodes:
-            chairs = [chair for chair in self.chairs if (chair.node.name, chair.model) == (name, chat.model)]
-            if chairs and self._nodes.all[name].harmed_s < copies.asked_s:
-                promise = Promise(name, copies.text, copies.tokens)
-                self._hold(chat, promise, chairs[0], promise.tokens)
+        for chair in self.chairs:
+            node = chair.node
+            if chair.model == chat.model and node.name in copies.nodes and node.harmed_s < copies.asked_s:
+                self._hold(chat, Promise(node.name, copies.text, copies.tokens), chair, copies.tokens)
                 self.seen["copies held"] += 1
-                return
 
     def _stay_away(self, chair: Chair, chat: Chat, text: Text, shared: int) -> None:
         """Nothing of it comes back, once the node has heard of it."""

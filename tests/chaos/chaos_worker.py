@@ -1,4 +1,4 @@
-"""A serving worker of the chaos run as a process of its own: `python chaos_worker.py SOCKET MODEL SEED HELD`.
+"""A serving worker of the chaos run as a process of its own: `python -m chaos_worker SOCKET MODEL SEED HELD`.
 
 It reads one JSON object a line, {"do": name, ...}, and answers each with one.  It checks what it restores
 against the model itself, and writes over its pages the moment that a park has released them.
@@ -6,35 +6,24 @@ against the model itself, and writes over its pages the moment that a park has r
 
 from __future__ import annotations
 
-import json
 import random
-import select
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chaos_text import Text, TextMemory, pages_of
 
-from kvtier.breaker import Backoff
 from kvtier.client import connect
 from kvtier.errors import KvtierError
 from kvtier.handles import ParkHandle
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import SHARD
-from kvtier.testing.worker_process import serve
+from kvtier.testing.worker_process import FAST, OrderedProcess, serve
 
-FAST = Backoff(first_s=0.01, limit_s=0.2)
 PAGES = 96
 _QUIET_S = 60.0
-
-
-class WorkerLost(Exception):
-    """The process was killed, or does not answer."""
 
 
 @dataclass(slots=True)
@@ -86,13 +75,22 @@ class _Station:
         return {**asdict(receipt), "let_go": released}
 
     def restore(
-        self, text: Any, tenant: str, name: str | None, deadline_s: float, pause_s: float = 0.0
+        self,
+        text: Any,
+        tenant: str,
+        name: str | None,
+        deadline_s: float,
+        plan_s: float | None,
+        pause_s: float = 0.0,
     ) -> dict[str, Any]:
-        """Plan and restore; 'right' tokens are in place; 'strange': whether other pages were written into."""
+        """Plan and restore; 'right' tokens are in place; 'strange': whether other pages were written into.
+
+        plan_s: what is expected to take longer than this is not planned; None: everything is.
+        """
         said = _text(text)
         pages = self._take(said)
         self.kv.poison(pages)
-        plan = self.worker.plan(name, said.tokens(), tenant=tenant, deadline_s=deadline_s)
+        plan = self.worker.plan(name, said.tokens(), tenant=tenant, deadline_s=plan_s)
         if pause_s:
             self.nobody.wait(pause_s)
         receipt = self.worker.restore_async(plan, pages, deadline_s=deadline_s).result(_QUIET_S)
@@ -140,64 +138,20 @@ def _text(pieces: Any) -> Text:
     return Text(tuple((seed, count) for seed, count in pieces))
 
 
-class WorkerProcess:
+class WorkerProcess(OrderedProcess):
     """The other side. One thread at a time; `kill` from any."""
 
-    def __init__(
-        self, path: str, model: int, seed: int, held: Path | None = None, within: Sequence[str] = ()
-    ) -> None:
-        command = [*within, sys.executable, str(Path(__file__)), path, str(model), str(seed), str(held or "")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._rest = b""
-        self._hear(60.0)
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        return self._process.poll() is None
-
-    def do(self, order: str, answer_s: float, **options: Any) -> Any:
-        """Have it do something. Raises WorkerLost, and KvtierError for what it raised."""
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"do": order, **options}).encode() + b"\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError) as error:
-            raise WorkerLost(str(error)) from error
-        answer = self._hear(answer_s)
-        if "error" in answer:
-            raise KvtierError(answer["error"])
-        return answer["is"]
+    def __init__(self, path: str, model: int, seed: int, held: Path | None) -> None:
+        super().__init__("chaos_worker", path, str(model), str(seed), str(held or ""))
 
     def kill(self) -> None:
-        """SIGKILL; who waits for its answer gets WorkerLost."""
+        """SIGKILL; who waits for its answer gets ProcessLost."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """After `kill`: its pipes."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def _hear(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        end_s = time.monotonic() + timeout_s
-        while b"\n" not in self._rest:
-            left_s = max(0.0, end_s - time.monotonic())
-            ready, _, _ = select.select([self._process.stdout], [], [], left_s)
-            more = self._process.stdout.read1(65536) if ready else b""  # type: ignore[attr-defined]
-            if not more:
-                raise WorkerLost("it ended" if ready else f"no answer within {timeout_s} s")
-            self._rest += more
-        line, _, self._rest = self._rest.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        """After `kill`, when nobody waits any more: its pipes too."""
+        super().kill()
 
 
 if __name__ == "__main__":

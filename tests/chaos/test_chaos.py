@@ -50,7 +50,7 @@ def test_no_promise_is_broken(
 
 # --- what the run has to notice -----------------------------------------------------------------------------
 
-SHORT = {"rounds": 3, "round_s": 5.0, "calm": True, "patience_s": 6.0}
+SHORT = {"rounds": 3, "round_s": 5.0, "calm": True}
 
 
 def caught(run: Run) -> str:
@@ -90,5 +90,5 @@ class Holding(Run):
 def test_a_worker_that_keeps_its_slots_for_ever_is_noticed(tmp_path: Path) -> None:
     held = tmp_path / "held"
     held.mkdir()
-    found = caught(Holding(Plan(seed=4, held=held, **SHORT), tmp_path))  # type: ignore[arg-type]
+    found = caught(Holding(Plan(seed=4, held=held, patience_s=6.0, **SHORT), tmp_path))  # type: ignore[arg-type]
     assert re.search(r"in limbo: .*'host'.*?limbo_bytes=[1-9]", found), found

@@ -63,8 +63,12 @@ class Node:
 
 
 @pytest.fixture
-def nodes(sides: tuple[Side, Side], tmp_path: Path) -> Iterator[tuple[Node, Node]]:  # noqa: F811
-    """(with Ray's head and the directory, the other one)."""
+def nodes(
+    sides: tuple[Side, Side],  # noqa: F811
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[Node, Node]]:
+    """(with Ray's head and the directory, the other one). Its parameter: where the other one listens."""
     a, b = sides
     for name in ("secret", "peers"):
         path = tmp_path / name
@@ -86,6 +90,9 @@ def nodes(sides: tuple[Side, Side], tmp_path: Path) -> Iterator[tuple[Node, Node
             "metrics.enabled=false",
         ]
     a.settings += [f"cluster.directory_listen={directory}"]
+    if hasattr(request, "param"):
+        a.settings += ["cluster.fallback=ray"]
+        b.settings += [f"cluster.listen={request.param}", "cluster.fallback=ray"]
     gates = tmp_path / "gates"
     gates.mkdir()
     found = Node(a, gates), Node(b, gates)
@@ -143,3 +150,33 @@ def test_parked_at_one_restored_at_the_other_through_cuts_and_deaths(nodes: tupl
     other.up()
     home.knows(5)
     assert home.restored(5) == TOKENS
+
+
+@pytest.mark.parametrize("nodes", ["127.0.0.1:47200"], indirect=True)
+def test_a_node_that_tcp_does_not_reach_is_read_through_ray(nodes: tuple[Node, Node]) -> None:
+    home, other = nodes
+    for seed in (1, 2):
+        other.park(seed)
+    home.knows(1)
+    assert home.restored(1) == TOKENS
+    report = home.client.status()
+    assert dict(report.peers) == {"b": "ray"}
+    assert report.counters["peer_relayed_bytes"] == report.counters["peer_received_bytes"] > 0
+    # The other way there is TCP.
+    receipt = home.worker.result(home.worker.park(3, PAGES, TOKENS, level="disk"))
+    assert receipt["level"] == "disk"
+    other.knows(3)
+    assert other.restored(3) == TOKENS
+    assert dict(other.client.status().peers) == {"a": "tcp"}
+
+    # Cut off, it is as far away as over TCP: a miss by the deadline, and all of it once the link is back.
+    ip("-n", other.side.name, "link", "set", other.side.link, "down")
+    try:
+        assert home.restored(2, deadline_s=CUT_S) in (0, TOKENS)
+    finally:
+        ip("-n", other.side.name, "link", "set", other.side.link, "up")
+    home.knows(2)
+    assert home.restored(2) == TOKENS
+    forgotten = home.client.forget("chat-1")
+    assert forgotten.durable and not forgotten.detail
+    until(lambda: other.client.show("chat-1") is None, "it is erased at both")

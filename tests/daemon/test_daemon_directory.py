@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,65 @@ def test_a_snapshot_that_takes_long_is_made_once(config: Config, service: Direct
         assert made == ["asked", "asked"]
     finally:
         directory.close()
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_everything_is_told_once_a_thread_can_be_started_for_it(
+    config: Config,
+    service: DirectoryService,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(peer_directory, "_MOST_SILENT_S", 0.01)
+    snapshot = Say._snapshot
+    refused: list[bool] = []
+
+    def refused_once(self: Say) -> None:
+        if not refused:
+            refused.append(True)
+            no_thread(threading.current_thread())
+        snapshot(self)
+
+    monkeypatch.setattr(Say, "_snapshot", refused_once)
+    node = Say(config, "a")
+    try:
+        until(lambda: "heard" in node.told, "all shards have one")
+    finally:
+        node.directory.close()
+    assert "can't start new thread" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_announces_goes_on_after_a_fault_once_a_thread_can_be_started(
+    config: Config, service: DirectoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_directory, "_PAUSE_S", 0.01)
+    begin, tell_all = PeerDirectory._begin, PeerDirectory._tell_all
+    faults, refused = [ValueError("a fault of ours")], threading.Event()
+
+    def fails_once(self: PeerDirectory, service: Any) -> bool:
+        if faults:
+            raise faults.pop()
+        return tell_all(self, service)
+
+    def refused_once(self: PeerDirectory, service: Any) -> None:
+        if not faults and not refused.is_set():
+            refused.set()
+            no_thread(threading.current_thread())
+        begin(self, service)
+
+    monkeypatch.setattr(PeerDirectory, "_tell_all", fails_once)
+    monkeypatch.setattr(PeerDirectory, "_begin", refused_once)
+    node = Say(config, "a")
+    try:
+        node.names("chat")
+        until(lambda: node.ends("chat"), "what it says arrives all the same")
+    finally:
+        node.directory.close()
+    assert refused.is_set()
 
 
 def test_names_of_tombstones_that_are_over_stay(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from kvtier.daemon.embedded import Embedded
 from kvtier.disk.fileops import Bytes, OsFileOps
 from kvtier.disk.fsck import fsck
 from kvtier.disk.tier import DiskTier
-from kvtier.errors import ConfigError, StaleSlot, TierUnavailable
+from kvtier.errors import ConfigError, StaleSlot, TierFull, TierUnavailable
 from kvtier.receipts import TierInfo
 from kvtier.testing.gates import Gate, GatedFileOps
 from kvtier.testing.kv_memory import pages_for
@@ -32,6 +32,7 @@ TOKENS = 190
 PAGES = pages_for(TOKENS)
 MakeDaemon = Callable[..., Embedded]
 MakeLocal = Callable[..., LocalWorker]
+Start = Callable[..., tuple[Embedded, Client, LocalWorker]]
 
 
 class Failing(OsFileOps):
@@ -68,14 +69,21 @@ def disk(client: Client) -> TierInfo:
     return next(tier for tier in client.status().tiers if tier.name == "disk")
 
 
+@pytest.fixture
+def start(make_daemon: MakeDaemon, make_local: MakeLocal, client_of: Callable[[Embedded], Client]) -> Start:
+    """Starts a daemon, with a client and a worker of it."""
+
+    def started(**how: Any) -> tuple[Embedded, Client, LocalWorker]:
+        daemon = make_daemon(**how)
+        return daemon, client_of(daemon), make_local(daemon.socket_path)
+
+    return started
+
+
 def test_a_removal_that_fails_makes_the_tier_degraded_too(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon = make_daemon()
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    _, client, local = start()
     assert local.park(1, PAGES, TOKENS, level="disk").result().level == "disk"
 
     def sick(*_: Any, **__: Any) -> None:
@@ -90,13 +98,9 @@ def test_a_removal_that_fails_makes_the_tier_degraded_too(
 
 
 def test_a_write_that_cannot_be_carried_out_is_its_own_parks_loss_alone(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon = make_daemon()
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start()
     reserve = DiskTier.reserve
 
     def picky(self: DiskTier, meta: Any, *args: Any, **how: Any) -> Any:
@@ -115,13 +119,9 @@ def test_a_write_that_cannot_be_carried_out_is_its_own_parks_loss_alone(
 
 
 def test_a_write_that_lost_against_a_forget_blames_no_drive(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon = make_daemon()
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start()
     service = daemon.disk
     assert service is not None
 
@@ -138,15 +138,11 @@ def test_a_write_that_lost_against_a_forget_blames_no_drive(
 
 
 def test_a_drive_that_cannot_flush_stays_degraded_until_it_can(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    with_ops: Callable[[OsFileOps], None],
+    start: Start, with_ops: Callable[[OsFileOps], None]
 ) -> None:
     ops = Failing()
     with_ops(ops)
-    daemon = make_daemon()
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    _, client, local = start()
     assert local.park(1, PAGES, TOKENS, level="disk").result().ok
     ops.failing["flush"] = errno.EIO
     assert local.park(2, PAGES, TOKENS, level="disk").result().reason == "disk_error"
@@ -159,25 +155,67 @@ def test_a_drive_that_cannot_flush_stays_degraded_until_it_can(
     forget_all(client)
 
 
+def test_a_drive_that_cannot_flush_is_not_well_for_being_full(
+    start: Start, with_ops: Callable[[OsFileOps], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = Failing()
+    with_ops(ops)
+    daemon, client, local = start()
+    assert local.park(1, PAGES, TOKENS, level="disk").result().ok
+
+    def full(*_: Any, **__: Any) -> None:
+        raise TierFull("no free extent on disk", needed_bytes=1)
+
+    ops.failing["flush"] = errno.EIO
+    assert local.park(2, PAGES, TOKENS, level="disk").result().reason == "disk_error"
+    monkeypatch.setattr(DiskTier, "reserve", full)
+    service, tried = daemon.disk, ops.flushes
+    assert service is not None
+    until(lambda: ops.flushes >= tried + 2, "it is tried whether a flush works")
+    assert service._degraded
+    ops.failing.clear()
+    until(lambda: disk(client).state == "ready", "the drive works again")
+    monkeypatch.undo()
+    forget_all(client)
+
+
+def test_behind_a_job_that_hangs_waits_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = DiskService(load())
+    service._degraded = "the drive gave up"
+    service._tier = SimpleNamespace(is_there=lambda: True)  # type: ignore[assignment]
+    service._place = None
+    said: Any = object()
+    monkeypatch.setattr(service, "_find_place", lambda: None)
+    monkeypatch.setattr(service, "_usage", lambda: said)
+    monkeypatch.setattr(service, "_works", lambda: False)
+    session: Any = SimpleNamespace(said=said)
+    asked: list[Callable[[], None]] = []
+
+    def submit(lane: str, work: Callable[..., None], *args: Any) -> None:
+        asked.append(lambda: work(*args))
+
+    lanes: Any = SimpleNamespace(submit=submit)
+    for _ in range(5):
+        service._look_after(session, lanes)
+    assert len(asked) == 1
+    asked.pop()()
+    service._look_after(session, lanes)
+    assert len(asked) == 1, "it is tried again once that has ended"
+
+
 def test_a_drive_that_is_gone_for_reads_is_said(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    with_ops: Callable[[OsFileOps], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, with_ops: Callable[[OsFileOps], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"the same for both of the daemons")
     secret.chmod(0o600)
     where = {"disk__directory": str(tmp_path / "d"), "access__tenant_secret_file": str(secret)}
-    before = make_daemon(**where)
-    assert make_local(before.socket_path).park(1, PAGES, TOKENS, level="disk").result().level == "disk"
+    before, _, local = start(**where)
+    assert local.park(1, PAGES, TOKENS, level="disk").result().level == "disk"
     before.close()
     ops = Failing()
     with_ops(ops)
-    daemon = make_daemon(disk__scrub_bytes_per_s=0, **where)
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start(disk__scrub_bytes_per_s=0, **where)
     ops.failing["read"] = errno.ENODEV
     seen: set[str] = set()
     assert daemon.disk is not None
@@ -200,16 +238,11 @@ def test_a_drive_that_is_gone_for_reads_is_said(
 
 @pytest.mark.parametrize("gone", ["*", "segments", "segments/*"])
 def test_a_folder_that_was_emptied_is_said_and_the_store_begins_anew(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    tmp_path: Path,
-    gone: str,
+    start: Start, tmp_path: Path, gone: str
 ) -> None:
     """With all of it, or with what its index then says is not there."""
     folder = tmp_path / "d"
-    daemon = make_daemon(disk__directory=str(folder))
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start(disk__directory=str(folder))
     assert local.park(1, PAGES, TOKENS, level="disk").result().ok
     for path in sorted(folder.glob(gone)):
         if path.is_dir():
@@ -219,16 +252,15 @@ def test_a_folder_that_was_emptied_is_said_and_the_store_begins_anew(
     until(lambda: disk(client).objects == 0 and disk(client).state == "ready", "it has begun anew")
     assert local.park(2, PAGES, TOKENS, level="disk").result().level == "disk"
     daemon.close()
-    again = make_daemon(disk__directory=str(folder))
-    assert disk(client_of(again)).objects > 0, "what was parked since is there"
+    _, client, _ = start(disk__directory=str(folder))
+    assert disk(client).objects > 0, "what was parked since is there"
 
 
 def test_a_deleted_index_is_said_and_nothing_is_promised_until_it_is_made_anew(
-    make_daemon: MakeDaemon, make_local: MakeLocal, client_of: Callable[[Embedded], Client], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     folder = tmp_path / "d"
-    daemon = make_daemon(disk__directory=str(folder))
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start(disk__directory=str(folder))
     assert local.park(1, PAGES, TOKENS, level="disk").result().ok
     service = daemon.disk
     assert service is not None
@@ -267,14 +299,13 @@ def test_control_who_does_not_look_for_the_index_promises_what_a_restart_loses(
 
 
 def test_a_deleted_folder_of_sealed_blocks_begins_anew_with_the_same_keys(
-    make_daemon: MakeDaemon, make_local: MakeLocal, client_of: Callable[[Embedded], Client], tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     folder, key = tmp_path / "d", tmp_path / "master"
     key.write_bytes(os.urandom(32))
     key.chmod(0o600)
     where = {"disk__directory": str(folder), "disk__keys_directory": str(tmp_path / "k")}
-    daemon = make_daemon(disk__key_file=str(key), **where)
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start(disk__key_file=str(key), **where)
     assert local.park(1, PAGES, TOKENS, level="disk").result().ok
     old = tmp_path / "old"
     shutil.copytree(folder, old)
@@ -282,31 +313,26 @@ def test_a_deleted_folder_of_sealed_blocks_begins_anew_with_the_same_keys(
     until(lambda: disk(client).objects == 0 and disk(client).state == "ready", "it has begun anew")
     assert local.park(2, PAGES, TOKENS, level="disk").result().level == "disk"
     daemon.close()
-    again = make_daemon(disk__key_file=str(key), **where)
-    assert disk(client_of(again)).objects > 0
+    again, client, _ = start(disk__key_file=str(key), **where)
+    assert disk(client).objects > 0
     again.close()
     # A copy from before has nothing of it: its keys are gone.
     shutil.rmtree(folder)
     shutil.copytree(old, folder)
-    late = make_daemon(disk__key_file=str(key), **where)
-    assert disk(client_of(late)).objects == 0
+    _, client, _ = start(disk__key_file=str(key), **where)
+    assert disk(client).objects == 0
 
 
 @pytest.mark.parametrize("contents", [False, True])
 def test_a_sealed_folder_that_is_moved_away_keeps_its_keys_and_is_waited_for(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    tmp_path: Path,
-    contents: bool,
+    start: Start, tmp_path: Path, contents: bool
 ) -> None:
     """Nothing comes into its place: an empty store there would destroy the keys of what was moved."""
     folder, away, key = tmp_path / "d", tmp_path / "away", tmp_path / "master"
     key.write_bytes(os.urandom(32))
     key.chmod(0o600)
     where = {"disk__directory": str(folder), "disk__keys_directory": str(tmp_path / "k")}
-    daemon = make_daemon(disk__key_file=str(key), **where)
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    _, client, local = start(disk__key_file=str(key), **where)
     assert local.park(1, PAGES, TOKENS, level="disk").result().ok
     there = disk(client).objects
     _move(folder, away, contents)
@@ -351,16 +377,10 @@ def test_a_read_that_breaks_ends_only_after_the_others_of_its_job() -> None:
 
 
 def test_a_drive_that_hangs_is_said_and_recovers_by_itself(
-    make_daemon: MakeDaemon,
-    make_local: MakeLocal,
-    client_of: Callable[[Embedded], Client],
-    with_ops: Callable[[OsFileOps], None],
-    gates: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, with_ops: Callable[[OsFileOps], None], gates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_ops(GatedFileOps(gates))
-    daemon = make_daemon()
-    client, local = client_of(daemon), make_local(daemon.socket_path)
+    daemon, client, local = start()
     assert daemon.disk is not None
     gate = Gate(gates / "write")
     gate.shut()

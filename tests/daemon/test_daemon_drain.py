@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from kvtier.cluster.actors import Drains
 from kvtier.cluster.drain import Progress
+from kvtier.cluster_messages import DIRECTORY, FindNodes
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.embedded import Embedded
+from kvtier.node.events import Left, Send, Stimulus
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import LocalWorker, until
 from kvtier.testing.node_cluster import cluster_settings
@@ -72,3 +78,24 @@ def secret(folder: Any) -> str:
     path.touch(mode=0o600)
     path.write_text("secret of a node, 32 bytes or more")
     return str(path)
+
+
+def test_a_node_closes_everything_whatever_its_core_wishes_last(
+    make_daemon: Callable[..., Embedded],
+    make_local: Callable[..., LocalWorker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    daemon = make_daemon(disk__enabled=False, **cluster_settings(tmp_path, ("a",))["a"])
+    node, tell = daemon.node, daemon.node._tell
+    make_local(daemon.socket_path)
+
+    def wishing(now_s: float, stimulus: Stimulus) -> list[Send]:
+        asks = isinstance(stimulus, Left)
+        return [*tell(now_s, stimulus), *([Send(DIRECTORY, FindNodes(job="k1"))] if asks else [])]
+
+    failures: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    monkeypatch.setattr(node, "_tell", wishing)
+    node.stop(20.0)
+    assert node.wait(0) and not failures and not Path(daemon.socket_path).exists()

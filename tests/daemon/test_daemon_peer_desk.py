@@ -140,6 +140,8 @@ def test_every_wish_of_the_core_has_somebody_who_carries_it_out(tmp_path: Path) 
 class _Fetched:
     """A client that has received something; `wanted` is what it was asked for."""
 
+    way = "ray"
+
     def __init__(self) -> None:
         self.wanted: list[Wanted] = []
 
@@ -181,6 +183,7 @@ def test_a_read_says_how_its_bytes_travelled(tmp_path: Path, monkeypatch: pytest
     done = cast(PeerReadDone, told[0])
     assert (done.failed, done.bytes) == (((1, "corrupt"),), 100)
     assert (done.received_bytes, done.coded_bytes, done.wire_bytes) == (150, 100, 120)
+    assert (done.node, done.way) == ("b", "ray")
 
 
 @pytest.mark.parametrize(("setting", "some"), [("auto", True), ("raw", False)])
@@ -391,3 +394,17 @@ def test_who_announces_does_not_wait_until_everything_is_said(stepped: Stepped) 
     assert stepped.desk._directory._being_made
     loop_goes_on.set()
     until(lambda: not stepped.desk._directory._being_made, "all is said")
+
+
+def test_a_desk_without_a_thread_for_everything_says_so_and_ends(
+    stepped: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            stepped.desk._begin_to_say_everything()
+    stepped.desk._begin_to_say_everything()
+    until(lambda: bool(stepped.steps), "a later one begins")

@@ -296,7 +296,8 @@ class CrashMachine(RuleBasedStateMachine):
             self.tier.commit_with_records(ready, records)
             return
         together: list[Commit] = []
-        submit, self.tier._commits.submit = self.tier._commits.submit, together.append  # type: ignore
+        submit = self.tier._commits.submit
+        self.tier._commits.submit = lambda work, carry_out: together.append(work)  # type: ignore
         for slot in ready:
             self.tier.commit_with_records([slot], records if slot is ready[-1] else ())
         self.tier._commits.submit = submit  # type: ignore[method-assign]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import sqlite3
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -47,8 +49,8 @@ class Gate:
 
 def run_group(gate: Gate, pool: ThreadPoolExecutor) -> dict[int, Future[None]]:
     """Caller 0 leads and is held; callers 1 to 7 come meanwhile; then the gate opens."""
-    group: Group[int] = Group(gate.carry_out)
-    futures = {0: pool.submit(group.submit, 0)}
+    group: Group[int] = Group()
+    futures = {0: pool.submit(group.submit, 0, gate.carry_out)}
     assert gate.entered.wait(PATIENCE_S)
     queued = threading.Semaphore(0)
 
@@ -59,7 +61,7 @@ def run_group(gate: Gate, pool: ThreadPoolExecutor) -> dict[int, Future[None]]:
 
     group._queue = Told()
     for n in range(1, CALLERS):
-        futures[n] = pool.submit(group.submit, n)
+        futures[n] = pool.submit(group.submit, n, gate.carry_out)
     for _ in range(1, CALLERS):
         assert queued.acquire(timeout=PATIENCE_S)
     assert not any(future.done() for future in futures.values()), "nobody returns before it is carried out"
@@ -92,8 +94,8 @@ def test_a_call_that_breaks_down_is_told_to_all_of_it_and_the_next_goes_on() -> 
         futures = run_group(gate, pool)
         futures[0].result(PATIENCE_S)
         assert all(futures[n].exception(PATIENCE_S) is gate.fatal for n in range(1, CALLERS))
-    group: Group[int] = Group(gate.carry_out)
-    group.submit(9)
+    group: Group[int] = Group()
+    group.submit(9, gate.carry_out)
     assert gate.calls[-1] == [9]
 
 
@@ -104,11 +106,11 @@ def test_many_callers_over_and_over_lose_no_work() -> None:
         done.extend(works)
         return [None] * len(works)
 
-    group: Group[int] = Group(carry_out)
+    group: Group[int] = Group()
 
     def caller(first: int) -> None:
         for n in range(first, first + 200):
-            group.submit(n)
+            group.submit(n, carry_out)
             assert n in done[-200 * CALLERS :]
 
     with ThreadPoolExecutor(CALLERS) as pool:
@@ -208,6 +210,31 @@ def test_a_flush_that_fails_fails_all_who_shared_it(bench: Bench) -> None:
 
 def test_an_answer_before_the_flush_is_caught(bench: Bench) -> None:
     """The check of this page, on a tier that answers too early."""
-    bench.tier._commits.submit = lambda work: None  # type: ignore[method-assign]
+    bench.tier._commits.submit = lambda work, carry_out: None  # type: ignore[method-assign]
     with pytest.raises(AssertionError):
         bench.put(1)
+
+
+# -- what a closed tier leaves
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("cycle", [False, True])
+def test_a_closed_tier_is_freed_without_the_cycle_collector(bench: Bench, sealed: bool, cycle: bool) -> None:
+    """A process may have set it aside (daemon/collector.py): then no cycle of a store is ever freed."""
+    other = type(bench)(bench.directory.parent / "other", bytes(32) if sealed else None)
+    other.tier.make_room_ahead()
+    other.tier.start_scrub(1 << 20)
+    other.put(1)
+    other.tier.close()
+    tier = vars(other).pop("tier")
+    books = weakref.ref(tier._ledger), weakref.ref(tier._store._keys)
+    if cycle:
+        # The control: held by what it holds.
+        tier._commits.owner = tier
+    gc.disable()
+    try:
+        del tier
+        assert [book() is not None for book in books] == [cycle, cycle]
+    finally:
+        gc.enable()

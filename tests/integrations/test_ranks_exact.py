@@ -16,19 +16,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtier.testing.service_processes import ServiceProcesses
+from kvtier.testing.small_model import SIZES
 
 RANKS, CHAT, TURN = 2, 70, 9
-CONFIG = LlamaConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=8,
-    initializer_range=0.3,
-    max_position_embeddings=512,
-)
+CONFIG = LlamaConfig(**SIZES | {"num_key_value_heads": 4})
 
 
 class Engine:

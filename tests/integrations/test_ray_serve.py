@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,16 @@ def test_the_replicas_of_the_conversation_s_node_come_first_then_any_two(daemon:
 def test_without_a_known_conversation_two_replicas_are_drawn(daemon: Embedded, session: str | None) -> None:
     ((one, other),) = choose(make(daemon.socket_path), session)
     assert one != other
+
+
+def test_a_program_that_seeds_the_common_random_numbers_neither_draws_them_nor_is_drawn_from() -> None:
+    many = [replica(f"r{number}", None) for number in range(100)]
+    router = make("")
+    random.seed(7)
+    state = random.getstate()
+    drawn = [tuple(choose(router, None, many)[0]) for _ in range(8)]
+    assert random.getstate() == state
+    assert len(set(drawn)) > 1
 
 
 def test_another_tenant_s_conversation_is_not_found(daemon: Embedded) -> None:

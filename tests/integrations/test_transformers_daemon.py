@@ -15,26 +15,16 @@ import kvtier
 from kvtier import Fingerprint
 from kvtier.daemon import embedded
 from kvtier.integrations.transformers import ChatSession, Reply, TransformersKV, attach
+from kvtier.testing.small_model import PATTERN, SIZES
 
 BLOCK = 16
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **SIZES,
             sliding_window=24,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=PATTERN,
         )
     ),
 }

@@ -19,36 +19,19 @@ from transformers import (
 
 from kvtier.cli.demo.warm_prefix import WarmPrefixCache
 from kvtier.integrations.transformers import ChatSession, Reply, TransformersKV
+from kvtier.testing.small_model import PATTERN, SIZES
 
 BLOCK = 16
 WINDOW = 24
-VOCAB = 97
 Attach = Callable[..., TransformersKV]
 
 
-def small(**changes: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 512,
-    } | changes
-
-
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama-gqa": lambda: LlamaForCausalLM(LlamaConfig(**small())),
-    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**small(num_key_value_heads=4))),
-    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**small(sliding_window=WINDOW))),
+    "llama-gqa": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"num_key_value_heads": 4})),
+    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)),
     "gemma3-hybrid": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **small(sliding_window=WINDOW),
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        )
+        Gemma3TextConfig(**SIZES, sliding_window=WINDOW, layer_types=PATTERN)
     ),
 }
 
@@ -59,7 +42,9 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def ids(count: int, seed: int) -> list[int]:
-    return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        3, SIZES["vocab_size"], (count,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def session(kv: TransformersKV | None, model: Any, name: str = "chat", **options: Any) -> ChatSession:

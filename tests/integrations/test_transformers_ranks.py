@@ -19,20 +19,9 @@ from kvtier.errors import GeometryError
 from kvtier.integrations.dynamic_cache import cache_shape
 from kvtier.integrations.transformers import Restored, TransformersKV, attach
 from kvtier.objects import Shard
+from kvtier.testing.small_model import PATTERN, SIZES
 
 RANKS, BLOCK, CHAT, TURN = 2, 16, 70, 9
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-}
-PATTERN = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 @pytest.fixture(params=["llama", "gemma3"])

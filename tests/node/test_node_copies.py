@@ -305,6 +305,19 @@ def test_a_node_of_another_secret_or_a_liar_is_refused_and_nothing_changes():
     end_well(a, b)
 
 
+def test_a_width_that_one_owner_does_not_know_is_learned_from_the_next():
+    a, b = RigCluster("a", "b").rigs.values()
+    a.cluster.announce()
+    worker, known = a.attach(), dict(a.core.state.item_bytes)
+    a.core.state.item_bytes.clear()
+    for name, widths in (("chat", {}), ("other", known)):
+        a.core.state.item_bytes.update(widths)
+        park = a.park(worker, name, range(10), level="copies=2")
+        a.run()
+        assert (park.receipt.ok, b.core.state.item_bytes) == (True, widths)
+    end_well(a, b)
+
+
 def test_a_copy_of_what_went_on_here_is_no_branch_of_its_own():
     a, b = RigCluster("a", "b").rigs.values()
     a.cluster.announce()

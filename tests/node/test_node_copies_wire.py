@@ -36,11 +36,11 @@ SPEED = c.Speed(0.001, 1e9)
 
 
 def test_loads_travel_both_ways() -> None:
-    new = c.Load(SPEED, SPEED, SPEED, 0.5, True, 1 << 30, "rack 1")
+    new = c.Load(SPEED, SPEED, SPEED, 0.5, True, 1 << 30, "rack 1", 1 << 20)
     old = msgspec.msgpack.decode(msgspec.msgpack.encode(new), type=OldLoad)
     assert (old.wait_s, old.accepts) == (0.5, True)
     back = msgspec.msgpack.decode(msgspec.msgpack.encode(old), type=c.Load)
-    assert (back.wait_s, back.room_bytes, back.domain) == (0.5, 0, "")
+    assert (back.wait_s, back.room_bytes, back.domain, back.takes_bytes) == (0.5, 0, "", 0)
 
 
 def test_nodes_travel_both_ways() -> None:

@@ -190,6 +190,12 @@ def test_a_directory_that_does_not_answer_hides_no_slice_that_is_missing(silent)
     assert planned.plan.detail == f"beyond 8 tokens nobody has {PAIR[1]}"
 
 
+def believe_the_directory(monkeypatch):
+    """Whatever a node has, it counts as what the directory said of it."""
+    end = elsewhere.Elsewhere._end
+    monkeypatch.setattr(elsewhere.Elsewhere, "_end", lambda *of: 99 if of[-1] else end(*of))
+
+
 def told_too_much(there):
     """The directory says of every slice that node a has 16 tokens of it; of one it has 8."""
     cluster = there.cluster
@@ -225,10 +231,65 @@ def test_and_one_slice_that_speaks_for_all_brings_nothing(monkeypatch):
         "covered",
         lambda blocks, slices, source_of, at_most: longest(blocks, PLAIN, PAIR[0], source_of, at_most),
     )
+    believe_the_directory(monkeypatch)
     planned, got = resume_all(here, ranks_of(here), 16)
     assert planned.plan.load_tokens == 16
     here.run()
     assert tokens_of(got) == [0, 0]
+
+
+def less_than_was_said():
+    """The directory says that node a reaches 16 tokens and node b 12; by now a has 8 of them."""
+    cluster = RigCluster("a", "b", "d", disk=None)
+    a, b, here = cluster.rigs.values()
+    for rig, tokens in ((b, 12), (a, 16)):
+        parked_at(rig, tokens=tokens)
+    state = a.core.state
+    for block in [block for block in state.tree if block.end > 8]:
+        for stored in list(block.parts.values()):
+            state.remove_from_host(block, stored)
+    return here
+
+
+def test_a_node_that_has_less_than_was_said_is_followed_by_the_one_that_has_more():
+    here = less_than_was_said()
+    planned, got = resume_all(here, ranks_of(here), 16)
+    assert planned.plan.load_tokens == 12
+    assert {pull.node for pull in here.pulls} == {"b"}
+    here.run()
+    assert tokens_of(got) == [12, 12]
+    end_well(here)
+
+
+def test_and_would_end_the_search_if_it_counted_as_all(monkeypatch):
+    here = less_than_was_said()
+    believe_the_directory(monkeypatch)
+    planned, _ = resume_all(here, ranks_of(here), 16)
+    assert planned.plan.load_tokens == 8
+
+
+def test_a_node_that_has_less_than_was_said_still_gives_that():
+    here = less_than_was_said()
+    here.cluster.lose("b")
+    planned, got = resume_all(here, ranks_of(here), 16)
+    assert planned.plan.load_tokens == 8
+    here.run()
+    assert tokens_of(got) == [8, 8]
+    end_well(here)
+
+
+def test_the_blocks_of_a_chain_are_put_together_once_for_all_of_its_slices(monkeypatch):
+    _, here = pair()
+    park_all(here, ranks_of(here, FOUR))
+    made = []
+    block = elsewhere.Elsewhere._block
+    monkeypatch.setattr(
+        elsewhere.Elsewhere,
+        "_block",
+        lambda self, root, ref, there: made.append(ref.key) or block(self, root, ref, there),
+    )
+    assert here.plan(here.workers[-4], "chat", range(40)).plan.load_tokens == 10
+    assert made and len(made) == len(set(made))
 
 
 def test_a_node_that_lacks_a_slice_is_not_where_the_next_turn_goes():

@@ -271,7 +271,7 @@ class Told(Rates):
 
 
 def over_a_link_of(client: PeerClient, bytes_per_s: float) -> None:
-    client._rates = Told(bytes_per_s)
+    client._rates["tcp"] = Told(bytes_per_s)
 
 
 @pytest.fixture
@@ -298,6 +298,25 @@ def test_a_slow_link_has_kv_encoded_and_a_quick_one_has_not(shelf: Shelf) -> Non
             wire_bytes += first.wire_bytes + came.wire_bytes
         # A server counts after it has sent.
         assert wait_until(lambda: server.sent.wire_bytes == wire_bytes, 20.0)
+
+
+def test_what_was_measured_of_a_former_start_of_the_peer_does_not_count(shelf: Shelf) -> None:
+    codec = CODECS[ZSTD]
+    with nodes(shelf, codec, codec) as (server, client):
+        client.fetch(wants(shelf)[:1], 20.0)
+        over_a_link_of(client, 100 * MB)
+        came = Came()
+        assert client.fetch(wants(shelf), 20.0, came=came) == [""] * len(shelf.objects)
+        assert (client.epoch, came.coded_bytes > 0) == (7, True)
+        settings = ServerSettings(port=server.port, codecs={ZSTD: Coding(codec, QUICK)})
+        server.close()
+        again = PeerServer(Identity("a", 8, TOKEN), shelf, settings)
+        try:
+            came = Came()
+            assert client.fetch(wants(shelf), 20.0, came=came) == [""] * len(shelf.objects)
+            assert (client.epoch, came.coded_bytes) == (8, 0)
+        finally:
+            again.close()
 
 
 @pytest.mark.parametrize(("sending", "receiving", "width"), [(1, 0, 2), (0, 1, 2), (0, 0, 2), (1, 1, 0)])

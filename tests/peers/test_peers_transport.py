@@ -25,6 +25,8 @@ from kvtier.peers.client import ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import Opened, PeerServer, Sent, ServerSettings
 from kvtier.peers.stream import Stream, StreamLost
+from kvtier.testing.local_carrier import LocalCarrier
+from kvtier.testing.node_cluster import free_port
 from kvtier.waiting import wait_until
 
 
@@ -100,16 +102,29 @@ def server(shelf: Shelf) -> Iterator[PeerServer]:
     made.close()
 
 
+@pytest.fixture(params=["tcp", "relayed"])
+def way(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def client(server: PeerServer) -> Iterator[PeerClient]:
-    made = client_of(server.port)
+def client(server: PeerServer, way: str) -> Iterator[PeerClient]:
+    """Over each way there is: one contract for all."""
+    made = client_of(server.port) if way == "tcp" else relayed_client(server)
     yield made
     made.close()
+    assert made.way in (way, "")
 
 
 def client_of(port: int, **settings: object) -> PeerClient:
     own = Identity("b", 3, TOKEN)
     return PeerClient(own, "a", ("127.0.0.1", port), ClientSettings(**settings))  # type: ignore[arg-type]
+
+
+def relayed_client(server: PeerServer, **settings: object) -> PeerClient:
+    """TCP leads nowhere, and the server's own end of what is carried is in this process."""
+    return client_of(free_port(), carrier=LocalCarrier({"a": server.tunnels.pass_on}), **settings)
 
 
 def wants(shelf: Shelf, *numbers: int) -> list[Wanted]:
@@ -230,6 +245,7 @@ def test_one_who_does_not_read_is_dropped(shelf: Shelf) -> None:
     try:
         lazy = client_of(server.port)
         stream = lazy.new_stream(time.monotonic() + 5)
+        assert isinstance(stream, Stream)
         stream._sock.sendall(want_of(1))
         until(lambda: server.sent.dropped == 1 and holder.held == 0, "the server has given up")
         stream.close()

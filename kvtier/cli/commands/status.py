@@ -91,13 +91,18 @@ def retire(fingerprint: str, as_json: bool, **where: Any) -> None:
         output.print_line(f"retired {model.model or 'a model'} {model.fingerprint[:16]}: {held}")
 
 
-def _peer_facts(transport: str, counters: dict[str, float]) -> Iterator[tuple[str, str]]:
+def _peer_facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     from kvtier.cli import output
 
-    if transport:
+    counters = report.counters
+    if report.transport:
         came, wire = counters.get("peer_received_bytes", 0), counters.get("peer_wire_bytes", 0)
         read = f", {output.size(int(came))} of KV read as {output.size(int(wire))}" if came else ""
-        yield "other nodes", transport + read
+        yield "other nodes", report.transport + read
+    relayed = [node for node, way in report.peers if way == "ray"]
+    if relayed:
+        size = output.size(int(counters.get("peer_relayed_bytes", 0)))
+        yield "not by TCP", f"{', '.join(relayed)}: through Ray, slowly, {size} of KV read so"
 
 
 def _disk_facts(counters: dict[str, float]) -> Iterator[tuple[str, str]]:
@@ -124,7 +129,7 @@ def _print_report(report: StatusReport) -> None:
             ("conversations", str(report.conversations)),
             ("waiting parks", str(report.waiting_parks)),
             *((("metrics", f"{report.metrics_url}/metrics"),) if report.metrics_url else ()),
-            *_peer_facts(report.transport, report.counters),
+            *_peer_facts(report),
             *_disk_facts(report.counters),
             *(("warning", warning) for warning in report.warnings),
         )
