@@ -25,9 +25,14 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NU
 _WATCH_S = 60.0
 # Long enough for the answer of serve() to leave the process, short against the second of a restart.
 _LINGER_S = 0.1
-# serve() holds a thread for good; a controller that was restarted calls it again; each connection that is
-# carried here has a call at a time; the rest is for the others.
-CONCURRENCY = 6 + MOST_CONNECTIONS
+# serve() holds a thread for good; a controller that was restarted calls it again; the rest is for the others.
+_CONCURRENCY = 6
+
+
+def concurrency(config_text: bytes) -> int:
+    """Calls at once of an actor with this configuration: one more for each connection that it may carry."""
+    cluster = msgspec.json.decode(config_text, type=Config).cluster
+    return _CONCURRENCY + (MOST_CONNECTIONS if cluster.fallback == "ray" else 0)
 
 
 class Service(Protocol):

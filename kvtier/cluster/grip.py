@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvtier.carriage import Bytes, Passing
 from kvtier.cluster import store
-from kvtier.cluster.actors import ACTORS, CONCURRENCY
+from kvtier.cluster.actors import ACTORS, concurrency
 from kvtier.cluster.carrier import ActorCarrier, actor_of
 from kvtier.cluster.drain import Progress
 from kvtier.cluster.members import Member
@@ -101,7 +101,7 @@ class Grip:
             num_cpus=0,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=CONCURRENCY,
+            max_concurrency=concurrency(member.config_text),
             scheduling_strategy=NodeAffinitySchedulingStrategy(who.node, soft=False),
         )
         try:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import kvtier.cluster
-from kvtier.cluster.actors import ACTORS, HostActor
+from kvtier.cluster.actors import ACTORS, HostActor, concurrency
 from kvtier.cluster.reconciler import Incarnation
 from kvtier.cluster.services import SERVICES, load_service, services_for
 from kvtier.config import load
@@ -195,3 +195,11 @@ def test_ray_is_imported_by_these_files_only() -> None:
             if any(name.split(".")[0] == "ray" for name in names):
                 users.add(path.stem)
     assert users == {"controller", "grip", "head", "starter", "store"}
+
+
+def test_only_an_actor_that_carries_has_threads_for_it(tmp_path: Path) -> None:
+    def told(**said: str) -> int:
+        return concurrency(msgspec.json.encode(load(None, {"node.state_dir": str(tmp_path), **said})))
+
+    assert told() == told(**{"cluster.fallback": "none"}) == 6
+    assert told(**{"cluster.fallback": "ray"}) == 6 + 32
