@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from kvtier.cluster import store
 from kvtier.cluster.drain import Drain
 from kvtier.cluster.grip import Grip, named
-from kvtier.cluster.members import Member, find
+from kvtier.cluster.members import find, read_member
 from kvtier.cluster.reconciler import (
     Desired,
     MarkLost,
@@ -70,7 +70,7 @@ class Controller:
 
         Answers '' or why not: 'closed' when this controller is about to end.
         """
-        member = msgspec.json.decode(data, type=Member)
+        member = read_member(data)
         with self._lock:
             if self._closed:
                 return "closed"

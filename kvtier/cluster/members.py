@@ -32,6 +32,14 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(role for role, _ in self.services)
 
 
+_DECODER = msgspec.json.Decoder(Member)
+
+
+def read_member(data: bytes) -> Member:
+    """A Member from JSON. Raises msgspec.DecodeError."""
+    return _DECODER.decode(data)
+
+
 def find(members: Iterable[Member], wanted: str) -> Member:
     """The member of this name, or with a Ray id that begins so. Raises KvtierError unless there is one."""
     known = sorted(members, key=lambda member: member.name)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from ray.experimental import internal_kv
 
-from kvtier.cluster.members import Member
+from kvtier.cluster.members import Member, read_member
 from kvtier.cluster.reconciler import next_term
 
 _NAMESPACE = "kvtier"
@@ -56,7 +56,7 @@ def members() -> dict[str, Member]:
     for key in internal_kv._internal_kv_list(_MEMBER, namespace=_NAMESPACE):
         data = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
         if data is not None:
-            member = msgspec.json.decode(data, type=Member)
+            member = read_member(data)
             found[member.node] = member
     return found
 

@@ -29,6 +29,9 @@ class _Question(msgspec.Struct, forbid_unknown_fields=True):
     tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]] = msgspec.field(default_factory=list)
 
 
+_decode = msgspec.json.Decoder(_Question).decode
+
+
 class Locating:
     """Answers one path of HealthServer; from any thread.
 
@@ -49,7 +52,7 @@ class Locating:
         if refused is not None:
             return refused
         try:
-            asked = msgspec.json.decode(body, type=_Question)
+            asked = _decode(body)
         except msgspec.DecodeError as error:
             return _failure(
                 HTTPStatus.BAD_REQUEST,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -93,6 +93,10 @@ T = TypeVar("T", Answer, Found, Page, Nodes)
 
 _encode = msgspec.msgpack.Encoder().encode
 _call = msgspec.msgpack.Decoder(Call)
+# Made here and not at the first answer: msgspec crashes where two threads decode a class for the first time.
+_answers: dict[type[Told], msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Answer, Found, Page, Nodes)
+}
 
 
 def pack(what: Call | Told) -> bytes:
@@ -112,6 +116,7 @@ def unpack_call(body: bytes) -> Call:
 def unpack_answer(body: bytes, kind: type[T]) -> T:
     """An answer of this kind. Raises MalformedMessage."""
     try:
-        return msgspec.msgpack.decode(body, type=kind)
+        answer: T = _answers[kind].decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise MalformedMessage(f"not an answer of the directory: {error}") from error
+    return answer

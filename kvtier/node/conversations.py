@@ -134,11 +134,14 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True):
     after: tuple[str, ...] = ()
 
 
+_decode = msgspec.msgpack.Decoder(_Body).decode
+
+
 def from_bytes(tenant: str, name: str, version: int, data: bytes) -> Conversation:
     """The reverse of `Conversation.to_bytes`. Raises CorruptObject for anything else."""
     body = unframe(tenant, name, version, data)
     try:
-        said = msgspec.msgpack.decode(body, type=_Body)
+        said = _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
         raise CorruptObject(f"the record of a conversation makes no sense: {problem}") from problem
     return Conversation(

@@ -40,7 +40,8 @@ def make_service(
 
 def main(name: str, settings: str, gates: str = "") -> int:
     """Run until SIGTERM, or until the service ends by itself."""
-    # What a service that does not end is doing, in its log.
+    # What a service that crashes or does not end is doing, in its log.
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(message)s")
     wanted = threading.Event()

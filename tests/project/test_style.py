@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kvtier", "tests", "benchmarks", "examples")
+# Rooms whose code runs on several threads of a service.
+THREADED = ("kvtier/daemon", "kvtier/directory", "kvtier/node", "kvtier/peers")
 MAX_LINES = 500
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
@@ -56,6 +58,15 @@ def sleeps(tree):
     for name, call in calls(tree):
         zero = len(call.args) == 1 and isinstance(call.args[0], ast.Constant) and call.args[0].value == 0
         if name in ("time.sleep", "asyncio.sleep", "sleep") and not zero:
+            yield call.lineno
+
+
+def late_types(tree):
+    """Decoding without a Decoder: msgspec then prepares the class at the first call, and when another thread
+    makes its first call meanwhile, the process crashes."""
+    for name, call in calls(tree):
+        typed = len(call.args) > 1 or any(keyword.arg == "type" for keyword in call.keywords)
+        if name in ("msgspec.msgpack.decode", "msgspec.json.decode") and typed:
             yield call.lineno
 
 
@@ -119,6 +130,14 @@ def test_tests_do_not_sleep():
     assert list(sleeps(ast.parse("time.sleep(0.1)")))
     assert list(sleeps(ast.parse("asyncio.sleep(delay)")))
     assert not list(sleeps(ast.parse("asyncio.sleep(0)")))
+
+
+def test_what_threads_decode_is_prepared_at_import():
+    assert complaints(sources(*THREADED), late_types) == []
+    assert list(late_types(ast.parse("msgspec.msgpack.decode(body, type=Nodes)")))
+    assert list(late_types(ast.parse("msgspec.json.decode(body, strict=True, type=list[Node])")))
+    assert not list(late_types(ast.parse("msgspec.msgpack.decode(body)")))
+    assert not list(late_types(ast.parse("msgspec.msgpack.Decoder(Nodes)")))
 
 
 def test_nothing_is_left_unfinished():
