@@ -123,14 +123,15 @@ class Balancing:
     def _reckoned(self, idle: _Idle) -> tuple[int, bool]:
         """Its bytes, and whether it is worth its way; it is not where nobody reckons."""
         state = self._state
-        chain = state.tree.chain(idle.head.key)
-        nbytes = sum(stored.meta.nbytes for block in chain for stored in block.parts.values())
-        if not chain or chain[0].start:
-            return nbytes, False
-        tokens = (0, idle.head.tokens)
-        worth = state.policies.usage.account(idle.head.key, nbytes, tokens, state.now_s, ranked=False)
+        worth = state.policies.usage.account(
+            idle.head.key, 0, (0, idle.head.tokens), state.now_s, ranked=False
+        )
         if worth is None or worth.serving or worth.retired:
-            return nbytes, False
+            return 0, False
+        chain = state.tree.chain(idle.head.key)
+        if not chain or chain[0].start:
+            return 0, False
+        nbytes = sum(stored.meta.nbytes for block in chain for stored in block.parts.values())
         move_s = state.policies.restore.line("peer").seconds(nbytes)
         _, within_an_hour, _ = worth.returns
         return nbytes, balance.pays(within_an_hour, worth.recompute_s, move_s)
@@ -161,6 +162,8 @@ class Balancing:
             self._given_bytes += result.bytes - nbytes
             if not result.copies:
                 self._know(idle.head.key, state.now_s + _LOOK_AGAIN_S)
+                for other in self._todo:
+                    self._know(other.head.key, state.now_s + _PAUSE_S)
                 self._todo.clear()
                 self._look_s = state.now_s + _PAUSE_S
 

@@ -227,11 +227,13 @@ class Elsewhere:
         if len(lookup.slices) == 1:
             return dict.fromkeys(lookup.slices, lookup.tokens)
         blocks = self._blocks(lookup, lookup.chains[chain][1], {})
-        return {shard: self._end(lookup, blocks, shard, {}) for shard in lookup.slices}
-
-    def _end(self, lookup: Lookup, blocks: Sequence[Block], shard: str, remotes: Remotes) -> int:
-        """How far a slice reaches with what is here and there."""
         at_most = wanted_end(lookup.message, lookup.query)
+        return {shard: self._end(lookup, blocks, shard, {}, at_most) for shard in lookup.slices}
+
+    def _end(
+        self, lookup: Lookup, blocks: Sequence[Block], shard: str, remotes: Remotes, at_most: int
+    ) -> int:
+        """How far a slice reaches with what is here and there."""
         return restored_end(longest(blocks, lookup.slices[shard], shard, self.source_in(remotes), at_most))
 
     def on_these_are(self, peer: str, message: TheseAre) -> None:
@@ -246,7 +248,9 @@ class Elsewhere:
         if metas:
             slice_of = lookup.sought[reach.chain][shard]
             remotes = {shard: Remote(reach.node, reach.epoch, private, metas, lookup.after)}
-            tokens = self._end(lookup, self._blocks(lookup, refs, remotes), shard, remotes)
+            # Not how much of it is wanted: the directory spoke of all.
+            blocks = self._blocks(lookup, refs, remotes)
+            tokens = self._end(lookup, blocks, shard, remotes, lookup.upto)
             if tokens >= lookup.upto:
                 tokens = reach.tokens
             # Otherwise the directory has said more than is there by now.

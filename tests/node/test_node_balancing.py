@@ -178,6 +178,20 @@ def test_where_nobody_takes_anything_nobody_is_asked_all_the_time() -> None:
     end_well(a, b)
 
 
+def test_what_nobody_took_is_given_once_a_node_has_room() -> None:
+    a, b = nodes("a", "b")
+    b.core.state.draining = True
+    settle(b)
+    park(a, *range(12))
+    settle(a, 300)
+    assert names(b) == []
+    b.core.state.draining = False
+    settle(b)
+    settle(a, 120)
+    assert len(names(b)) >= 2, "what was only in the queue when the first was refused counts as not given"
+    end_well(a, b)
+
+
 def test_an_order_that_does_not_reckon_gives_nothing() -> None:
     a, b = nodes("a", "b", eviction="lru")
     park(a, 0, 1, 2, 3, 4)

@@ -193,7 +193,7 @@ def test_a_directory_that_does_not_answer_hides_no_slice_that_is_missing(silent)
 def believe_the_directory(monkeypatch):
     """Whatever a node has, it counts as what the directory said of it."""
     end = elsewhere.Elsewhere._end
-    monkeypatch.setattr(elsewhere.Elsewhere, "_end", lambda *of: 99 if of[-1] else end(*of))
+    monkeypatch.setattr(elsewhere.Elsewhere, "_end", lambda *of: 99 if of[-2] else end(*of))
 
 
 def told_too_much(there):
@@ -276,6 +276,23 @@ def test_a_node_that_has_less_than_was_said_still_gives_that():
     here.run()
     assert tokens_of(got) == [8, 8]
     end_well(here)
+
+
+def test_who_wants_less_than_there_is_asks_nobody_twice(monkeypatch):
+    """What one node has is all that is asked for: the next one, which may hang, is not waited for."""
+    answered = []
+    hear = elsewhere.Elsewhere.on_these_are
+    monkeypatch.setattr(
+        elsewhere.Elsewhere,
+        "on_these_are",
+        lambda self, peer, message: answered.append(message.job) or hear(self, peer, message),
+    )
+    a, b, here = RigCluster("a", "b", "d", disk=None).rigs.values()
+    for rig in (a, b):
+        parked_at(rig, tokens=16)
+    ranks = ranks_of(here)
+    assert here.plan(ranks[0], "chat", range(16), most_tokens=10).plan.load_tokens == 8
+    assert len(answered) == len(ranks)
 
 
 def test_the_blocks_of_a_chain_are_put_together_once_for_all_of_its_slices(monkeypatch):
