@@ -3,6 +3,8 @@
 A layer is told of when all its copies are queued, by an event of this process that the worker's streams wait
 for.  From then on the worker may compute with it, so nothing is copied into these pages again: a batch that
 would, which is one that failed and is tried again from elsewhere, is refused, and the restore ends not ok.
+What failed before any layer was told of is tried again, unless the rest of the restore came in between: its
+layers are told of without what is missing, and only the refusal makes the receipt say so.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Final
 
 from kvtier.errors import KvtierError, TierUnavailable
 from kvtier.gpu.engine import CopyBatch, Reached, StreamEvent
@@ -19,6 +22,9 @@ from kvtier.tier_messages import Copy, LayerQueued
 
 Relay = Callable[..., int]
 Tell = Callable[[str, LayerQueued], None]
+# Restores of one worker, told of a layer and without a batch under way, that are remembered: nobody says when
+# one is over, and one of which a block is being read again is among the last.
+_MOST_TOLD: Final = 4096
 
 
 @dataclass(slots=True)
@@ -34,7 +40,10 @@ class RestoreLayers:
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
+        # Those that have a batch under way.
         self._restores: dict[tuple[str, str], _Restore] = {}
+        # By worker; a dict keeps the order.
+        self._told: dict[str, dict[str, None]] = {}
 
     def begin(self, copy: Copy, batch: CopyBatch, relay: Relay | None) -> CopyBatch:
         """The batch, which tells of its layers where the worker asked for that; `over` is to be called then.
@@ -45,13 +54,15 @@ class RestoreLayers:
         if not copy.layers or copy.direction != "scatter":
             return batch
         name = (copy.worker, copy.job)
+        if copy.job in self._told.get(copy.worker, ()):
+            raise _written_again()
         if name not in self._restores:
             push = partial(self._push, copy.worker, copy.request, relay)
             self._restores[name] = _Restore(LayerEvents(batch.binding.layout, push=push))
         restore = self._restores[name]
         part = restore.layers.begin(batch.items, copy.last)
         if part is None:
-            raise KvtierError("a layer that the worker may compute with by now would be written again")
+            raise _written_again()
         restore.running[copy.batch] = part
         return replace(batch, on_layer=part.on_layer)
 
@@ -63,18 +74,25 @@ class RestoreLayers:
         part = restore.running.pop(number, None)
         if part is not None:
             part.ended(ok)
-        # What failed after the worker was told of a layer is remembered as long as the worker is there.
-        if not restore.running and not restore.layers.failed:
-            del self._restores[worker, job]
+        if restore.running:
+            return
+        del self._restores[worker, job]
+        if restore.layers.told:
+            told = self._told.setdefault(worker, {})
+            told[job] = None
+            if len(told) > _MOST_TOLD:
+                del told[next(iter(told))]
 
     def leave(self, worker: str) -> None:
         """The worker is gone, and none of its copies runs."""
         for name in [name for name in self._restores if name[0] == worker]:
             del self._restores[name]
+        self._told.pop(worker, None)
 
     def clear(self) -> None:
         """No worker is there any more."""
         self._restores.clear()
+        self._told.clear()
 
     def _push(
         self, worker: str, request: int, relay: Relay | None, layer: int, events: Sequence[StreamEvent]
@@ -84,3 +102,7 @@ class RestoreLayers:
         with suppress(TierUnavailable):
             number = relay(*to_come) if relay is not None and to_come else None
             self._tell(worker, LayerQueued(request=request, layer=layer, event=number))
+
+
+def _written_again() -> KvtierError:
+    return KvtierError("a layer that the worker may compute with by now would be written again")

@@ -15,6 +15,7 @@ Not run on a GPU yet: tests run it on two views of a fake device.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from kvtier.breaker import CHANCE, Backoff
 from kvtier.daemon.copy_desk import copy_item, page_tables
 from kvtier.errors import GeometryError, KvtierError, TierUnavailable
 from kvtier.gpu.cuda.device import Device
@@ -34,17 +36,22 @@ from kvtier.gpu.engine import CLOSE_S, CopyBatch, SlotMemory, StreamEvent
 from kvtier.gpu.shared_pool import Challenge
 from kvtier.tier_messages import Copy, PoolProbed, ProbePool
 
+log = logging.getLogger(__name__)
+
 FindDevice = Callable[[str], Device]
+_AGAIN = Backoff(first_s=0.05, limit_s=5.0)
 
 
 class Closing:
     """Closes something in a thread of its own. close: waits a bounded time, and is called until it is True.
 
+    What fails is tried again, too, after a pause: nothing else says that no copy runs.
     since_s: time.monotonic() at its beginning.
     """
 
     def __init__(self, name: str, close: Callable[[], bool]) -> None:
         self.since_s = time.monotonic()
+        self._name = name
         self._close = close
         self._over = threading.Event()
         threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -54,9 +61,15 @@ class Closing:
         return self._over.wait(timeout_s)
 
     def _run(self) -> None:
-        while not self._close():
-            pass
-        self._over.set()
+        failures = 0
+        while not self._over.is_set():
+            try:
+                if self._close():
+                    self._over.set()
+            except (KvtierError, OSError, RuntimeError) as error:
+                failures += 1
+                log.error("%s failed, and is tried again: %r", self._name, error)
+                self._over.wait(_AGAIN.delay_s(failures, CHANCE()))
 
 
 @dataclass(slots=True)
@@ -73,10 +86,12 @@ class _Map:
         """Whether no copy runs any more within CLOSE_S; only then anything is unmapped."""
         if not self.engine.close(CLOSE_S):
             return False
-        # A device that is lost takes nothing back; the end of the process does.
+        # A device that is lost takes nothing back; the end of the process does.  Nothing is given back twice.
         for close in (self.device.enter, self.events.close, self.ring.close, self.pool.close):
-            with suppress(TierUnavailable):
+            try:
                 close()
+            except (KvtierError, OSError, RuntimeError) as error:
+                log.warning("part of what a worker's pool took stays until this process ends: %s", error)
         return True
 
 

@@ -57,9 +57,9 @@ class LayerEvents:
         return len(self._pending)
 
     @property
-    def failed(self) -> bool:
-        """Whether no layer will be told of any more, and nothing more may be copied."""
-        return self._failed
+    def told(self) -> bool:
+        """Whether anybody was told of a layer, so that nothing more may be copied."""
+        return self._told
 
     # -- what the engine does
 

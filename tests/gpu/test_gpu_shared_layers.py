@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 
 import kvtier
+from kvtier.daemon import gpu_layers, gpu_service
 from kvtier.daemon.embedded import Embedded, start
 from kvtier.daemon.gpu_layers import RestoreLayers
 from kvtier.errors import KvtierError, TierUnavailable
@@ -18,8 +21,11 @@ from kvtier.gpu.cuda.ipc import EventRing
 from kvtier.gpu.cuda.lane import Lane
 from kvtier.gpu.engine import CopyBatch, Reached
 from kvtier.gpu.layers import LayerEvents
+from kvtier.gpu.schedule import Bounds
 from kvtier.handles import RestoreHandle
 from kvtier.messages import Message
+from kvtier.node import restores
+from kvtier.receipts import RestoreReceipt
 from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
 from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, World
 from kvtier.tier_messages import Copied, Copy, LayerQueued
@@ -27,11 +33,17 @@ from kvtier.waiting import wait_until
 from kvtier.worker import Worker
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
+@contextmanager
+def a_world() -> Iterator[World]:
     made = World()
     yield made
     made.end()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with a_world() as made:
+        yield made
 
 
 @pytest.fixture
@@ -137,15 +149,70 @@ def test_what_was_told_is_not_written_again(world: World, by_layer: bool) -> Non
 def test_control_a_service_that_forgets_what_it_told_writes_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = LayerEvents.begin
-
-    def careless(self: LayerEvents, items: Any, last: bool) -> Any:
-        self._told = self._failed = False
-        return begin(self, items, last)
-
-    monkeypatch.setattr(LayerEvents, "begin", careless)
+    monkeypatch.setattr(LayerEvents, "told", False)
     with pytest.raises(AssertionError):
         what_was_told_is_not_written_again(world, True)
+
+
+def read_again_behind_what_was_told(monkeypatch: pytest.MonkeyPatch) -> RestoreReceipt:
+    """A restore's first batch ends corrupt; its last, on its way by then, tells of all layers without it.
+
+    One batch runs at a time, as where each fills what may be under way.
+    """
+    monkeypatch.setattr(gpu_service, "Bounds", lambda max_batches, max_bytes: Bounds(1, max_bytes))
+    monkeypatch.setattr(restores, "_BY_LAYER_OBJECTS", 4)
+    said: list[Any] = []
+    begin, over, tell = RestoreLayers.begin, RestoreLayers.over, RestoreLayers._push
+
+    def begun(self: RestoreLayers, copy: Copy, *more: Any) -> CopyBatch:
+        if copy.direction == "scatter":
+            said.append(("begins", copy.batch, copy.last))
+        return begin(self, copy, *more)
+
+    def ended(self: RestoreLayers, worker: str, job: str, number: int, ok: bool) -> None:
+        if job.startswith("s"):
+            said.append(("ends", number, ok))
+        over(self, worker, job, number, ok)
+
+    def told(self: RestoreLayers, *more: Any) -> None:
+        said.append("told")
+        tell(self, *more)
+
+    monkeypatch.setattr(RestoreLayers, "begin", begun)
+    monkeypatch.setattr(RestoreLayers, "over", ended)
+    monkeypatch.setattr(RestoreLayers, "_push", told)
+    with a_world() as world, world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        assert worker.park("chat", tokens_of(1, COUNT), PAGES, level="disk").result(20).level == "disk"
+        state = world.daemon.node._core.state
+        monkeypatch.setattr(state, "settings", replace(state.settings, batch_bytes=1))
+        world.theirs.flip_next = "mapped"
+        plan = worker.plan("chat", tokens_of(1, COUNT))
+        receipt = worker.restore_async(plan, OTHER, deadline_s=60, by_layer=True).result(60)
+    so_far = [
+        ("begins", 0, False),
+        ("ends", 0, False),
+        ("begins", 1, True),
+        "told",
+        "told",
+        ("ends", 1, True),
+    ]
+    assert said[: len(so_far) + 1] == [*so_far, ("begins", 2, True)]
+    return receipt
+
+
+def test_a_batch_that_comes_after_the_last_one_told_of_all_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    receipt = read_again_behind_what_was_told(monkeypatch)
+    assert (receipt.ok, receipt.reason) == (False, "copy_failed") and "written again" in receipt.detail
+
+
+def test_control_a_restore_forgotten_with_its_last_batch_ends_ok_over_garbage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LayerEvents, "told", False)
+    assert read_again_behind_what_was_told(monkeypatch).ok
 
 
 def test_a_worker_that_does_not_ask_is_told_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +292,39 @@ def test_a_batch_after_a_told_layer_is_refused_until_the_worker_left() -> None:
     with pytest.raises(KvtierError, match="written again"):
         books.begin(asked(1), batch_of(memory, 1), None)
     books.leave("w")
-    assert not books._restores
+    assert not books._restores and not books._told
     assert books.begin(asked(2), batch_of(memory, 2), None).on_layer is not None
 
 
-def test_a_restore_that_went_well_leaves_nothing_in_the_books() -> None:
+@pytest.mark.parametrize("ok", [True, False])
+def test_of_restores_that_are_over_a_bounded_number_is_remembered(
+    ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_layers, "_MOST_TOLD", 10)
+    books, memory = RestoreLayers(lambda worker, message: None), KvMemory()
+    jobs = [f"s{number}" for number in range(1000)]
+    for job in jobs:
+        batch = books.begin(msgspec.structs.replace(asked(0), job=job), batch_of(memory, 0), None)
+        assert batch.on_layer is not None
+        batch.on_layer(0, Reached())
+        books.over("w", job, 0, ok)
+    assert not books._restores and list(books._told["w"]) == jobs[-10:]
+    books.clear()
+    assert not books._told
+
+
+def test_what_another_worker_restores_makes_nobody_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_layers, "_MOST_TOLD", 1)
+    books, memory = RestoreLayers(lambda worker, message: None), KvMemory()
+    for worker in ("w", "other"):
+        books.begin(msgspec.structs.replace(asked(0), worker=worker), batch_of(memory, 0), None)
+        books.over(worker, "s1", 0, ok=True)
+    for worker in ("w", "other"):
+        with pytest.raises(KvtierError, match="written again"):
+            books.begin(msgspec.structs.replace(asked(1), worker=worker), batch_of(memory, 1), None)
+
+
+def test_a_restore_that_went_well_leaves_no_record_of_a_batch() -> None:
     books, memory = RestoreLayers(lambda worker, message: None), KvMemory()
     for number in range(2):
         books.begin(asked(number, last=number == 1), batch_of(memory, number), None)
