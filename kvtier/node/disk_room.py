@@ -16,7 +16,9 @@ def evict(state: NodeState, nbytes: int, purpose: Purpose) -> list[ObjectMeta]:
     For what is written ahead of need only what host memory does not hold too: else the disk's copies of
     both would take turns for ever.
     """
+    usage = state.policies.usage
     going: list[Stored] = []
+    runs: dict[bytes, object] = {}
     freed = 0
     for key in state.policies.disk.victims(state.now_s):
         block = state.tree.get(key)
@@ -25,12 +27,16 @@ def evict(state: NodeState, nbytes: int, purpose: Purpose) -> list[ObjectMeta]:
             continue
         freed += sum(disk_bytes(s.on_disk) for s in parts if s.on_disk is not None)
         going += parts
+        # What no tier holds is nobody's.
+        runs[key] = usage.run_of(key)
         state.policies.disk.removed(key)
         if freed >= nbytes:
             break
     if freed < nbytes:
         for meta in (s.on_disk for s in going if s.on_disk is not None):
-            state.policies.disk.added(meta.object_id.block_key, meta.parent_key, meta.nbytes, state.now_s)
+            key = meta.object_id.block_key
+            usage.stays(key, runs[key])
+            state.policies.disk.added(key, meta.parent_key, meta.nbytes, state.now_s)
         return []
     state.counters.evicted_objects += len(going)
     return drop_copies(state, going)

@@ -109,6 +109,9 @@ class UsagePolicy(Protocol):
     def run_of(self, block: bytes) -> object:
         """The same object for blocks that are worth the same."""
 
+    def stays(self, block: bytes, run: object) -> None:
+        """The block was removed from an order, and is about to be added again. run: its run_of() before."""
+
     def account(
         self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
     ) -> Account | None:
@@ -153,6 +156,9 @@ class NoUsage:
     def run_of(self, block: bytes) -> object:
         """Nobody tells them apart."""
         return None
+
+    def stays(self, block: bytes, run: object) -> None:
+        """Nobody tells them apart."""
 
     def account(
         self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True

@@ -347,6 +347,11 @@ class CostUsage:
         """See UsagePolicy."""
         return self._book.owner(block)
 
+    def stays(self, block: bytes, run: object) -> None:
+        """See UsagePolicy."""
+        if isinstance(run, Run):
+            self._book.coming(block, run, 0)
+
     def forecasts(self) -> Mapping[str, Forecast]:
         """See UsagePolicy."""
         return self._forecasts.found

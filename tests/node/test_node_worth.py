@@ -3,6 +3,7 @@
 import pytest
 
 from kvtier import messages as m
+from kvtier.node.disk_room import evict
 from kvtier.node.events import Remembered
 from kvtier.policy.worth_order import WorthOrder
 from kvtier.policy.worth_usage import CostUsage
@@ -109,6 +110,40 @@ def test_without_what_was_learned_the_sleeper_goes(make_rig):
     rig, worker = cost_rig(make_rig, disk=14 * 3 * UNIT)
     night_and_day(rig, worker)
     assert where(rig, "sleeper", "night")[1] < 8
+
+
+def only_on_disk(make_rig):
+    """A rig with a conversation that host memory has let go."""
+    rig, worker = cost_rig(make_rig)
+    park(rig, worker, "sleeper", tokens_of(1, 8), level="disk")
+    pass_time(rig, 1000.0)
+    for number in range(2, 10):
+        park(rig, worker, f"new{number}", tokens_of(number, 8), level="disk")
+    assert where(rig, "sleeper") == (0, 8)
+    return rig
+
+
+def room_in_vain(rig):
+    """Everything is walked, and nothing goes, as that is not enough. Whether all stands where it stood."""
+    state = rig.core.state
+    keys = [block.key for block in state.tree]
+    before = [state.policies.usage.run_of(key) for key in keys], list(state.policies.disk.victims(rig.now_s))
+    said = explain(rig, "sleeper")
+    assert all(said.runs[0].returns)
+    assert evict(state, 1 << 40, "park") == []
+    after = [state.policies.usage.run_of(key) for key in keys], list(state.policies.disk.victims(rig.now_s))
+    return before == after and said == explain(rig, "sleeper")
+
+
+def test_room_that_cannot_be_made_on_disk_costs_nobody_their_place(make_rig):
+    assert room_in_vain(only_on_disk(make_rig))
+
+
+def test_control_what_is_put_back_without_its_owner_is_worth_nothing(make_rig, monkeypatch):
+    rig = only_on_disk(make_rig)
+    monkeypatch.setattr(CostUsage, "stays", lambda self, block, run: None)
+    assert not room_in_vain(rig)
+    assert not any(explain(rig, "sleeper").runs[0].returns)
 
 
 # --- leaves only ------------------------------------------------------------------------------------------
