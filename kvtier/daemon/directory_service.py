@@ -99,7 +99,7 @@ class DirectoryService:
 
     def carried(self, call: Passing) -> Bytes | None:
         """See cluster.actors.Called. Any thread."""
-        server = self._server
+        server = self._server if self._config.cluster.fallback == "ray" else None
         return server.tunnels.pass_on(call) if server is not None else None
 
     def health(self) -> dict[str, Any]:

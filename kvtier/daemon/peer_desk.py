@@ -170,7 +170,7 @@ class PeerDesk:
 
     def carried(self, call: Passing) -> Piece | None:
         """What another node says to this one in calls, and this one to it. Any thread."""
-        server = self._server
+        server = self._server if self._config.cluster.fallback == "ray" else None
         return server.tunnels.pass_on(call) if server is not None else None
 
     # --- the core's instructions ------------------------------------------------------------------------
@@ -274,16 +274,19 @@ class PeerDesk:
         began_s = time.monotonic()
         came_over = Came()
         outcomes: Sequence[str] = ["peer_lost"] * len(message.slots)
-        client = self._client(message.node, message.epoch)
-        if client is not None:
-            objects = zip(message.object_keys, message.slots, message.item_bytes, strict=True)
-            wanted = [
-                Wanted(ObjectId(*key), self._room(item), item.checksum, width) for key, item, width in objects
-            ]
-            try:
+        client: PeerClient | None = None
+        try:
+            client = self._client(message.node, message.epoch)
+            if client is not None:
+                objects = zip(message.object_keys, message.slots, message.item_bytes, strict=True)
+                wanted = [
+                    Wanted(ObjectId(*key), self._room(item), item.checksum, width)
+                    for key, item, width in objects
+                ]
                 outcomes = client.fetch(wanted, message.timeout_s, came=came_over)
-            except KvtierError as error:
-                _LOG.warning("node '%s' gives nothing: %s", message.node, error)
+        except (KvtierError, RuntimeError) as error:
+            # Of the latter kind: no thread could be started. Those that were have ended.
+            _LOG.warning("node '%s' gives nothing: %s", message.node, error)
         failed = tuple((index, why) for index, why in enumerate(outcomes) if why)
         came = [item for item, why in zip(message.slots, outcomes, strict=True) if not why]
         return PeerReadDone(

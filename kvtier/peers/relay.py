@@ -5,6 +5,7 @@ All that is said over it is what would be said over TCP: who they are, questions
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -70,10 +71,16 @@ class Relayed(Wire):
                 raise StreamLost("closed")
             first, self._begun = not self._begun, True
         call = Passing(self._connection, said, first, least, min(left_s, MOST_WAIT_S))
-        answer = self._carrier.pass_on(self._node, call)
+        try:
+            answer = self._carrier.pass_on(self._node, call)
+        except RuntimeError as error:
+            # No thread could be started.
+            raise StreamLost(f"{self.way}: {error}") from error
         waited: tuple[Future[Any], ...] = answer, self._closed
         wait(waited, left_s, FIRST_COMPLETED)
         if self._closed.done() or not answer.done():
+            # One that has not begun would only keep others waiting.
+            answer.cancel()
             raise StreamLost("closed" if self._closed.done() else "the time is over")
         came = answer.result()
         if came is None:
@@ -89,7 +96,8 @@ class Relayed(Wire):
             begun = self._begun
         if begun:
             # Nobody waits for it: where it is lost, the connection rests until another one takes its place.
-            self._carrier.pass_on(self._node, Passing(self._connection, _NOTHING, last=True))
+            with contextlib.suppress(RuntimeError):
+                self._carrier.pass_on(self._node, Passing(self._connection, _NOTHING, last=True))
 
 
 class _Tunnel:

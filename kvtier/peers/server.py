@@ -143,7 +143,7 @@ class PeerServer:
                 sock.close()
 
     def _take(self, sock: socket.socket) -> bool:
-        """Serve a connection, unless there are too many."""
+        """Serve a connection, unless there are too many, or no thread is to be had."""
         with self._lock:
             if self._closing or len(self._open) >= self._settings.connections:
                 self.sent.refused += 1
@@ -152,8 +152,14 @@ class PeerServer:
             thread = threading.Thread(
                 target=self._serve, args=(stream, sock), name="kvtier-peer", daemon=True
             )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self.sent.refused += 1
+                _LOG.warning("a peer was refused: %s", error)
+                return False
+            # It may have ended already, but not taken itself out: that needs the lock.
             self._open[stream] = thread
-            thread.start()
             return True
 
     def _tunnelled(self) -> socket.socket | None:

@@ -26,6 +26,9 @@ class LocalCarrier:
         return answer
 
     def _carry(self, node: str, call: Passing, answer: Future[Bytes | None]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            # Given up before it began.
+            return
         if node not in self._nodes:
             answer.set_exception(OSError(f"nobody is called '{node}'"))
             return

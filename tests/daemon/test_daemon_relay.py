@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,16 @@ from kvtier.client import Client, connect
 from kvtier.config import load
 from kvtier.daemon.directory_service import DirectoryService, directory_name
 from kvtier.daemon.embedded import Embedded
+from kvtier.peers.client import PeerClient
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.local_carrier import LocalCarrier
-from kvtier.testing.node_bench import SETTINGS, LocalWorker, until
+from kvtier.testing.node_bench import SETTINGS, LocalWorker, host, until
 from kvtier.testing.node_cluster import cluster_settings, free_port
 
 pytestmark = pytest.mark.timeout(120)
 TOKENS = 190
 PAGES = pages_for(TOKENS)
+BEGINS = Passing("begins", np.zeros(0, np.uint8), first=True)
 Answers = dict[str, Callable[[Passing], Bytes | None]]
 
 
@@ -36,6 +39,8 @@ class Cut:
 
     def __init__(self, folder: Path, fallback: str) -> None:
         self.settings = cluster_settings(folder, ("a", "b"))
+        for own in self.settings.values():
+            own["cluster.fallback"] = fallback
         self.service = DirectoryService(load(None, {**SETTINGS, **self.settings["a"]}))
         called = directory_name(self.settings["a"]["cluster.directory"])
         self.answers: Answers = {called: self.service.carried}
@@ -43,7 +48,6 @@ class Cut:
         self.daemons: dict[str, Embedded] = {}
         self.clients: dict[str, Client] = {}
         self.workers: dict[str, LocalWorker] = {}
-        self.fallback = fallback
 
     def start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """TCP is refused at all addresses, whoever calls."""
@@ -53,7 +57,7 @@ class Cut:
         monkeypatch.setattr(made, "connect", lambda address, tls, until_s: really(nowhere, tls, until_s))
         self.service.start()
         for name, own in self.settings.items():
-            daemon = Embedded({**SETTINGS, **own, "cluster.fallback": self.fallback})
+            daemon = Embedded({**SETTINGS, **own})
             daemon.node.carry_by(self.carrier)
             self.daemons[name] = daemon
             daemon.start()
@@ -150,12 +154,37 @@ def test_where_it_is_not_wanted_nothing_is_carried(tmp_path: Path, monkeypatch: 
         assert alone.restored("a", 5) == (TOKENS, "")
         assert alone.planned("b", 5) == 0
         assert alone.carrier.calls == []
+        # Nor do others that want it get an answer, from the node or from the directory.
+        assert [answer(BEGINS) for answer in alone.answers.values()] == [None] * 3
     finally:
         alone.close()
 
 
 def test_a_connection_is_of_who_began_it(cut: Cut) -> None:
+    begun = [answer(BEGINS) for answer in cut.answers.values()]
+    assert len(begun) == 3 and all(came is not None and not len(came) for came in begun)
     call = Passing("guessed", np.zeros(4, np.uint8), least=4, wait_s=0.1)
     assert cut.daemons["a"].node.carried(call) is None
     # Whoever begins one has proven nothing yet, and gets nothing but the way out.
     assert cut.daemons["a"].node.carried(replace(call, first=True, data=np.full(4, 255, np.uint8))) is None
+
+
+def no_thread(*_: object, **__: object) -> Any:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("where", ["the call", "the read"])
+def test_a_read_that_gets_no_thread_ends_as_a_miss(
+    cut: Cut, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    cut.park("a", 6, level="host")
+    until(lambda: cut.planned("b", 6) == TOKENS, "b knows what a has")
+    plan = cut.workers["b"].worker.plan("chat-6", tokens_of(6, TOKENS))
+    with monkeypatch.context() as patched:
+        if where == "the call":
+            patched.setattr(cut.carrier, "pass_on", no_thread)
+        else:
+            patched.setattr(PeerClient, "fetch", no_thread)
+        receipt = cut.workers["b"].worker.restore(plan, PAGES, deadline_s=20.0)
+        assert (receipt.tokens, receipt.reason) == (0, "peer_lost")
+    assert host(cut.clients["b"]).limbo_bytes == 0

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
+from kvtier.carriage import Bytes, Passing
 from kvtier.checksum import checksum
 from kvtier.objects import ObjectId
 from kvtier.peers.client import ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
+from kvtier.peers.relay import Relayed
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
 
@@ -88,3 +93,70 @@ def test_closing_a_client_ends_questions_that_wait() -> None:
         gate.set()
         server.close()
         asking.join()
+
+
+# --- no thread is to be had, or none is free ----------------------------------------------------------------
+
+
+def test_a_connection_without_a_thread_is_refused_and_the_next_one_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, refused = threading.Thread.start, [0]
+
+    def refuses(self: threading.Thread) -> None:
+        if self.name == "kvtier-peer":
+            refused[0] += 1
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    server = PeerServer(Identity("a", 7, TOKEN), Shelf(), ServerSettings())
+    begins = Passing("c", np.zeros(0, np.uint8), first=True)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuses)
+            with socket.create_connection(("127.0.0.1", server.port), 10) as called:
+                assert called.recv(1) == b"", "it is closed at once"
+            assert server.tunnels.pass_on(begins) is None
+        assert refused[0] == server.sent.refused == 2
+        assert not server._open
+        client = client_of(server.port)
+        assert fetched(client) == [""]
+        client.close()
+        assert server.tunnels.pass_on(begins) is not None
+    finally:
+        server.close()
+
+
+class Busy:
+    """A carrier whose calls do not begin; or none can be made."""
+
+    name = "relayed"
+
+    def __init__(self) -> None:
+        self.answers: list[Future[Bytes | None]] = []
+        self.full = False
+
+    def pass_on(self, node: str, call: Passing) -> Future[Bytes | None]:
+        if self.full:
+            raise RuntimeError("can't start new thread")
+        self.answers.append(Future())
+        return self.answers[-1]
+
+
+def test_a_call_that_is_given_up_before_it_began_is_never_made() -> None:
+    carrier = Busy()
+    wire = Relayed(carrier, "a")
+    with pytest.raises(StreamLost, match="the time is over"):
+        wire.fill(memoryview(bytearray(1)), time.monotonic() + 0.05)
+    assert [answer.cancelled() for answer in carrier.answers] == [True]
+    wire.close()
+
+
+def test_a_call_for_which_there_is_no_thread_loses_the_connection() -> None:
+    carrier = Busy()
+    carrier.full = True
+    wire = Relayed(carrier, "a")
+    with pytest.raises(StreamLost, match="relayed: can't start"):
+        wire.fill(memoryview(bytearray(1)), time.monotonic() + 10)
+    # Nor does its end need one.
+    wire.close()

@@ -30,7 +30,7 @@ from kvtier.testing.node_cluster import free_port
 from kvtier.waiting import wait_until
 
 
-def until(holds: Callable[[], object], what: str) -> None:
+def until(holds: Callable[[], bool], what: str) -> None:
     assert wait_until(holds, 10.0), what
 
 
