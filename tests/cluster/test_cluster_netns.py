@@ -1,10 +1,11 @@
-"""Two real Ray nodes, each in a network namespace of its own, joined by a veth pair. Needs root.
+"""Two real Ray nodes, each in a network namespace of its own, joined by a bridge. Needs root.
 
 pytest -m netns tests/cluster/test_cluster_netns.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -123,33 +124,47 @@ def epochs(seen: dict[str, Any], name: str) -> list[int]:
     return [epoch for _, epoch in seen[name].values()]
 
 
-@pytest.fixture
-def sides() -> Iterator[tuple[Side, Side]]:
-    """Two namespaces that reach each other; whatever happens, all of it goes."""
+@contextlib.contextmanager
+def connected(*names: str) -> Iterator[tuple[Side, ...]]:
+    """Namespaces that reach each other over a bridge in one of its own; whatever happens, all of it goes.
+
+    The first is where Ray's head will be.
+    """
     folder = Path(tempfile.mkdtemp(prefix="kvn-"))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    a, b = Side("a", 1, folder, token), Side("b", 2, folder, token)
-    a.settings += [f"ray.listen={a.address}", f"ray.port_first={PORT}"]
-    b.settings += [f"ray.address={a.address}:{PORT}"]
+    made = tuple(Side(name, number, folder, token) for number, name in enumerate(names, 1))
+    made[0].settings += [f"ray.listen={made[0].address}", f"ray.port_first={PORT}"]
+    for side in made[1:]:
+        side.settings += [f"ray.address={made[0].address}:{PORT}"]
+    hub = f"kv{os.getpid()}hub"
     try:
-        for side in (a, b):
+        ip("netns", "add", hub)
+        ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        ip("-n", hub, "link", "set", "bridge", "up")
+        for side in made:
             ip("netns", "add", side.name)
-        ip("link", "add", a.link, "type", "veth", "peer", "name", b.link)
-        for side in (a, b):
-            ip("link", "set", side.link, "netns", side.name)
+            ip("-n", hub, "link", "add", f"to-{side.number}", "type", "veth", "peer", "name", side.link)
+            ip("-n", hub, "link", "set", f"to-{side.number}", "master", "bridge", "up")
+            ip("-n", hub, "link", "set", side.link, "netns", side.name)
             ip("-n", side.name, "addr", "add", f"{side.address}/24", "dev", side.link)
             ip("-n", side.name, "link", "set", side.link, "up")
             ip("-n", side.name, "link", "set", "lo", "up")
-        yield a, b
+        yield made
     finally:
-        for side in (b, a):
+        for side in reversed(made):
             side.kill()
-        for side in (a, b):
-            ip("netns", "del", side.name, check=False)
-        ip("link", "del", a.link, check=False)
+        for name in (*(side.name for side in made), hub):
+            ip("netns", "del", name, check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def sides() -> Iterator[tuple[Side, Side]]:
+    """Two of them."""
+    with connected("a", "b") as (a, b):
+        yield a, b
 
 
 def test_two_nodes_a_loss_a_return_a_drain_and_the_end(

@@ -5,7 +5,7 @@ pytest -m netns tests/cluster/test_cluster_two_nodes.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,9 +43,9 @@ class Node:
         self.worker.kill()
         self.client.close()
 
-    def park(self, seed: int) -> None:
-        receipt = self.worker.result(self.worker.park(seed, PAGES, TOKENS, level="disk"))
-        assert receipt["level"] == "disk", receipt
+    def park(self, seed: int, level: str = "disk") -> None:
+        receipt = self.worker.result(self.worker.park(seed, PAGES, TOKENS, level=level))
+        assert receipt["level"] == level, receipt
 
     def knows(self, seed: int, tokens: int = TOKENS) -> None:
         until(
@@ -62,25 +62,19 @@ class Node:
         return tokens
 
 
-@pytest.fixture
-def nodes(
-    sides: tuple[Side, Side],  # noqa: F811
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> Iterator[tuple[Node, Node]]:
-    """(with Ray's head and the directory, the other one). Its parameter: where the other one listens."""
-    a, b = sides
+def set_up(members: Sequence[Side], folder: Path) -> None:
+    """One cluster of them all; the directory is at the first."""
     for name in ("secret", "peers"):
-        path = tmp_path / name
+        path = folder / name
         path.touch(mode=0o600)
-        path.write_text(f"{name} of two nodes in their namespaces")
-    directory = f"{a.address}:47201"
-    for side in sides:
+        path.write_text(f"{name} of nodes in their namespaces")
+    directory = f"{members[0].address}:47201"
+    for side in members:
         side.settings += [
             f"cluster.listen={side.address}:47200",
             f"cluster.directory={directory}",
-            f"cluster.token_file={tmp_path / 'peers'}",
-            f"access.tenant_secret_file={tmp_path / 'secret'}",
+            f"cluster.token_file={folder / 'peers'}",
+            f"access.tenant_secret_file={folder / 'secret'}",
             "cluster.shards=4",
             "cluster.ask_s=1",
             "cluster.lost_after_s=3",
@@ -89,7 +83,18 @@ def nodes(
             f"disk.segment_bytes={16 << 20}",
             "metrics.enabled=false",
         ]
-    a.settings += [f"cluster.directory_listen={directory}"]
+    members[0].settings += [f"cluster.directory_listen={directory}"]
+
+
+@pytest.fixture
+def nodes(
+    sides: tuple[Side, Side],  # noqa: F811
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[Node, Node]]:
+    """(with Ray's head and the directory, the other one). Its parameter: where the other one listens."""
+    a, b = sides
+    set_up(sides, tmp_path)
     if hasattr(request, "param"):
         a.settings += ["cluster.fallback=ray"]
         b.settings += [f"cluster.listen={request.param}", "cluster.fallback=ray"]
