@@ -11,12 +11,10 @@ import signal
 import threading
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import msgspec
-
 from kvtier.carriage import MOST_CONNECTIONS, Bytes, Carrier, Passing
+from kvtier.cluster.members import read_config
 from kvtier.cluster.reconciler import TierRole
 from kvtier.cluster.services import load_service
-from kvtier.config_schema import Config
 from kvtier.daemon.collector import set_survivors_aside
 
 # One copy engine's threads are set by its own settings; libraries that open a pool of threads per core
@@ -31,7 +29,7 @@ _CONCURRENCY = 6
 
 def concurrency(config_text: bytes) -> int:
     """Calls at once of an actor with this configuration: one more for each connection that it may carry."""
-    cluster = msgspec.json.decode(config_text, type=Config).cluster
+    cluster = read_config(config_text).cluster
     return _CONCURRENCY + (MOST_CONNECTIONS if cluster.fallback == "ray" else 0)
 
 
@@ -148,7 +146,7 @@ class TierActor:
 
     def _start(self) -> None:
         try:
-            service = load_service(self._path)(msgspec.json.decode(self._config_text, type=Config))
+            service = load_service(self._path)(read_config(self._config_text))
             if isinstance(service, Calls):
                 service.carry_by(self._carrier())
             service.start()

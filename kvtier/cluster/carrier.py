@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import msgspec
-
 from kvtier.carriage import Bytes, Passing
-from kvtier.cluster.members import Member
+from kvtier.cluster.members import Member, read_config
 from kvtier.cluster.reconciler import Incarnation
-from kvtier.config_schema import Config
 
 # Calls at once; each brings a piece at most.
 _CALLS = 16
@@ -42,7 +39,7 @@ def actor_of(called: str, members: Iterable[Member], alive: Iterable[Incarnation
 
 
 def _directory_at(member: Member) -> str:
-    return msgspec.json.decode(member.config_text, type=Config).cluster.directory_listen
+    return read_config(member.config_text).cluster.directory_listen
 
 
 class ActorCarrier:

@@ -29,6 +29,7 @@ from kvtier.errors import KvtierError
 
 LOG = "up.log"
 _LOG_TAIL_BYTES = 2000
+_EVENT = msgspec.json.Decoder(Event)
 
 
 def private_environment(config: Config, token_path: str) -> dict[str, str]:
@@ -127,7 +128,7 @@ class Starter:
         while chunk := self._read(deadline_s):
             *lines, pending = (pending + chunk).split(b"\n")
             for line in lines:
-                event = msgspec.json.decode(line, type=Event)
+                event = _EVENT.decode(line)
                 if event.kind == "failed":
                     raise KvtierError(event.text, fix=event.fix)
                 yield event

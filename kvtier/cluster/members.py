@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import msgspec
 
 from kvtier.cluster.reconciler import TierRole
+from kvtier.config_schema import Config
 from kvtier.errors import KvtierError
 
 
@@ -32,12 +33,17 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(role for role, _ in self.services)
 
 
-_DECODER = msgspec.json.Decoder(Member)
+_MEMBER, _CONFIG = msgspec.json.Decoder(Member), msgspec.json.Decoder(Config)
 
 
 def read_member(data: bytes) -> Member:
     """A Member from JSON. Raises msgspec.DecodeError."""
-    return _DECODER.decode(data)
+    return _MEMBER.decode(data)
+
+
+def read_config(text: bytes) -> Config:
+    """A Member's configuration. Raises msgspec.DecodeError."""
+    return _CONFIG.decode(text)
 
 
 def find(members: Iterable[Member], wanted: str) -> Member:

@@ -307,4 +307,4 @@ if __name__ == "__main__":
     reporter = _Reporter(int(sys.argv[1]))
     text = sys.stdin.buffer.read()
     # An empty order means that whoever started this process is gone.
-    sys.exit(main(msgspec.json.decode(text, type=Order), reporter) if text else 1)
+    sys.exit(main(msgspec.json.Decoder(Order).decode(text), reporter) if text else 1)

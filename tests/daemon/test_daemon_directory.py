@@ -272,6 +272,19 @@ def test_a_drive_that_is_full_is_said_and_hides_nothing(
 # --- faults -------------------------------------------------------------------------------------------------
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch) -> list[ValueError]:
+    """The next time that anything is told to a service, its thread fails; the faults that are to come."""
+    tell_all, faults = PeerDirectory._tell_all, [ValueError("a fault of ours")]
+
+    def failing(self: PeerDirectory, service: Any) -> bool:
+        if faults:
+            raise faults.pop()
+        return tell_all(self, service)
+
+    monkeypatch.setattr(PeerDirectory, "_tell_all", failing)
+    return faults
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_while_announcing_is_seen_and_the_next_thread_goes_on(
     config: Config,
@@ -279,15 +292,7 @@ def test_a_fault_while_announcing_is_seen_and_the_next_thread_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tell_all = PeerDirectory._tell_all
-    faults = [ValueError("a fault of ours")]
-
-    def fails_once(self: PeerDirectory, service: Any) -> bool:
-        if faults:
-            raise faults.pop()
-        return tell_all(self, service)
-
-    monkeypatch.setattr(PeerDirectory, "_tell_all", fails_once)
+    fail_once(monkeypatch)
     monkeypatch.setattr(peer_directory, "_PAUSE_S", 0.01)
     node = Say(config, "a")
     try:
@@ -349,13 +354,7 @@ def test_who_announces_goes_on_after_a_fault_once_a_thread_can_be_started(
     config: Config, service: DirectoryService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_directory, "_PAUSE_S", 0.01)
-    begin, tell_all = PeerDirectory._begin, PeerDirectory._tell_all
-    faults, refused = [ValueError("a fault of ours")], threading.Event()
-
-    def fails_once(self: PeerDirectory, service: Any) -> bool:
-        if faults:
-            raise faults.pop()
-        return tell_all(self, service)
+    faults, begin, refused = fail_once(monkeypatch), PeerDirectory._begin, threading.Event()
 
     def refused_once(self: PeerDirectory, service: Any) -> None:
         if not faults and not refused.is_set():
@@ -363,7 +362,6 @@ def test_who_announces_goes_on_after_a_fault_once_a_thread_can_be_started(
             no_thread(threading.current_thread())
         begin(self, service)
 
-    monkeypatch.setattr(PeerDirectory, "_tell_all", fails_once)
     monkeypatch.setattr(PeerDirectory, "_begin", refused_once)
     node = Say(config, "a")
     try:

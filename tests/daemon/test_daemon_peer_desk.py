@@ -24,6 +24,7 @@ from kvtier.cluster_messages import (
     Stone,
 )
 from kvtier.config import load
+from kvtier.config_schema import Config
 from kvtier.daemon.peer_desk import PeerDesk
 from kvtier.daemon.peer_directory import PeerDirectory
 from kvtier.directory.announcer import Announcer
@@ -41,11 +42,16 @@ from kvtier.testing.rig_cluster import RigCluster
 from kvtier.tier_messages import WireItem
 
 
+def config_of(folder: Path, **more: str) -> Config:
+    """A node's that is alone in its cluster."""
+    own = cluster_settings(folder, ("a",))["a"]
+    return load(None, {**own, "node.state_dir": str(folder / "state"), **more})
+
+
 def test_plans_do_not_wait_for_forgettings_that_a_hanging_node_holds_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = cluster_settings(tmp_path, ("a",))["a"]
-    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    config = config_of(tmp_path)
     told: list[Message] = []
     hangs = threading.Event()
     monkeypatch.setattr(PeerDirectory, "nodes", lambda self: {"b": True})
@@ -77,8 +83,7 @@ def _nobody_looks(look: Any) -> None:
 
 
 def test_nodes_that_are_away_are_not_asked_to_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = cluster_settings(tmp_path, ("a",))["a"]
-    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    config = config_of(tmp_path)
     told: list[Message] = []
     asked: list[str] = []
     monkeypatch.setattr(PeerDirectory, "nodes", lambda self: {"b": True, "gone": False})
@@ -100,8 +105,7 @@ def test_what_a_node_has_erased_is_waited_for_at_all_nodes_that_it_knows_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever forgot may have started just now, and know of fewer."""
-    settings = cluster_settings(tmp_path, ("a",))["a"]
-    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    config = config_of(tmp_path)
     said: list[Stone] = []
     monkeypatch.setattr(PeerDirectory, "named", lambda self: ["b", "gone"])
     monkeypatch.setattr(PeerDirectory, "say_buried", lambda self, stone: said.append(stone))
@@ -117,8 +121,7 @@ def test_what_a_node_has_erased_is_waited_for_at_all_nodes_that_it_knows_of(
 
 def test_every_wish_of_the_core_has_somebody_who_carries_it_out(tmp_path: Path) -> None:
     """A wish that nobody carries out would never be answered."""
-    settings = cluster_settings(tmp_path, ("a",))["a"]
-    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    config = config_of(tmp_path)
     desk = PeerDesk(config, 1, cast(HostTier, None), lambda peer, message: None, _nobody_looks)
     try:
         wishes = {
@@ -155,8 +158,7 @@ class _Fetched:
 
 
 def test_a_read_says_how_its_bytes_travelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = cluster_settings(tmp_path, ("a",))["a"]
-    config = load(None, {**settings, "node.state_dir": str(tmp_path / "state")})
+    config = config_of(tmp_path)
     told: list[Message] = []
     fetched = _Fetched()
     monkeypatch.setattr(PeerDesk, "_client", lambda self, node, epoch: fetched)
@@ -189,9 +191,8 @@ def test_a_read_says_how_its_bytes_travelled(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("setting", "some"), [("auto", True), ("raw", False)])
 def test_a_node_that_shall_not_encode_offers_nothing(tmp_path: Path, setting: str, some: bool) -> None:
     pytest.importorskip("zstandard")
-    settings = cluster_settings(tmp_path, ("a",))["a"]
-    given = {**settings, "node.state_dir": str(tmp_path / "state"), "cluster.wire_codec": setting}
-    desk = PeerDesk(load(None, given), 1, cast(HostTier, None), lambda peer, message: None, _nobody_looks)
+    config = config_of(tmp_path, **{"cluster.wire_codec": setting})
+    desk = PeerDesk(config, 1, cast(HostTier, None), lambda peer, message: None, _nobody_looks)
     desk.close()
     assert ("planes-zstd" in desk._codecs) is some
 
@@ -206,8 +207,7 @@ class Stepped:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(announcing, "_MOST_AT_ONCE", MOST)
-        settings = cluster_settings(folder, ("a",))["a"]
-        config = load(None, {**settings, "node.state_dir": str(folder / "state")})
+        config = config_of(folder)
         self.cluster = RigCluster("a", disk=None)
         self.rig = self.cluster.rigs["a"]
         for number in range(6):
@@ -337,7 +337,7 @@ def closed_amid_a_question(
     folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> str:
     """A question of the directory goes on once the desk has begun to close: what is logged."""
-    config = load(None, {**cluster_settings(folder, ("a",))["a"], "node.state_dir": str(folder / "state")})
+    config = config_of(folder)
     asked, cut = threading.Event(), threading.Event()
     nodes_there, end = PeerDirectory.nodes_there, PeerDirectory.cut
 

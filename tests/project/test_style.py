@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kvtier", "tests", "benchmarks", "examples")
 # Rooms whose code runs on several threads of a service.
-THREADED = ("kvtier/daemon", "kvtier/directory", "kvtier/node", "kvtier/peers")
+THREADED = ("kvtier/cluster", "kvtier/daemon", "kvtier/directory", "kvtier/node", "kvtier/peers")
 MAX_LINES = 500
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
