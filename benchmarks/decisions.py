@@ -12,6 +12,7 @@ import numpy as np
 
 from kvtier.bench.lines import Line, micros_line, seconds
 from kvtier.bench.llama import BLOCK_TOKENS, PAGE_TOKENS
+from kvtier.daemon.collector import set_survivors_aside
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
 from kvtier.messages import Attach, Attached, DropPlan, MakePlan, Message, Park, Ping, Planned
@@ -136,8 +137,10 @@ def evictions() -> Iterator[Line]:
     """Microseconds for each block that comes to a full node and pushes out others, by worth and by last use.
 
     All that a policy does for it: noting it in two tiers, the wait, what is learned, and two victims. Time is
-    this thread's CPU time, so that what else the machine does counts less.
+    this thread's CPU time, so that what else the machine does counts less. Python's collector sets aside what
+    lives long, as it does in a node's service.
     """
+    set_survivors_aside()
     tiers = {name: _Tiers(name) for name in ("lru", "cost")}
     taken: dict[str, list[float]] = {name: [] for name in tiers}
     for _ in range(_TURNS):

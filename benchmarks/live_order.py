@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from kvtier.sim.trace import Trace
 # KV of a token of Llama 3.1 8B in bf16.
 _TOKEN_BYTES: Final = 131072
 _ROOT: Final = b"root"
+# Of conversations: as recorded, a new one for each request, one for everybody.
+Names: TypeAlias = Literal["trace", "new", "one"]
 
 
 class LiveTier:
@@ -100,8 +102,8 @@ class LiveTier:
             yield ParkedBlock(key, start, last, (last - start) * _TOKEN_BYTES)
 
 
-def live_replay(trace: Trace, tier: LiveTier, *, new_names: bool) -> Score:
-    """Serve every request. new_names: a name for each request, as for those whose conversation is unknown."""
+def live_replay(trace: Trace, tier: LiveTier, *, names: Names = "trace") -> Score:
+    """Serve every request. names: those of the trace, a new one for each request, or one for all."""
     hits = np.zeros(len(trace), np.int64)
     running: list[tuple[float, int, Name, list[bytes]]] = []
 
@@ -114,8 +116,7 @@ def live_replay(trace: Trace, tier: LiveTier, *, new_names: bool) -> Score:
     for row in range(len(trace)):
         now_s, conversation = float(trace.t_s[row]), int(trace.conversation[row])
         end_until(now_s)
-        unnamed = new_names or conversation < 0
-        name = (str(trace.tenant[row]), f"request {row}" if unnamed else str(conversation))
+        name = (str(trace.tenant[row]), _conversation(names, row, conversation))
         path = [block.to_bytes(8, "big") for block in trace.path(row).tolist()]
         hits[row] = tier.ask(name, path, int(trace.tokens_in[row]), now_s)
         heapq.heappush(running, (now_s + max(float(trace.duration_s[row]), 0.0), row, name, path))
@@ -123,16 +124,22 @@ def live_replay(trace: Trace, tier: LiveTier, *, new_names: bool) -> Score:
     return score(trace, hits)
 
 
-def measured(trace: Trace, policy: str, size: Size, *, new_names: bool) -> Line:
+def _conversation(names: Names, row: int, conversation: int) -> str:
+    if names == "one":
+        return "everybody"
+    return f"request {row}" if names == "new" or conversation < 0 else str(conversation)
+
+
+def measured(trace: Trace, policy: str, size: Size, *, names: Names = "trace") -> Line:
     """One policy at one size."""
     tier = LiveTier(policy, size.blocks, trace.block_tokens)
-    found = live_replay(trace, tier, new_names=new_names)
+    found = live_replay(trace, tier, names=names)
     detail = {
         "policy": policy,
         "share_percent": size.share_percent,
         "capacity_blocks": size.blocks,
         "block_tokens": trace.block_tokens,
-        "names": "new" if new_names else "trace",
+        "names": names,
         "token_hit_percent": round(found.token_hit_percent, 2),
         "cost_hit_percent": round(found.cost_hit_percent, 2),
         "cpu_us_per_block": round(1e6 * tier.cpu_s / max(tier.came_in, 1), 1),
@@ -151,7 +158,7 @@ def main() -> None:
     parser.add_argument("--shares", default="1,2,5", help="sizes, in percent of a trace's unique blocks")
     parser.add_argument("--merge", type=int, default=1, help="blocks of the trace that make one block")
     parser.add_argument("--policies", default="lru,cost")
-    parser.add_argument("--names", choices=("trace", "new"), default="trace", help="of conversations")
+    parser.add_argument("--names", choices=get_args(Names), default="trace", help="of conversations")
     options = parser.parse_args()
     for path in options.traces:
         with path.open("rb") as file:
@@ -161,7 +168,7 @@ def main() -> None:
             trace = chosen(trace, np.arange(len(trace)), options.merge)
         for size in sizes_of_shares(trace, [float(share) for share in options.shares.split(",")]):
             for policy in options.policies.split(","):
-                line = measured(trace, policy, size, new_names=options.names == "new")
+                line = measured(trace, policy, size, names=options.names)
                 print(line.json(), flush=True)
 
 

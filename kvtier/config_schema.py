@@ -187,7 +187,7 @@ class PolicyConfig(Section, frozen=True):
             description='What leaves a tier first: what was used longest ago ("lru"), or what is worth least '
             'for its room ("cost"), by learned return times and by what computing and loading take.'
         ),
-    ] = "lru"
+    ] = "cost"
     prices: Annotated[
         str,
         Meta(

@@ -45,6 +45,8 @@ class CostRestore:
         self._kinds: dict[str, ResidualTracker] = {}
         # Refusals since a load was seen, and when the first one was, by the slowest path of what was refused.
         self._refused: dict[str, tuple[int, float]] = {}
+        # Paths without a measurement by which one load was made to get one.
+        self._tried: dict[str, None] = {}
 
     def choose(self, segments: Sequence[Segment], tokens: int, wish: RestoreWish = _ANY_WISH) -> LoadChoice:
         """See RestorePolicy."""
@@ -52,8 +54,16 @@ class CostRestore:
         if not runs:
             return LoadChoice(0, 0.0, 0.0, why="nothing stored fits")
         lines = self._lines(runs, wish)
-        plan = self._plan(runs, self._question(tokens, wish, lines))
-        if (plan.late or not plan.load_end) and self._look_again(runs, lines, wish.now_s):
+        question = self._question(tokens, wish, lines)
+        # By layer, what is cut off at the deadline leaves nothing: no risk of that is worth taking.
+        plan = plan_restore(runs, question) if wish.by_layer else self._plan(runs, question)
+        hoped = self._first(runs, plan, tokens, wish, lines)
+        if hoped is not None:
+            return self._chosen(
+                runs, hoped, lines, wish, f"{_why(hoped, wish)}; never measured, so it is tried"
+            )
+        unsafe = plan.late and not wish.by_layer
+        if (unsafe or not plan.load_end) and self._look_again(runs, lines, wish.now_s):
             # Whoever carries it out cuts off what comes after the deadline.
             deadline_s = math.inf if plan.late else wish.deadline_s
             blind = RestoreWish(deadline_s=deadline_s, queued_bytes=wish.queued_bytes)
@@ -125,6 +135,33 @@ class CostRestore:
             plan.load_ttft_s if wish.recompute is not None else 0.0,
         )
 
+    def _first(
+        self,
+        runs: Sequence[Run],
+        plan: RestorePlan,
+        tokens: int,
+        wish: RestoreWish,
+        lines: Mapping[str, LoadLine],
+    ) -> RestorePlan | None:
+        """A plan that loads more, should paths that were never measured be as quick as may be hoped.
+
+        One such load is made; until it was seen, what is guessed counts.
+        """
+        if plan.load_end == runs[-1].end:
+            return None
+        paths = {key: Path.of_key(key) for key in lines}
+        used = {*_bytes_of(runs, plan.compute_front, plan.load_end), *self._tried}
+        new = [k for k, path in paths.items() if k not in used and not self.loads.measured(path)]
+        if not new:
+            return None
+        hoped = {k: self.loads.hoped(paths[k], wish.queued_bytes.get(paths[k].source, 0)) for k in new}
+        found = plan_restore(runs, self._question(tokens, wish, {**lines, **hoped}))
+        if found.load_end <= plan.load_end:
+            return None
+        self._tried.update(dict.fromkeys(new))
+        nbytes = _bytes_of(runs, found.compute_front, found.load_end)
+        return replace(found, load_s=max(lines[key].seconds(part) for key, part in nbytes.items()))
+
     def _look_again(self, runs: Sequence[Run], lines: Mapping[str, LoadLine], now_s: float) -> bool:
         """Whether to load what is not worth it, or too late, by what is known: it may be out of date."""
         path = _slowest(runs, lines, 0, runs[-1].end)
@@ -160,6 +197,7 @@ class CostRestore:
             path = Path(source, via)
             self.loads.observed(self.loads.estimate(path, nbytes, queue_bytes), seconds)
             self._refused.pop(path.key, None)
+            self._tried.pop(path.key, None)
 
     def line(self, source: str, queue_bytes: int = 0) -> LoadLine:
         """See RestorePolicy."""
@@ -195,6 +233,16 @@ class CostRestore:
             for kind, entry in kinds.items()
         }
         self.loads, self._kinds = loads, trackers
+
+
+def _bytes_of(runs: Sequence[Run], start: int, end: int) -> dict[str, float]:
+    """By path, what lies between two tokens."""
+    nbytes: dict[str, float] = {}
+    for run in runs:
+        share = (min(end, run.end) - max(start, run.start)) / (run.end - run.start)
+        for key, part in run.loads if share > 0 else ():
+            nbytes[key] = nbytes.get(key, 0.0) + part * share
+    return nbytes
 
 
 def _slowest(runs: Sequence[Run], lines: Mapping[str, LoadLine], start: int, end: int) -> str:

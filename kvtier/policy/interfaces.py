@@ -51,8 +51,10 @@ class RestoreWish:
 
     recompute: of the worker that asks; None where it is not known, and then everything is loaded.
     waiting_requests: in its prefill queue.  prefill_wait_s: until it could begin to compute.  deadline_s: for
-    all that is loaded.  takes: what the engine can use.  queued_bytes: by source, what is to be moved for
-    others first.  now_s: by any clock that goes forward, for what has to be learned anew after a while.
+    all that is loaded.  takes: what the engine can use.  by_layer: layer by layer, so that a load which is
+    cut off at the deadline leaves nothing, where another one leaves the front that came.  queued_bytes: by
+    source, what is to be moved for others first.  now_s: by any clock that goes forward, for what has to be
+    learned anew after a while.
     """
 
     recompute: Recompute | None = None
@@ -60,6 +62,7 @@ class RestoreWish:
     prefill_wait_s: float = 0.0
     deadline_s: float = inf
     takes: Takes = "fronts"
+    by_layer: bool = False
     queued_bytes: Mapping[str, int] = field(default_factory=dict)
     now_s: float = 0.0
 

@@ -57,6 +57,9 @@ class ResidualTracker:
         self._invented = len(_FIRST)
         self._alpha_low = self._alpha_high = _ALPHA
         self.seen = 0
+        # What was answered last, until another outcome is seen: it is asked again when the load is done.
+        self._asked_s = -1.0
+        self._answer = (Interval(0.0, 0.0, 0.0), 0.0)
 
     def around(self, expected_s: float) -> Interval:
         """The interval around an estimate."""
@@ -64,13 +67,16 @@ class ResidualTracker:
 
     def spread(self, expected_s: float) -> tuple[Interval, float]:
         """The interval around an estimate, and the median of its outcomes, which lies within."""
+        if expected_s == self._asked_s:
+            return self._answer
         near = self._near(expected_s)
         ends = _quantile(near, self._alpha_low), -_quantile(-near[::-1], self._alpha_high)
         # Levels up to a half each: the ends meet at the median, but for rounding.
         low, high = min(ends), max(ends)
         median = min(max(_quantile(near, 0.5), low), high)
         around = Interval(expected_s * math.exp(low), expected_s, expected_s * math.exp(high))
-        return around, expected_s * math.exp(median)
+        self._asked_s, self._answer = expected_s, (around, expected_s * math.exp(median))
+        return self._answer
 
     def outcome(self, interval: Interval, seconds: float) -> None:
         """What became of an estimate for which `around` gave this interval.
@@ -87,6 +93,7 @@ class ResidualTracker:
         self._at = np.append(self._at[drop:], at)
         self._residuals = np.append(self._residuals[drop:], _bounded(math.log(seconds) - at))
         self.seen += 1
+        self._asked_s = -1.0
 
     def _near(self, expected_s: float) -> _Array:
         """The residuals that count for an estimate, ascending."""
@@ -94,8 +101,13 @@ class ResidualTracker:
             return np.sort(self._residuals)
         distance = np.abs(self._at - math.log(max(expected_s, 1e-12)))
         distance[: self._invented] = 0.0
-        newest_first = np.argsort(distance[::-1], kind="stable")[:_NEAR]
-        return np.sort(self._residuals[::-1][newest_first])
+        furthest = np.partition(distance, _NEAR - 1)[_NEAR - 1]
+        near = np.flatnonzero(distance <= furthest)
+        if len(near) > _NEAR:
+            # Of those equally far the newest.
+            nearer, equal = near[distance[near] < furthest], near[distance[near] == furthest]
+            near = np.concatenate((nearer, equal[len(nearer) - _NEAR :]))
+        return np.sort(self._residuals[near])
 
     def state(self) -> dict[str, Any]:
         """What was learned, as plain numbers and lists."""

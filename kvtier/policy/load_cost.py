@@ -11,6 +11,7 @@ of the same path in the same condition, idle or loaded, by adaptive conformal in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -125,6 +126,16 @@ class LoadCosts:
         around = self.estimate(path, max(nbytes, 1), queue_bytes).eta
         early, late = around.low_s / around.mid_s, around.high_s / around.mid_s
         return LoadLine(start_s + queue_bytes * per_queued_s, 1 / per_byte_s, min(early, 1.0), max(late, 1.0))
+
+    def measured(self, path: Path) -> bool:
+        """Whether a load by this path was ever seen."""
+        return path in self._fits and self._fits[path].measurements > 0
+
+    def hoped(self, path: Path, queue_bytes: int = 0) -> LoadLine:
+        """What a path that was never measured may do: a spread better than the guess in everything."""
+        start_s, rate = _PRIOR[path.source]
+        start_s += queue_bytes / (rate * math.exp(_QUEUE_SPREAD))
+        return LoadLine(start_s * math.exp(-_START_SPREAD), rate * math.exp(_RATE_SPREAD))
 
     def observed(self, estimate: LoadEstimate, seconds: float) -> None:
         """A load took so long. One of nothing, or in no time, teaches nothing."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Final, Literal
+from bisect import bisect_right
+from operator import add
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ _HOURS: Final = 24
 _HOURS_A_CLASS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """One wait for the next request of a conversation.
 
     clock: whether it is counted from the end of the last request or, where that is unknown, from its
@@ -68,10 +67,24 @@ _FIRSTS: Final = tuple(_STARTS.values())
 CODES: Final = sum(FEATURES.values())
 
 
+def _doublings(least: float, classes: int) -> tuple[float, ...]:
+    """Where a number's classes begin: what is known, `least`, each doubling of it. Below is the unknown."""
+    return (0.0, *(least * 2.0**step for step in range(classes - 2)))
+
+
+_GAPS: Final = _doublings(2, FEATURES["gap"])
+_GAPS_BEFORE: Final = _doublings(2, FEATURES["gap before"])
+_TOKENS_OUT: Final = _doublings(50, FEATURES["tokens out"])
+_DURATIONS: Final = _doublings(2, FEATURES["duration"])
+_TURNS: Final = _doublings(1, FEATURES["turns"])
+_NEW_TOKENS: Final = _doublings(128, FEATURES["new tokens"])
+_TOKENS_IN: Final = _doublings(1000, FEATURES["tokens in"])
+
+
 def codes_of(context: Context) -> IntArray:
     """One number for each feature, below CODES, int32."""
     stop = _stop_class(context)
-    gap = _doublings(context.gap_s, 2, FEATURES["gap"])
+    gap = bisect_right(_GAPS, context.gap_s)
     # In the order of FEATURES.
     classes = (
         0,
@@ -79,16 +92,16 @@ def codes_of(context: Context) -> IntArray:
         stop * len(_KINDS) + _KINDS.get(context.kind, 0),
         gap,
         stop * FEATURES["gap"] + gap,
-        _doublings(context.gap_before_s, 2, FEATURES["gap before"]),
-        _doublings(context.tokens_out, 50, FEATURES["tokens out"]),
-        _doublings(context.duration_s, 2, FEATURES["duration"]),
-        _doublings(context.turns, 1, FEATURES["turns"]),
-        _doublings(context.new_tokens, 128, FEATURES["new tokens"]),
-        _doublings(context.tokens_in, 1000, FEATURES["tokens in"]),
+        bisect_right(_GAPS_BEFORE, context.gap_before_s),
+        bisect_right(_TOKENS_OUT, context.tokens_out),
+        bisect_right(_DURATIONS, context.duration_s),
+        bisect_right(_TURNS, context.turns),
+        bisect_right(_NEW_TOKENS, context.new_tokens),
+        bisect_right(_TOKENS_IN, context.tokens_in),
         1 + context.tenant % (_TENANTS - 1) if context.tenant else 0,
         0 if context.hour < 0 else 1 + int(context.hour % _HOURS) // _HOURS_A_CLASS,
     )
-    return np.array([start + number for start, number in zip(_FIRSTS, classes, strict=True)], np.int32)
+    return np.array(list(map(add, _FIRSTS, classes)), np.int32)
 
 
 def stop_code(stop: str, clock: Clock) -> int:
@@ -102,12 +115,3 @@ def _stop_class(context: Context) -> int:
 
 def _known_stop(stop: str, clock: Clock) -> int:
     return _STOPS.get(stop, _OTHER_STOP) + (4 if clock == "end" else 0)
-
-
-def _doublings(value: float, least: float, classes: int) -> int:
-    """0 for unknown, 1 below `least`, then one more for each doubling; the last class is open."""
-    if value < 0:
-        return 0
-    if value < least:
-        return 1
-    return min(int(math.log2(value / least)) + 2, classes - 1)

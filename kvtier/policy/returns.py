@@ -51,6 +51,7 @@ _EDGES_S: Final[list[float]] = EDGES_S.tolist()
 # No horizon ends before it begins: what is held until then takes for ever.
 _NEVER_EARLIER: Final = np.where(np.triu(np.ones((CLASSES, CLASSES), np.bool_)), 0.0, inf)
 _LEAST_HELD_S: Final = 1e-300
+_HALF_WIDTHS_S: Final = WIDTHS_S * 0.5
 # So much that waits told is learned in one step, as a step over arrays costs hardly more for all of it than
 # for one. At first each is learned at once; one more goes together for each so many that were told.
 _TOGETHER: Final = 64
@@ -60,14 +61,21 @@ _KEPT_AFTER: Final = _KEPT ** np.arange(_TOGETHER * CLASSES + 1)
 
 
 class Curve:
-    """survival: float32, at EDGES_S, 1 at age 0.  rates: what makes the rates of it."""
+    """survival, rates: what makes them; see the properties."""
 
-    __slots__ = ("_rates", "_reckon", "survival")
+    __slots__ = ("_rates", "_reckon", "_survival")
 
-    def __init__(self, survival: CurveArray, rates: Callable[[], CurveArray]) -> None:
-        self.survival = survival
+    def __init__(self, survival: Callable[[], CurveArray], rates: Callable[[], CurveArray]) -> None:
+        self._survival: CurveArray | Callable[[], CurveArray] = survival
         self._reckon: Callable[[], CurveArray] | None = rates
         self._rates: list[float] = []
+
+    @property
+    def survival(self) -> CurveArray:
+        """At EDGES_S, float32, 1 at age 0; reckoned when it is asked for first."""
+        if not isinstance(self._survival, np.ndarray):
+            self._survival = self._survival()
+        return self._survival
 
     @property
     def rates(self) -> list[float]:
@@ -110,13 +118,13 @@ _NO_HINTS: Final = _Hints()
 class Arithmetic(NamedTuple):
     """What curves are made and taught with. Over whole arrays (ARRAYS), or in loops (`returns_loops`).
 
-    hazards(weights, codes): by class of age, float64.  learn(weights, codes, first, upto, came): one step
+    survive(weights, codes): at each edge, float64.  learn(weights, codes, first, upto, came): one step
     over what several waits told, in place; codes (waits, features), the others (waits,): each lasted through
     the classes of age [first, upto), or, where it came, ended in the last of them.  best_rates(survival): at
     each edge, float32.
     """
 
-    hazards: Callable[[LearnedWeights, IntArray], FloatArray]
+    survive: Callable[[LearnedWeights, IntArray], FloatArray]
     learn: Callable[[LearnedWeights, IntArray, IntArray, IntArray, npt.NDArray[np.bool_]], None]
     best_rates: Callable[[FloatArray], CurveArray]
 
@@ -147,10 +155,7 @@ class Returns:
 
         hint_s: after how long the caller expects the return, as was said then; counted like the wait itself.
         """
-        survival = np.empty(CLASSES + 1)
-        survival[0] = 1.0
-        hazards = self._arithmetic.hazards(self._times.weights, codes)
-        np.multiply.accumulate(1.0 - hazards, out=survival[1:])
+        survival = self._arithmetic.survive(self._times.weights, codes)
         if hint_s is not None and 0 < hint_s < _BOUND:
             trust = self.hint_trust(tenant)
             if said_s:
@@ -158,7 +163,8 @@ class Returns:
                 survival = left / max(float(left[0]), _LEAST_LEFT)
             ends = np.array(hinted_ages(hint_s, said_s)) - said_s
             survival = (1.0 - trust) * survival + trust * np.interp(EDGES_S, ends, (1.0, 0.0))
-        return Curve(survival.astype(np.float32), partial(self._arithmetic.best_rates, survival))
+        rates = partial(self._arithmetic.best_rates, survival)
+        return Curve(partial(survival.astype, np.float32), rates)
 
     def lasted(self, codes: IntArray, first: int, upto: int) -> None:
         """A wait went on past the classes of age [first, upto)."""
@@ -247,12 +253,15 @@ def class_of(age_s: float) -> int:
     return min(bisect_right(_EDGES_S, age_s) - 1, CLASSES - 1)
 
 
-def _hazards(of: LearnedWeights, codes: IntArray) -> FloatArray:
-    """By class of age, as the kernels of ReturnTimes have it."""
+def _survive(of: LearnedWeights, codes: IntArray) -> FloatArray:
+    """At each edge, with chances by class of age as the kernels of ReturnTimes have them."""
     trust = of.returns / (of.returns + _HALF_TRUSTED_RETURNS)
     by_zone = trust * np.add.reduce(of.weight[codes]) + np.add.accumulate(of.step)
-    result: FloatArray = 1.0 / (1.0 + np.exp(-(of.height + by_zone[_ZONE_OF])))
-    return result
+    chances = 1.0 / (1.0 + np.exp(-(of.height + by_zone[_ZONE_OF])))
+    survival = np.empty(CLASSES + 1)
+    survival[0] = 1.0
+    np.multiply.accumulate(1.0 - chances, out=survival[1:])
+    return survival
 
 
 def _learn(
@@ -336,19 +345,20 @@ def _from_here(by_zone: Any) -> FloatArray:
 def _best_rates(survival: FloatArray) -> CurveArray:
     """At each edge, the most of (what returns by a later edge) / (time held until then)."""
     area = np.zeros(CLASSES + 1)
-    np.cumsum(WIDTHS_S * 0.5 * (survival[:-1] + survival[1:]), out=area[1:])
-    held_s = np.subtract(area[None, 1:], area[:-1, None])
+    # The functions themselves: their wrappers cost as much as they do, on so little.
+    np.add.accumulate(_HALF_WIDTHS_S * (survival[:-1] + survival[1:]), out=area[1:])
+    held_s = area[1:] - area[:-1, None]
     np.maximum(held_s, _LEAST_HELD_S, out=held_s)
     held_s += _NEVER_EARLIER
-    rates = np.subtract(survival[:-1, None], survival[None, 1:])
+    rates = survival[:-1, None] - survival[1:]
     rates /= held_s
     result = np.empty(CLASSES + 1, np.float32)
-    rates.max(axis=1, out=result[:-1])
+    np.maximum.reduce(rates, axis=1, out=result[:-1])
     result[-1] = result[-2]
     return result
 
 
-ARRAYS: Final = Arithmetic(_hazards, _learn, _best_rates)
+ARRAYS: Final = Arithmetic(_survive, _learn, _best_rates)
 
 
 def _packed(array: FloatArray) -> str:

@@ -33,23 +33,34 @@ def loops(jit: Jit) -> Arithmetic:
     zone_of, widths_s = _ZONE_OF, WIDTHS_S
 
     @jit
-    def by_zone(of: LearnedWeights, codes: IntArray, out: FloatArray) -> None:
+    def by_zone(
+        step: FloatArray, weight: FloatArray, returns: FloatArray, codes: IntArray, out: FloatArray
+    ) -> None:
         steps = 0.0
         for zone in range(_ZONES):
             apart = 0.0
             for code in codes:
-                apart += of.weight[code, zone]
-            steps += of.step[zone]
-            out[zone] = of.returns[zone] / (of.returns[zone] + _HALF_TRUSTED_RETURNS) * apart + steps
+                apart += weight[code, zone]
+            steps += step[zone]
+            out[zone] = returns[zone] / (returns[zone] + _HALF_TRUSTED_RETURNS) * apart + steps
 
     @jit
-    def hazards(of: LearnedWeights, codes: IntArray) -> FloatArray:
+    def survival_of(
+        height: FloatArray, step: FloatArray, weight: FloatArray, returns: FloatArray, codes: IntArray
+    ) -> FloatArray:
         zones = np.empty(_ZONES)
-        by_zone(of, codes, zones)
-        chances = np.empty(CLASSES)
+        by_zone(step, weight, returns, codes, zones)
+        survival = np.empty(CLASSES + 1)
+        survival[0] = 1.0
         for k in range(CLASSES):
-            chances[k] = 1.0 / (1.0 + math.exp(-(of.height[k] + zones[zone_of[k]])))
-        return chances
+            chance = 1.0 / (1.0 + math.exp(-(height[k] + zones[zone_of[k]])))
+            survival[k + 1] = survival[k] * (1.0 - chance)
+        return survival
+
+    def survive(of: LearnedWeights, codes: IntArray) -> FloatArray:
+        # Handing over all that is learned costs as much as the loop.
+        survival: FloatArray = survival_of(of.height, of.step, of.weight, of.returns, codes)
+        return survival
 
     @jit
     def slopes_of(
@@ -57,14 +68,19 @@ def loops(jit: Jit) -> Arithmetic:
     ) -> FloatArray:
         """What one wait told, by zone and added to by_class: slopes, their squares, observations, returns."""
         zones, sums = np.empty(_ZONES), np.zeros((4, _ZONES))
-        by_zone(of, codes, zones)
+        by_zone(of.step, of.weight, of.returns, codes, zones)
         for k in range(first, upto):
             zone = zone_of[k]
             returned = 1.0 if came and k == upto - 1 else 0.0
             slope = 1.0 / (1.0 + math.exp(-(of.height[k] + zones[zone]))) - returned
-            for at, value in enumerate((slope, slope * slope, 1.0, returned)):
-                sums[at, zone] += value
-                by_class[at, k] += value
+            square = slope * slope
+            sums[0, zone] += slope
+            sums[1, zone] += square
+            sums[2, zone] += 1.0
+            sums[3, zone] += returned
+            by_class[0, k] += slope
+            by_class[1, k] += square
+            by_class[2, k] += 1.0
         return sums
 
     @jit
@@ -100,24 +116,28 @@ def loops(jit: Jit) -> Arithmetic:
 
     @jit
     def learn(of: LearnedWeights, codes: IntArray, first: IntArray, upto: IntArray, came: BoolArray) -> None:
-        by_class, sums = np.zeros((4, CLASSES)), np.zeros((4, _ZONES))
-        by_code = np.zeros((3, len(of.weight), _ZONES))
+        by_class, sums = np.zeros((3, CLASSES)), np.zeros((4, _ZONES))
+        by_code = np.zeros((len(of.weight), 3, _ZONES))
         for wait in range(len(codes)):
             told = slopes_of(of, codes[wait], first[wait], upto[wait], came[wait], by_class)
-            sums += told
+            for at in range(4):
+                for zone in range(_ZONES):
+                    sums[at, zone] += told[at, zone]
             for code in codes[wait]:
-                by_code[:, code] += told[:3]
+                for at in range(3):
+                    for zone in range(_ZONES):
+                        by_code[code, at, zone] += told[at, zone]
         learn_shared(of, by_class, sums)
-        for zone in range(_ZONES):
-            if sums[2, zone] == 0.0:
-                continue
-            trust = of.returns[zone] / (of.returns[zone] + _HALF_TRUSTED_RETURNS)
-            for code in np.unique(codes):
-                slope, square, seen = by_code[0, code, zone], by_code[1, code, zone], by_code[2, code, zone]
+        for code in range(len(by_code)):
+            for zone in range(_ZONES):
+                slope, square, seen = by_code[code, 0, zone], by_code[code, 1, zone], by_code[code, 2, zone]
                 if seen > 0.0:
+                    trust = of.returns[zone] / (of.returns[zone] + _HALF_TRUSTED_RETURNS)
                     args = (trust * slope, trust * trust * square, seen, _FEATURE_RATE)
                     step(of.weight, of.weight_seen, code, zone, *args)
-            of.returns[zone] = 1.0 + (of.returns[zone] - 1.0) * _KEPT ** sums[2, zone] + sums[3, zone]
+        for zone in range(_ZONES):
+            if sums[2, zone] > 0.0:
+                of.returns[zone] = 1.0 + (of.returns[zone] - 1.0) * _KEPT ** sums[2, zone] + sums[3, zone]
 
     @jit
     def best_rates(survival: FloatArray) -> CurveArray:
@@ -132,4 +152,4 @@ def loops(jit: Jit) -> Arithmetic:
         rates[CLASSES] = rates[CLASSES - 1]
         return rates
 
-    return Arithmetic(hazards, learn, best_rates)
+    return Arithmetic(survive, learn, best_rates)

@@ -80,8 +80,11 @@ class Account:
 class UsagePolicy(Protocol):
     """What a node tells of its conversations; orders that go by return times learn from it."""
 
-    def asked(self, name: Name, tokens: int, now_s: float) -> None:
-        """A request of the conversation arrived, with a prompt of so many tokens."""
+    def asked(self, name: Name, tokens: int, now_s: float, held: int = 0) -> None:
+        """A request of the conversation arrived, with a prompt of so many tokens.
+
+        held: so many of them are in its engine's own memory still, as far as that is known.
+        """
 
     def stored(self, name: Name, block: ParkedBlock, now_s: float) -> None:
         """A block was stored, or is about to be, for a park of the conversation that is under way."""
@@ -127,7 +130,7 @@ class UsagePolicy(Protocol):
 class NoUsage:
     """See UsagePolicy: for orders that go by something else."""
 
-    def asked(self, name: Name, tokens: int, now_s: float) -> None:
+    def asked(self, name: Name, tokens: int, now_s: float, held: int = 0) -> None:
         """Nobody learns."""
 
     def stored(self, name: Name, block: ParkedBlock, now_s: float) -> None:

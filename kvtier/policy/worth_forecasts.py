@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
-
-from kvtier.policy.returns import Curve
-from kvtier.policy.survival import EDGES_S
+from kvtier.policy.returns import Curve, class_of
+from kvtier.policy.survival import EDGES_S, WIDTHS_S
 from kvtier.policy.usage import Forecast
 
 # The longest horizon first: what is judged last.
@@ -15,18 +13,14 @@ _HORIZONS: Final[dict[str, float]] = {"1d": 86400.0, "1h": 3600.0, "5min": 300.0
 _SECONDS: Final = tuple(_HORIZONS.values())
 
 
-def _weights() -> np.ndarray:
-    """What of the survival at each edge makes the survival at each horizon."""
-    return np.array([[np.interp(s, EDGES_S, row) for row in np.eye(len(EDGES_S))] for s in _SECONDS])
-
-
-_WEIGHTS: Final = _weights()
+# The edge before each horizon, and which part of the way to the next one it lies.
+_PLACES: Final = tuple((k, float((s - EDGES_S[k]) / WIDTHS_S[k])) for s in _SECONDS for k in (class_of(s),))
 
 
 def expected_of(curve: Curve) -> tuple[float, ...]:
     """The chance of a return within each horizon, the longest first."""
-    chances: list[float] = (1.0 - _WEIGHTS @ curve.survival).tolist()
-    return tuple(chances)
+    at = curve.survival.item
+    return tuple([1.0 - (at(k) * (1.0 - part) + at(k + 1) * part) for k, part in _PLACES])
 
 
 class Forecasts:

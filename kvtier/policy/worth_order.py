@@ -4,7 +4,8 @@ A heap holds the runs that have a leaf in the tier, by the worth that they had w
 Worth changes as time passes: a run is looked at again whenever its wait enters the next class of age, and
 when it comes up. What comes up and is worth more than it was thought goes back into the heap. Blocks of one
 run go one after the other without another look: deciding costs O(log runs) for a run and O(1) for a block.
-What waits for nobody is worth nothing, and among that the one used longest ago goes first.
+What waits for nobody is worth nothing, and among that the one used longest ago goes first. While worth has
+fallen behind LRU (worth_guard.py), runs go by their last use.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from kvtier.policy.prices import Money
 from kvtier.policy.returns import class_of
 from kvtier.policy.usage import TierName
 from kvtier.policy.worth import pays
+from kvtier.policy.worth_guard import ByUse
 from kvtier.policy.worth_runs import TIER_BITS, TIER_NAMES, Block, Book, Run
 
 # Below this many entries the heap is never swept: the saving would not pay.
@@ -35,13 +37,14 @@ class WorthOrder:
         self._blocks = book.blocks
         self._index = TIER_NAMES.index(tier)
         self._bit = TIER_BITS[self._index]
-        self._held = 0
+        self._held = self.held_bytes = 0
         # (worth, last use, mark, run): marks are never equal, so runs are never compared.
         self._heap: list[tuple[float, float, int, Run]] = []
         self._marks = 0
         # Runs that have an entry which counts.
         self._entered = 0
         self._walking: Run | None = None
+        self._by_use = ByUse(self._index)
         book.orders.append(self)
 
     def __len__(self) -> int:
@@ -63,7 +66,10 @@ class WorthOrder:
         before = block.parent
         if before is None:
             before = block.parent = self._book.block(parent)
+        if not block.held:
+            block.nbytes, block.came = nbytes, self._book.request
         block.held |= self._bit
+        self.held_bytes += block.nbytes
         self._held += 1
         index = self._index
         siblings = before.children[index]
@@ -91,6 +97,7 @@ class WorthOrder:
         if block is None or before is None or not block.held & self._bit:
             return
         block.held &= ~self._bit
+        self.held_bytes -= block.nbytes
         self._held -= 1
         if not block.children[index]:
             run = block.run
@@ -98,13 +105,20 @@ class WorthOrder:
             if run.waiting and not index:
                 self._book.note_away(run)
         if not block.held:
-            self._book.let_go(block)
+            self._gone(block)
         before.children[index] -= 1
         if not before.children[index]:
             if before.held & self._bit:
                 self._leaf(before, before.run)
             elif not before.held and before.run is self._book.nobody:
                 self._book.let_go(before)
+
+    def _gone(self, block: Block) -> None:
+        book = self._book
+        if book.shadow is not None and self._walking is None:
+            # Nobody looked for a victim: it was forgotten, or found damaged.
+            book.shadow.forget(block.key)
+        book.let_go(block)
 
     def moved(self, block: Block, before: Run, after: Run) -> None:
         """See Order."""
@@ -141,19 +155,18 @@ class WorthOrder:
         finally:
             self._walking = None
             for run in looked_at:
-                if run.leaves[self._index] and not run.mark[self._index]:
-                    self._push(run)
+                self._enter(run)
 
     def least_worth(self) -> float:
         """Of what would go first; 0 where nothing is held."""
-        run = self._least()
+        run = self._worth_least()
         if run is None:
             return 0.0
         self._push(run)
         return self._book.worth(run, self._tier)
 
     def rank(self, key: bytes) -> tuple[int, int]:
-        """(Runs that would go before the block's, runs in all): a look at every run."""
+        """(Runs that would go before the block's by worth, runs in all): a look at every run."""
         held = (block.run for block in self._blocks.values() if block.held & self._bit)
         runs = [run for run in dict.fromkeys(held) if run.leaves[self._index]]
         own = self._book.owner(key)
@@ -164,6 +177,10 @@ class WorthOrder:
     # --- the heap ---------------------------------------------------------------------------------------
 
     def _least(self) -> Run | None:
+        """Take out the run that goes first."""
+        return self._by_use.take() if self._book.lru_leads else self._worth_least()
+
+    def _worth_least(self) -> Run | None:
         """Take out the run that is worth least now."""
         index = self._index
         while self._heap:
@@ -184,8 +201,15 @@ class WorthOrder:
     def _leaf(self, block: Block, run: Run) -> None:
         index = self._index
         run.leaves[index][block] = None
-        if not run.mark[index] and run is not self._walking:
-            self._push(run)
+        if run is not self._walking and not (run.mark[index] and run.queued[index]):
+            self._enter(run)
+
+    def _enter(self, run: Run) -> None:
+        """A run that has a leaf is in both orders."""
+        if run.leaves[self._index]:
+            if not run.mark[self._index]:
+                self._push(run)
+            self._by_use.add(run)
 
     def _push(self, run: Run, worth: float | None = None) -> None:
         """worth: now, where it is known."""
@@ -234,7 +258,7 @@ class WorthAdmission:
             return False
         if run.waiting and (book.reads_too_slowly(run) or not self._pays(run)):
             return False
-        if nbytes <= book.disk_free_bytes:
+        if nbytes <= book.disk_free_bytes or book.lru_leads:
             return True
         return book.worth(run, "disk") >= _FOR_A_WRITE * self._disk.least_worth()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Final, Protocol
 
-from kvtier.policy.interfaces import Recompute, RestorePolicy, Segment
+from kvtier.policy.interfaces import Recompute, RestorePolicy
 from kvtier.policy.returns import Curve
 from kvtier.policy.usage import Name, TierName
 
@@ -43,6 +43,7 @@ class Run:
     end: tokens from the first to behind the last block.  token_bytes: of all layers and shards here.
     token_s: to compute one again, at the middle.  keep_until_s: from then on it is worth nothing, as its
     caller said.  leaves: by tier, the blocks that may go.  mark: by tier, its entry in the order, 0 for none.
+    queued: by tier, whether it has an entry in the order by last use.
     paid: whether it pays for a write to disk, and in which class of age that was asked.  uses: of what
     several conversations use, so many times since since_s; 0 for one conversation's own.
     """
@@ -62,6 +63,7 @@ class Run:
     keep_until_s: float = inf
     leaves: tuple[dict[Block, None], dict[Block, None]] = field(default_factory=lambda: ({}, {}))
     mark: list[int] = field(default_factory=lambda: [0, 0])
+    queued: list[bool] = field(default_factory=lambda: [False, False])
     paid: tuple[int, bool] | None = None
     uses: int = 0
     since_s: float = inf
@@ -88,18 +90,30 @@ class Block:
     """A block that a tier holds, is about to hold, or that one which is held stands on.
 
     run: whose it is; the book's nobody where that is not known.  parent: the block before it, while a tier
-    holds it.  held: by tier, one bit, see TIER_BITS.  children: by tier, blocks there that stand on it.
+    holds it.  held: by tier, one bit, see TIER_BITS.  nbytes: of the first object that came of it.  came: the
+    number of the last request before it came into any tier.  children: by tier, blocks there on top of it.
     """
 
     key: bytes
     run: Run = field(repr=False)
     parent: Block | None = field(default=None, repr=False)
     held: int = 0
+    nbytes: int = 0
+    came: int = 0
     children: list[int] = field(default_factory=lambda: [0, 0])
 
 
+class Shadow(Protocol):
+    """What the book tells of blocks that go."""
+
+    def forget(self, key: bytes) -> None:
+        """No tier holds the block any more, and not for want of room."""
+
+
 class Order(Protocol):
-    """What the book tells the order of each tier."""
+    """What the book tells the order of each tier. held_bytes: of all blocks there, by their first objects."""
+
+    held_bytes: int
 
     def moved(self, block: Block, before: Run, after: Run) -> None:
         """A leaf of the tier belongs to another run."""
@@ -112,7 +126,8 @@ class Book:
     """Whose each block is, and what everything costs. Shared by the orders of both tiers.
 
     blocks: by key.  nobody: the run of blocks that no conversation is known for.  disk_usable,
-    disk_free_bytes: as the node said last.
+    disk_free_bytes: as the node said last.  request: how many came.  shadow: of LRU; lru_leads: whether worth
+    has fallen behind that.
     """
 
     def __init__(self, restore: RestorePolicy) -> None:
@@ -122,6 +137,9 @@ class Book:
         self.disk_free_bytes = 0
         self.orders: list[Order] = []
         self.blocks: dict[bytes, Block] = {}
+        self.request = 0
+        self.shadow: Shadow | None = None
+        self.lru_leads = False
         # Runs that may have an end which host memory lacks; a dict keeps the order.
         self.away: dict[Run, None] = {}
         self._sweep_at = _SWEEP_FROM
@@ -142,6 +160,11 @@ class Book:
         """The run of a block."""
         block = self.blocks.get(key)
         return self.nobody if block is None else block.run
+
+    def holds(self, key: bytes, request: int) -> bool:
+        """Whether a tier has held the block since before this request."""
+        block = self.blocks.get(key)
+        return block is not None and block.held > 0 and block.came < request
 
     def coming(self, key: bytes, run: Run, end: int) -> None:
         """A tier is about to hold the block, which ends at token `end`: it belongs to the run."""
@@ -164,8 +187,12 @@ class Book:
             for order, bit, children in zip(self.orders, TIER_BITS, block.children, strict=False):
                 if not children and block.held & bit:
                     order.moved(block, before, run)
-        if end > before.start and before is not self.nobody:
-            before.start = max(before.start, min(end, before.end))
+        self.shortened(before, end)
+
+    def shortened(self, run: Run, end: int) -> None:
+        """What ends at token `end`, and all before it, is the run's no longer."""
+        if end > run.start and run is not self.nobody:
+            run.start = max(run.start, min(end, run.end))
 
     def let_go(self, block: Block) -> None:
         """No tier holds the block: it is nobody's, and forgotten unless others stand on it."""
@@ -185,12 +212,13 @@ class Book:
 
     def ranked(self, run: Run) -> None:
         """The run's worth has changed."""
-        rate = -1.0
-        for order, tier, leaves, mark in zip(self.orders, TIER_NAMES, run.leaves, run.mark, strict=False):
-            if leaves:
-                rate = self._rate(run) if rate < 0 else rate
-                order.ranked(run, rate * self.saving_s(run, tier) if rate else 0.0)
-            elif mark:
+        leaves, mark = run.leaves, run.mark
+        # Asked at every look, and most runs have leaves in one tier at most.
+        rate = self._rate(run) if leaves[0] or leaves[1] else 0.0
+        for index, order in enumerate(self.orders):
+            if leaves[index]:
+                order.ranked(run, rate * self.saving_s(run, TIER_NAMES[index]) if rate else 0.0)
+            elif mark[index]:
                 # A leaf may come later: its entry would be one of what the run was worth once.
                 order.ranked(run, 0.0)
 
@@ -226,10 +254,7 @@ class Book:
     def _ask(self) -> None:
         self._asked_s = self.now_s
         for source in TIER_NAMES:
-            segment = Segment(0, _ASK_TOKENS, source, _ASK_BYTES)
-            choice = self._restore.choose((segment,), _ASK_TOKENS)
-            expected_s = choice.expected_s or (choice.eta_low_s + choice.eta_high_s) / 2
-            self._load_s[source] = expected_s / _ASK_BYTES
+            self._load_s[source] = self._restore.line(source).seconds(_ASK_BYTES) / _ASK_BYTES
 
     def saving_s(self, run: Run, tier: TierName) -> float:
         """Seconds that a use of the run saves for each byte that lies in this tier and not below it.

@@ -27,8 +27,10 @@ _MOST_USES: Final = 16
 def curve_of_uses(uses: int, span_s: float) -> Curve:
     """Of the wait for the next use, after so many in span_s."""
     longest_s = span_s + _SPAN_S + EDGES_S
-    survival = (longest_s[0] / longest_s) ** uses
-    return Curve(survival.astype(np.float32), lambda: (uses / longest_s).astype(np.float32))
+    return Curve(
+        lambda: ((longest_s[0] / longest_s) ** uses).astype(np.float32),
+        lambda: (uses / longest_s).astype(np.float32),
+    )
 
 
 class SharedFronts:
@@ -45,15 +47,21 @@ class SharedFronts:
         book = self._book
         nobody, name = book.nobody, run.name
         foreign: dict[Run, list[ParkedBlock]] = {}
+        known, upto = book.blocks.get, 0
+        host_leaves, disk_leaves = left.leaves
         for parked in chain:
-            block = book.blocks.get(parked.key)
+            block = known(parked.key)
             if block is None:
                 continue
             before = block.run
-            if before is left or before is nobody or before.name == name:
+            if before is left and block.held and block not in host_leaves and block not in disk_leaves:
+                # Mostly: an inner block goes on with its conversation, and no order has to hear of it.
+                block.run, upto = run, parked.end
+            elif before is left or before is nobody or before.name == name:
                 book.own(block, run, parked.end)
             else:
                 foreign.setdefault(before, []).append(parked)
+        book.shortened(left, upto)
         return [self._used(before, blocks, run, now_s) for before, blocks in foreign.items()]
 
     def foreign(self, key: bytes, run: Run) -> bool:

@@ -16,6 +16,7 @@ from kvtier.policy.survival import CLASSES, EDGES_S
 from kvtier.policy.usage import Account, Forecast, Name, ParkedBlock, Turn
 from kvtier.policy.worth_account import account_of
 from kvtier.policy.worth_forecasts import Forecasts, expected_of
+from kvtier.policy.worth_guard import Guard
 from kvtier.policy.worth_order import WorthOrder
 from kvtier.policy.worth_runs import Book, Run
 from kvtier.policy.worth_shared import SharedFronts
@@ -62,16 +63,18 @@ class CostUsage:
         # Waits by either clock.
         self._begun = 0
         self._forecasts = Forecasts()
+        self._guard = Guard(book)
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def asked(self, name: Name, tokens: int, now_s: float) -> None:
+    def asked(self, name: Name, tokens: int, now_s: float, held: int = 0) -> None:
         """See UsagePolicy. The same request asked again is no other one."""
         self._book.now_s = now_s = max(now_s, self._book.now_s)
         chat = self._chat(name)
         if chat.serving and chat.tokens_in == tokens:
             return
         self._came_back(chat, tokens, now_s)
+        self._guard.asked(chat, held)
         # How long the answer takes is not known yet: what is learned is the time to the next request.
         context = self._context(name, chat, now_s, clock="arrival", stop=None)
         run, codes = chat.run, codes_of(context)
@@ -168,6 +171,7 @@ class CostUsage:
         )
         chat.serving, chat.head = False, last.key
         self._begin(name, chat, chain, turn, context, now_s)
+        self._guard.parked(chat, chain, chat.run, asked=asked)
 
     def _go_on(self, name: Name, chat: Chat, chain: Sequence[ParkedBlock], now_s: float) -> None:
         """A conversation that is new may be another one under a new name: then that one has come back."""
@@ -206,6 +210,7 @@ class CostUsage:
         hour = parked_at_s / 3600 % 24
         context = Context("end", turn.stop, "", 0, last.end, last.end, tenant=_number(name[0]), hour=hour)
         self._begin(name, chat, chain, turn, context, min(parked_at_s, self._book.now_s))
+        self._guard.parked(chat, chain, chat.run, asked=False)
 
     def _begin(
         self, name: Name, chat: Chat, chain: Sequence[ParkedBlock], turn: Turn, context: Context, at_s: float
@@ -217,7 +222,7 @@ class CostUsage:
         if chat.asked is not None:
             chat.asked.run = None
         run = Run(name, at_s, turn.model, at_s, waiting=True, start=0, end=chain[-1].end)
-        run.token_bytes = max(sum(block.nbytes for block in chain) / chain[-1].end, 1e-9)
+        run.token_bytes = max(sum([block.nbytes for block in chain]) / chain[-1].end, 1e-9)
         run.keep_until_s = inf if turn.keep_until_s is None else turn.keep_until_s
         self._book.measured(run)
         wait = Wait(name[0], codes, at_s, run, self._teaches())
@@ -286,7 +291,7 @@ class CostUsage:
             if not self._due or self._due[0][0] > book.now_s:
                 return
             _, _, age_class, wait = heapq.heappop(self._due)
-            if wait.over or wait.ended:
+            if wait.over or (wait.codes is None and wait.ended):
                 continue
             if wait.run is not None:
                 book.ranked(wait.run)

@@ -42,7 +42,9 @@ class Chat:
     """A conversation. asked: its wait since the last request came, and wait: since that was parked.
 
     head: its newest end; ends: blocks by which it is told.  asked_s: when the last request came; inf: none
-    yet."""
+    yet.  request: the number of the last one, which found so many blocks of the path up to the newest end,
+    and would have with LRU; held: tokens of it that were in its engine.
+    """
 
     run: Run
     asked: Wait | None = None
@@ -55,3 +57,6 @@ class Chat:
     tokens_in: int = 0
     new_tokens: int = 0
     gaps_s: tuple[float, float] = field(default=(-1.0, -1.0))
+    request: int = 0
+    found: tuple[int, int] = (0, 0)
+    held: int = 0

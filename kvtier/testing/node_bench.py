@@ -27,6 +27,8 @@ SETTINGS = {
     "disk.capacity_bytes": 32 << 20,
     "disk.segment_bytes": 4 << 20,
     "gpu.batch_bytes": 2 * BLOCK_BYTES,
+    # So that what is parked last pushes out what was parked first.
+    "policy.eviction": "lru",
 }
 GATES = ("copy", "write", "read", "sync")
 

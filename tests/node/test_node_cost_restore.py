@@ -111,6 +111,7 @@ def test_loading_that_is_sooner_is_chosen_and_said(rig):
 
 def test_a_queue_of_prefills_makes_loading_worth_more(rig):
     worker = parked(rig, attach(rig, prefill_s=0.0002))
+    assert "never measured" in rig.plan(worker, "chat", range(TOKENS)).plan.why
     assert rig.plan(worker, "chat", range(TOKENS)).plan.reason == "recompute"
     busy = rig.plan(worker, "chat", range(TOKENS), waiting=50)
     assert busy.plan.load_tokens == TOKENS
@@ -136,7 +137,8 @@ def test_an_engine_that_takes_all_or_nothing_gets_no_part(rig):
     assert 0 < part.tokens < 2560
     assert "not all would arrive" in part.why
     whole = RestoreWish(deadline_s=0.5, takes="all_or_nothing")
-    assert policy.choose(segments, 2600, whole).tokens == 0
+    # It was never measured, and may be in time: that is tried once.
+    assert [policy.choose(segments, 2600, whole).tokens for _ in range(3)] == [2560, 0, 0]
     assert policy.choose(segments, 2600, dataclasses.replace(whole, deadline_s=9.0)).tokens == 2560
     for takes, reason in (("all_or_nothing", "deadline"), ("fronts", "deadline")):
         plan = rig.plan(worker, "chat", range(TOKENS), deadline_s=1e-4, takes=takes).plan

@@ -157,6 +157,30 @@ def test_the_ends_never_cross_and_outcomes_take_time():
         tracker.outcome(interval, 0.0)
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from([0.5, 1.0, 1.5, 4.0]), st.floats(0.1, 9.0)), min_size=50, max_size=90),
+    st.sampled_from([0.4, 1.0, 2.0]),
+)
+@settings(max_examples=30, deadline=None)
+def test_of_residuals_equally_near_the_newest_count(loads, asked_s):
+    tracker = ResidualTracker()
+    for expected_s, seconds in loads:
+        tracker.outcome(Interval(0.0, expected_s, 1e9), seconds)
+    # All invented ones have made room; newest first, a stable sort leaves the newest of the equal in front.
+    newest = [(np.log(e), np.log(s) - np.log(e)) for e, s in reversed(loads)]
+    nearest = sorted(newest, key=lambda each: abs(each[0] - np.log(asked_s)))[:30]
+    np.testing.assert_allclose(tracker._near(asked_s), sorted(residual for _, residual in nearest))
+
+
+def test_an_answer_is_given_again_until_something_is_learned():
+    tracker = ResidualTracker()
+    first = tracker.spread(1.0)
+    assert tracker.spread(1.0) is first
+    assert tracker.spread(2.0)[0].mid_s == 2.0
+    tracker.outcome(first[0], 50.0)
+    assert tracker.spread(1.0)[0].high_s > first[0].high_s
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**10), st.floats(1e-4, 1e3)), max_size=40))
 def test_what_was_learned_survives_being_written_down(loads):

@@ -14,7 +14,7 @@ from kvtier.policy.always_load import AlwaysLoad
 from kvtier.policy.cost_restore import CostRestore
 from kvtier.policy.defaults import make_policies
 from kvtier.policy.interfaces import RestorePolicy, RestoreWish, Segment
-from kvtier.policy.load_cost import LoadLine
+from kvtier.policy.load_cost import LoadCosts, LoadLine, Path
 from kvtier.policy.restore_plan import Question, plan_restore
 from kvtier.policy.runs import Run, common_runs, runs_of
 
@@ -326,3 +326,52 @@ def test_a_load_that_is_expected_late_is_cut_whatever_computing_costs():
     choice = policy.choose(blocks(*["peer"] * 10), 2560, wish)
     assert choice.late
     assert choice.tokens < 2560
+
+
+# --- paths that were never measured ------------------------------------------------------------------------
+
+
+def guessed_s(blocks_, nbytes=MB):
+    """By the guess, what it takes to read so many blocks from disk."""
+    return LoadCosts().line(Path("disk"), blocks_ * nbytes).seconds(blocks_ * nbytes)
+
+
+@pytest.mark.parametrize(
+    ("cheaper", "tried"),
+    [
+        # Of what the load is guessed to take, computing takes so much: it is chosen, hoped for, or neither.
+        (2.0, True),
+        (0.6, True),
+        (0.1, False),
+    ],
+)
+def test_a_path_that_was_never_measured_is_tried_unless_computing_is_cheaper_even_so(cheaper, tried):
+    policy = CostRestore(queue_scale=0.0)
+    wish = RestoreWish(Flat(cheaper * guessed_s(40) / (40 * BLOCK)))
+    choice = policy.choose(blocks(*["disk"] * 40), 40 * BLOCK, wish)
+    assert bool(choice.tokens) is tried
+    assert ("tried" in choice.why) is (cheaper == 0.6)
+    if tried:
+        assert choice.expected_s == pytest.approx(guessed_s(40), rel=0.01), "what is told is no hope"
+
+
+def test_the_guess_counts_until_the_load_that_was_tried_has_been_seen():
+    policy = CostRestore(queue_scale=0.0)
+    stored, end = blocks(*["disk"] * 40), 40 * BLOCK
+    wish = RestoreWish(Flat(0.6 * guessed_s(40) / end))
+    assert [policy.choose(stored, end, wish).tokens for _ in range(3)] == [end, 0, 0]
+    policy.observed("disk", 40 * MB, 0.3 * guessed_s(40))
+    assert policy.choose(stored, end, wish).tokens == end, "it was as quick as hoped"
+    slow = CostRestore(queue_scale=0.0)
+    assert slow.choose(stored, end, wish).tokens == end
+    slow.observed("disk", 40 * MB, 3 * guessed_s(40))
+    assert [slow.choose(stored, end, wish).tokens for _ in range(3)] == [0, 0, 0]
+
+
+def test_what_is_behind_a_front_that_is_loaded_anyhow_is_tried_too():
+    policy = CostRestore(queue_scale=0.0)
+    for _ in range(20):
+        policy.observed("host", MB, 0.0001)
+    stored, end = blocks(*["host"] * 4, *["disk"] * 40), 44 * BLOCK
+    wish = RestoreWish(Flat(0.6 * guessed_s(40) / (40 * BLOCK)))
+    assert [policy.choose(stored, end, wish).tokens for _ in range(2)] == [end, 4 * BLOCK]

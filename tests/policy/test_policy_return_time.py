@@ -1,7 +1,6 @@
 """Return times are learned from few waits, and start from what is published."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from kvtier.sim.compiled import compiled
 CHAT = Context(
     clock="end", stop="end_turn", kind="u", turns=3, tokens_in=9000, new_tokens=500, tokens_out=300
 )
-TOOL = replace(CHAT, stop="tool_use", kind="t")
+TOOL = CHAT._replace(stop="tool_use", kind="t")
 
 
 def test_before_anything_is_seen_tools_return_sooner_than_people():
@@ -63,15 +62,15 @@ def test_conditioning_on_idle_time_forgets_what_did_not_happen():
 @pytest.mark.parametrize("stop", [None, "", "tool_use", "end_turn", "length"])
 @pytest.mark.parametrize("clock", ["end", "arrival"])
 def test_codes_are_one_for_each_feature_and_in_range(stop, clock):
-    codes = codes_of(replace(CHAT, stop=stop, clock=clock, gap_s=1e9, turns=10**6, tokens_in=10**9))
+    codes = codes_of(CHAT._replace(stop=stop, clock=clock, gap_s=1e9, turns=10**6, tokens_in=10**9))
     assert len(codes) == len(FEATURES)
     assert len(set(codes.tolist())) == len(codes)
     assert codes.min() >= 0 and codes.max() < CODES
 
 
 def test_unknown_values_are_a_class_of_their_own():
-    assert set(codes_of(replace(CHAT, tokens_out=-1)).tolist()) != set(
-        codes_of(replace(CHAT, tokens_out=0)).tolist()
+    assert set(codes_of(CHAT._replace(tokens_out=-1)).tolist()) != set(
+        codes_of(CHAT._replace(tokens_out=0)).tolist()
     )
 
 
@@ -104,8 +103,8 @@ def test_without_forgetting_it_is_not():
 
 
 APART = {
-    "hour": (replace(CHAT, hour=22.5), replace(CHAT, hour=10.5), CHAT),
-    "tenant": (replace(CHAT, tenant=7), replace(CHAT, tenant=8), CHAT),
+    "hour": (CHAT._replace(hour=22.5), CHAT._replace(hour=10.5), CHAT),
+    "tenant": (CHAT._replace(tenant=7), CHAT._replace(tenant=8), CHAT),
 }
 
 
@@ -126,9 +125,9 @@ def test_contexts_are_told_apart_by(feature):
 
 
 def test_the_hours_of_a_day_go_round():
-    first = codes_of(replace(CHAT, hour=0.5)).tolist()
-    assert codes_of(replace(CHAT, hour=24.5)).tolist() == first
-    assert codes_of(replace(CHAT, hour=23.5)).tolist() != first
+    first = codes_of(CHAT._replace(hour=0.5)).tolist()
+    assert codes_of(CHAT._replace(hour=24.5)).tolist() == first
+    assert codes_of(CHAT._replace(hour=23.5)).tolist() != first
     assert codes_of(CHAT).tolist() != first
 
 
@@ -147,7 +146,7 @@ def test_few_waits_leave_the_curve_near_what_is_published():
 def test_a_context_that_was_seen_rarely_stays_near_what_all_have_in_common():
     times = ReturnTimes(compiled)
     learn(times, CHAT, 40, 60, 500)
-    rare = replace(CHAT, stop="length", tenant=5)
+    rare = CHAT._replace(stop="length", tenant=5)
     before = float(times.curve(rare).returns_within(70.0))
     learn(times, rare, 900, 1100, 1)
     assert abs(float(times.curve(rare).returns_within(70.0)) - before) < 0.35

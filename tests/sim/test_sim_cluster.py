@@ -1,5 +1,7 @@
 """The cluster in virtual time: against sums done by hand, against queueing theory, and against itself."""
 
+import contextlib
+import gc
 import io
 import random
 
@@ -9,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.errors import ConfigError, TraceError
+from kvtier.sim.cluster import cluster as cluster_module
+from kvtier.sim.cluster import run_node
 from kvtier.sim.cluster.cluster import Cluster
 from kvtier.sim.cluster.costs import FlopsCost
+from kvtier.sim.cluster.deciders import policies_of
 from kvtier.sim.cluster.events import Events
 from kvtier.sim.cluster.links import Drive, Link
 from kvtier.sim.cluster.result import result_of
@@ -355,6 +360,38 @@ def test_the_check_of_capacity_sees_a_store_that_makes_no_room():
 
 
 # --- links and events ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class JobOfItself(cluster_module.Job):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.itself = self
+
+
+@pytest.mark.parametrize(("job", "clean"), [(cluster_module.Job, True), (JobOfItself, False)])
+def test_behind_a_day_there_are_no_cycles_to_collect(monkeypatch, no_collector, job, clean):
+    # Uncompiled: the compiler leaves cycles of its own.
+    monkeypatch.setattr(run_node, "compiled_policies_of", policies_of)
+    monkeypatch.setattr(cluster_module, "Job", job)
+    rows = [turn(60.0 * n, 2048, 64, conversation=n) for n in range(100)]
+    gc.collect()
+    state = run(small(host=GIB, disk=2 * GIB), rows, "cost+cost")
+    assert (gc.collect() < len(rows)) == clean
+    assert state.nodes[0].store.written, "host memory was full"
+
+
+@pytest.mark.parametrize("rows", [[turn(0.0, 64)], []])
+def test_a_day_leaves_the_collector_as_it_was(rows):
+    with contextlib.suppress(TraceError):
+        run(ONE, rows)
+    assert gc.isenabled()
 
 
 def test_a_link_serves_in_order():

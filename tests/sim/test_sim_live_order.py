@@ -21,8 +21,8 @@ def trace(trace_of, rows_of):
     return dataclasses.replace(found, duration_s=np.full(len(found), -1.0))
 
 
-def live(trace, policy, capacity, new_names=False):
-    return live_replay(trace, LiveTier(policy, capacity, trace.block_tokens), new_names=new_names)
+def live(trace, policy, capacity, names="trace"):
+    return live_replay(trace, LiveTier(policy, capacity, trace.block_tokens), names=names)
 
 
 def simulated(trace, capacity):
@@ -49,12 +49,12 @@ def test_a_turn_is_stored_when_it_ends(trace_of):
     assert live(trace_of(rows), "lru", 8).token_hit_percent == 50
 
 
-@pytest.mark.parametrize("new_names", [False, True])
-def test_worth_never_holds_more_than_fits_and_says_what_it_took(trace, new_names):
+@pytest.mark.parametrize("names", ["trace", "new", "one"])
+def test_worth_never_holds_more_than_fits_and_says_what_it_took(trace, names):
     tier = LiveTier("cost", 30, trace.block_tokens)
-    found = live_replay(trace, tier, new_names=new_names)
+    found = live_replay(trace, tier, names=names)
     assert 0 < found.token_hit_percent < live(trace, "cost", trace.unique_blocks).token_hit_percent
     assert len(tier._policies.host) == len(tier._resident) == 30
-    line = measured(trace, "cost", Size(1.0, 30), new_names=new_names)
+    line = measured(trace, "cost", Size(1.0, 30), names=names)
     assert line.value == line.detail["token_hit_percent"] == round(found.token_hit_percent, 2)
     assert line.detail["cpu_us_per_block"] > 0

@@ -207,7 +207,8 @@ def test_the_command_checks_a_log_and_makes_a_trace(logged, tmp_path, capsys):
     trace, secret = tmp_path / "day.kvt", tmp_path / "secret"
     secret.write_bytes(logged.secret)
     secret.chmod(0o600)
-    settings = ["--set", f"access.tenant_secret_file={secret}"]
+    eviction = logged.config.policy.eviction
+    settings = ["--set", f"access.tenant_secret_file={secret}", "--set", f"policy.eviction={eviction}"]
     assert run(["record", str(logged.path), *settings, "--against", str(logged.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     count = len(logged.entries) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from kvtier.policy.interfaces import RestoreWish
+from kvtier.policy.interfaces import LoadChoice, RestoreWish
 from kvtier.policy.usage import ParkedBlock, Turn
 from kvtier.sim.cluster.costs import ServingCost
 from kvtier.sim.cluster.deciders import capacity_of, compiled_policies_of
@@ -39,6 +39,26 @@ class _Parts(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.host + self.disk + self.peer
+
+
+class _Load(NamedTuple):
+    """Tokens [begin, upto) that are to be there until until_s."""
+
+    wish: RestoreWish
+    choice: LoadChoice
+    begin: int
+    upto: int
+    parts: _Parts
+    until_s: float
+
+
+class _Move(NamedTuple):
+    """Bytes over one link. front: up to which token they came in time."""
+
+    source: str
+    nbytes: int
+    done_s: float
+    front: int
 
 
 class RunNode(Node):
@@ -85,7 +105,7 @@ class RunNode(Node):
         own = self.store.find(job.front, job.known)
         beyond = _beyond(home, job, own)
         self._pass(now_s)
-        self.store.policies.usage.asked(_name(job), job.turn.tokens_in, now_s)
+        self.store.policies.usage.asked(_name(job), job.turn.tokens_in, now_s, job.gpu_tokens)
         self.store.use(own, now_s)
         job.ready_s = now_s
         if min(beyond.found.tokens if beyond is not None else own.tokens, job.usable) > job.past:
@@ -94,45 +114,63 @@ class RunNode(Node):
         self._events.at(job.ready_s, engine.ready, job)
 
     def _load(self, job: Job, engine: Engine, own: Found, beyond: _Beyond | None) -> None:
-        now_s, held = self._events.now_s, job.gpu_tokens
-        token_bytes = self._cost.token_bytes
-        restore = self.store.policies.restore
-        mixed = self._scenario.worker.mixed and not held
-        wish = self._wish(engine, mixed=mixed)
-        reach = beyond.found.tokens if beyond is not None else own.tokens
-        segments = self.store.segments(own, reach, held, token_bytes, _STEP_TOKENS)
-        choice = restore.choose(segments, job.turn.tokens_in, wish)
-        begin, upto = held + choice.compute_front, min(choice.tokens, reach, job.usable)
-        parts = _parts(own, begin, upto)
-        if not parts.tokens:
+        """Move what the policy chooses, and let it and the job know what came by the deadline."""
+        load = self._chosen(job, engine, own, beyond)
+        if not load.parts.tokens:
             return
-        until_s = now_s + self._scenario.deadline_s
-        nbytes, disk_bytes = int(parts.tokens * token_bytes), int(parts.disk * token_bytes)
-        done_s, slowest = engine.to_gpu.send(now_s, nbytes, until_s), "host"
-        front = engine.to_gpu.front(upto, done_s - until_s, token_bytes)
-        if disk_bytes:
-            read_s, slowest = self.drive.read(now_s, disk_bytes, until_s), "disk"
-            restore.observed("disk", disk_bytes, read_s - now_s, wish.queued_bytes["disk"])
-            front = min(front, self.drive.front(upto - parts.peer, read_s - until_s, token_bytes))
-            done_s = max(done_s, read_s)
-        if parts.peer and beyond is not None:
-            pulled_s, slowest = self._pull(beyond, upto - parts.peer, upto, until_s), "peer"
-            nbytes = int(parts.peer * token_bytes)
-            restore.observed("peer", nbytes, pulled_s - now_s, wish.queued_bytes["peer"])
-            front = min(front, beyond.link.front(upto, pulled_s - until_s, token_bytes))
-            done_s = max(done_s, pulled_s)
-        elif not disk_bytes:
-            restore.observed("host", nbytes, done_s - now_s, wish.queued_bytes["host"])
-        restore.restored(choice, done_s - now_s)
-        eta_s = (choice.eta_low_s, choice.eta_high_s)
-        self.forecasts.see(eta_s, slowest, done_s - now_s, loaded=wish.queued_bytes[slowest] > 0)
+        now_s, until_s, restore = self._events.now_s, load.until_s, self.store.policies.restore
+        moves = self._moved(load, engine, beyond)
+        done_s, slowest = max(move.done_s for move in moves), moves[-1].source
+        queued = load.wish.queued_bytes
+        # The copy to the GPU is waited for alone only where nothing else is.
+        for move in moves[1:] or moves:
+            restore.observed(move.source, move.nbytes, move.done_s - now_s, queued[move.source])
+        restore.restored(load.choice, done_s - now_s)
+        eta_s = (load.choice.eta_low_s, load.choice.eta_high_s)
+        self.forecasts.see(eta_s, slowest, done_s - now_s, loaded=queued[slowest] > 0)
         job.late, job.ready_s = done_s > until_s, min(done_s, until_s)
-        if front <= begin:
+        self._found(job, own, load, min(move.front for move in moves))
+
+    def _chosen(self, job: Job, engine: Engine, own: Found, beyond: _Beyond | None) -> _Load:
+        """What the policy wants of all that is found; nothing is moved yet."""
+        held = job.gpu_tokens
+        wish = self._wish(engine, mixed=self._scenario.worker.mixed and not held)
+        reach = beyond.found.tokens if beyond is not None else own.tokens
+        segments = self.store.segments(own, reach, held, self._cost.token_bytes, _STEP_TOKENS)
+        choice = self.store.policies.restore.choose(segments, job.turn.tokens_in, wish)
+        begin, upto = held + choice.compute_front, min(choice.tokens, reach, job.usable)
+        until_s = self._events.now_s + self._scenario.deadline_s
+        return _Load(wish, choice, begin, upto, _parts(own, begin, upto), until_s)
+
+    def _moved(self, load: _Load, engine: Engine, beyond: _Beyond | None) -> list[_Move]:
+        """Everything to the GPU; before that from the drive, and from a peer, what lies there."""
+        now_s, until_s, token_bytes = self._events.now_s, load.until_s, self._cost.token_bytes
+        parts, upto = load.parts, load.upto
+        nbytes = int(parts.tokens * token_bytes)
+        done_s = engine.to_gpu.send(now_s, nbytes, until_s)
+        front = engine.to_gpu.front(upto, done_s - until_s, token_bytes)
+        moves = [_Move("host", nbytes, done_s, front)]
+        if parts.disk:
+            nbytes = int(parts.disk * token_bytes)
+            done_s = self.drive.read(now_s, nbytes, until_s)
+            front = self.drive.front(upto - parts.peer, done_s - until_s, token_bytes)
+            moves.append(_Move("disk", nbytes, done_s, front))
+        if parts.peer and beyond is not None:
+            nbytes = int(parts.peer * token_bytes)
+            done_s = self._pull(beyond, upto - parts.peer, upto, until_s)
+            front = beyond.link.front(upto, done_s - until_s, token_bytes)
+            moves.append(_Move("peer", nbytes, done_s, front))
+        return moves
+
+    def _found(self, job: Job, own: Found, load: _Load, front: int) -> None:
+        """Of what was to be loaded, tokens up to `front` came."""
+        if front <= load.begin:
             return
-        job.past = front
-        if choice.compute_front:
-            job.computed_front, job.loaded_s, job.ready_s = choice.compute_front, job.ready_s, now_s
-        came = _parts(own, begin, front)
+        job.past, now_s = front, self._events.now_s
+        if load.choice.compute_front:
+            job.computed_front = load.choice.compute_front
+            job.loaded_s, job.ready_s = job.ready_s, now_s
+        came = _parts(own, load.begin, front)
         job.host_tokens, job.disk_tokens, job.peer_tokens = came.host, came.disk, came.peer
         self.store.bring(own.on_disk, front, now_s)
 
