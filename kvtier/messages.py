@@ -170,7 +170,8 @@ class MakePlan(Message, frozen=True, tag="make_plan"):
 
     deadline_s: for all that is loaded, from now.  waiting: requests in the worker's prefill queue.
     prefill_wait_s: until it could begin to compute this one.  takes: what the engine can use.
-    most_tokens: no more than these are loaded.  A rank plans for all of its ranks.
+    most_tokens: no more than these are loaded.  by_layer: it is going to be restored so.  A rank plans for
+    all of its ranks.
     """
 
     worker: str
@@ -187,6 +188,7 @@ class MakePlan(Message, frozen=True, tag="make_plan"):
     prefill_wait_s: float = 0.0
     takes: Literal["all_or_nothing", "fronts", "both"] = "fronts"
     most_tokens: int | None = None
+    by_layer: bool = False
 
 
 class JoinPlan(Message, frozen=True, tag="join_plan"):

@@ -42,7 +42,8 @@ class Copy(Message, frozen=True, tag="copy"):
     """Move these objects between the pages bound to `request` and their slots.
 
     fidelity: 'exact', or the lossy codec that the slots' bytes are in.  events: as in Park and Restore.
-    layers: as in Restore.
+    layers: as in Restore.  over: restores of this worker with `layers` that ended since its last Copy:
+    nothing of theirs comes any more.
     """
 
     job: str
@@ -58,6 +59,7 @@ class Copy(Message, frozen=True, tag="copy"):
     fidelity: str = "exact"
     events: list[int] = []
     layers: bool = False
+    over: list[str] = []
 
 
 class Copied(Message, frozen=True, tag="copied"):

@@ -228,6 +228,7 @@ class Worker:
         waiting: int = 0,
         prefill_wait_s: Duration = 0.0,
         most_tokens: int | None = None,
+        by_layer: bool = False,
     ) -> WorkerPlan:
         """What of `tokens` is stored, and how to bring it back; what it names is held for lease_s.
 
@@ -236,8 +237,9 @@ class Worker:
         that is loaded must be there, from now; takes, what the engine can use: all that is stored or nothing,
         any front, or also computing the front while the rest is loaded; waiting, requests in its prefill
         queue; prefill_wait_s, until it could begin to compute this one.  most_tokens: no more than these are
-        loaded: what ranks at several nodes have agreed on.  With `ranks` the plan is one for all of them, and
-        names what every one has; the others `join` it.
+        loaded: what ranks at several nodes have agreed on.  by_layer: it is going to be restored so, and a
+        deadline would leave nothing of what it cuts off: nothing is planned that may be late.  With `ranks`
+        the plan is one for all of them, and names what every one has; the others `join` it.
         Give a plan that will not be restored to `drop`.  Raises ConfigError, TokensError, MessageTooLarge.
         """
         known = "" if conversation is None else name("conversation", conversation)
@@ -258,6 +260,7 @@ class Worker:
             waiting=waiting,
             prefill_wait_s=seconds("prefill_wait_s", prefill_wait_s),
             most_tokens=most_tokens,
+            by_layer=by_layer,
         )
         one_of("takes", takes, TAKES)
         limit_s = self._calls.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)

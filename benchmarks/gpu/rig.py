@@ -97,7 +97,14 @@ class Bench:
     def facts(self) -> dict[str, Any]:
         """What the results are of."""
         free, whole = self.device.memory_info()
-        return {"device": self.device.name, "device_bytes": whole, "free_bytes": free, "dry": self.dry}
+        return {
+            "device": self.device.name,
+            "device_bytes": whole,
+            "free_bytes": free,
+            "context_bytes": self.device.context_bytes,
+            "can_batch": self.device.can_batch,
+            "dry": self.dry,
+        }
 
     @contextmanager
     def arena(self, nbytes: int, objects: int) -> Iterator[ArenaView]:

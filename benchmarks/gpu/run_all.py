@@ -9,9 +9,11 @@ checksums, codecs, interference.  Part 3: models, two processes, MPS, compute-sa
 of them run one after the other.
 
 Needs Python 3.12, torch, cupy, numpy, pytest, msgpack, aiofiles and xxhash; neither Ray nor lz4.  Each part
-is a process with a time of its own: one that fails is reported, and the rest goes on.  JSON lines go to
---out, or to gpu.jsonl in the folder that $OUT names, which is written anew after each part, so that a command
-that is cut off leaves what it had; the last line on stdout is a short JSON table of it all.
+is a process with a time of its own: one that fails is reported, and the rest goes on.  Tests that fail are
+run again, each function in a process of its own: an error on a device ends its context, and all tests after
+it fail with it.  JSON lines go to --out, or to gpu.jsonl in the folder that $OUT names, and what the parts
+said to a .log beside it; both are written anew after each part, so that a command that is cut off leaves
+what it had.  The last line on stdout is a short JSON table of it all.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +61,23 @@ GROUPS: dict[int, tuple[str, ...]] = {
 }
 DEADLINE_S = 520.0
 PACKAGES = ("kvtier", "numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "xxhash", "pytest", "transformers")
+# A test's line where pytest is verbose; what it was in the middle of when it was cut off has no word.
+TESTED = re.compile(r"^(\S+\.py::\w+)(?:\[.*?\])?(?: (PASSED|FAILED|ERROR|SKIPPED)\b| *$)", re.MULTILINE)
+# Of one part, in a file that somebody has to carry away.
+MOST_LOG = 1 << 20
+MOST_ALONE, ALONE_S = 6, 45.0
 SANITIZED = "batched_copies or events_and_streams or (round_trips and across_views and uint8)"
 
 
 @dataclass
 class Outcome:
-    """How a part went. lines: its figures. error: '' where it succeeded."""
+    """How a part went. lines: its figures. error: '' where it succeeded. log: all that it said."""
 
     name: str
     seconds: float
     error: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)
+    log: str = ""
 
 
 def run(name: str, command: Sequence[str], limit_s: float) -> Outcome:
@@ -95,7 +104,7 @@ def run(name: str, command: Sequence[str], limit_s: float) -> Outcome:
     said = (err or out).strip().splitlines()[-1:]
     why = f"longer than {limit_s:.0f} s" if late else f"exit {child.returncode}"
     error = f"{why}: {said[0][:300] if said else ''}" if late or child.returncode else ""
-    return Outcome(name, round(time.perf_counter() - begun, 1), error, figures(out))
+    return Outcome(name, round(time.perf_counter() - begun, 1), error, figures(out), f"{out}\n{err}")
 
 
 def figures(out: str) -> list[dict[str, Any]]:
@@ -108,28 +117,52 @@ def figures(out: str) -> list[dict[str, Any]]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What a part that is cut off had said would be in its buffer; and whatever pytest finds installed there
+    # is no part of these tests.
+    mine = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return {**os.environ, **mine}
 
 
 def tests(limit_s: float, dry: bool) -> Outcome:
-    """The tests that need a GPU; in a dry run a few of the same on the fake device."""
+    """The tests that need a GPU; in a dry run a few of the same on the fake device.
+
+    Figures: how many passed, failed and so on; and of those that failed, whether they do alone.
+    """
     chosen = ["-m", "not gpu", "-k", "events or batched"] if dry else ["-m", "gpu"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-c",
-        str(INI),
-        "--rootdir",
-        str(ROOT),
-        # The project's own conftest.py needs hypothesis, which these tests do not.
-        "--noconftest",
-        *chosen,
-        *(str(path) for path in TESTS),
-    ]
-    outcome = run("tests", command, limit_s)
-    return outcome
+    begun = time.perf_counter()
+    whole = run("tests", _pytest(*chosen, *(str(path) for path in TESTS)), limit_s * (1 if dry else 0.7))
+    whole.lines = [{"name": f"tests {word}", "value": count} for word, count in counted(whole.log).items()]
+    said = next((line for line in whole.log.splitlines() if line.startswith("E  ")), "")
+    whole.error = f"{whole.error}; first {said[:300]}" if whole.error and said else whole.error
+    for test in broken(whole.log)[:MOST_ALONE]:
+        left_s = limit_s - (time.perf_counter() - begun)
+        if left_s < ALONE_S / 3:
+            break
+        alone = run(test, _pytest(*chosen[:2], test), min(left_s, ALONE_S))
+        whole.log += f"\n--- {test} alone\n{alone.log}"
+        name = test.rpartition("::")[2]
+        whole.lines.append(
+            {"name": f"passes alone: {name}", "value": float(not alone.error), "detail": {"why": alone.error}}
+        )
+    return replace(whole, seconds=round(time.perf_counter() - begun, 1))
+
+
+def _pytest(*more: str) -> list[str]:
+    """The project's own conftest.py needs hypothesis, which these tests do not."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "-o", "faulthandler_timeout=40"]
+    return [*command, "-c", str(INI), "--rootdir", str(ROOT), "--noconftest", *more]
+
+
+def counted(log: str) -> dict[str, int]:
+    """How many tests passed, failed, were skipped."""
+    words = [found[2] or "cut off" for found in TESTED.finditer(log)]
+    return {word.lower(): words.count(word) for word in sorted(set(words))}
+
+
+def broken(log: str) -> list[str]:
+    """The tests' functions of which one failed, or was under way at the end."""
+    found = [match[1] for match in TESTED.finditer(log) if match[2] not in ("PASSED", "SKIPPED")]
+    return list(dict.fromkeys(found))
 
 
 def sanitizer(limit_s: float) -> Outcome:
@@ -137,10 +170,8 @@ def sanitizer(limit_s: float) -> Outcome:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return Outcome("sanitizer", 0.0, "compute-sanitizer is not installed")
-    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-c", str(INI)]
-    command += ["--rootdir", str(ROOT), "--noconftest", "-m", "gpu", "-k", SANITIZED]
-    command += [str(path) for path in TESTS]
-    return run("sanitizer", command, limit_s)
+    chosen = _pytest("-m", "gpu", "-k", SANITIZED, *(str(path) for path in TESTS))
+    return run("sanitizer", [tool, "--error-exitcode", "9", *chosen], limit_s)
 
 
 def machine() -> dict[str, Any]:
@@ -177,12 +208,14 @@ def table(facts: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def write(out: Path, facts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """All lines so far, and the table of them last; the file is whole at any time."""
+    """All lines so far, and the table of them last; all that was said to a .log. Whole at any time."""
     rows = [{"part": o.name, **line} for o in outcomes for line in o.lines if "name" in line]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, {"summary": table(facts, outcomes)}])
-    new = out.with_name(f"{out.name}.new")
-    new.write_text(text, "utf-8")
-    new.replace(out)
+    log = "".join(f"=== {o.name}: {o.error or 'ok'}\n{o.log[-MOST_LOG:]}\n" for o in outcomes)
+    for path, content in ((out, text), (out.with_suffix(".log"), log)):
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(content, "utf-8")
+        new.replace(path)
 
 
 def run_all(

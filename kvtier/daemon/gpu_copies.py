@@ -50,6 +50,10 @@ class GpuCopies:
         """A worker's pool in host memory; takes the descriptors over. Raises GeometryError, OSError."""
         self._pools[message.worker] = SharedPool.attach(message.pool, fds)
 
+    def heard(self, copy: Copy) -> None:
+        """The node asked for a batch, which may have to wait, or be cancelled."""
+        self._layers.ended(copy.worker, copy.over)
+
     def begin(self, copy: Copy) -> None:
         """Copy a batch. Raises KvtierError."""
         on_gpu = copy.worker in self.maps
@@ -114,6 +118,10 @@ class GpuCopies:
             for worker, running in self._running.items()
             if running and now_s - min(running.values()) > LATE_S
         )
+
+    def mapping(self, now_s: float) -> list[str]:
+        """Workers whose pools are being mapped or probed for longer than LATE_S."""
+        return self.maps.probing(now_s - LATE_S)
 
     def stuck(self, now_s: float) -> list[str]:
         """Workers that left longer than LATE_S ago, and whose pools are still being unmapped."""

@@ -3,7 +3,9 @@
 A layer is told of when all its copies are queued, by an event of this process that the worker's streams wait
 for.  From then on the worker may compute with it, so nothing is copied into these pages again: a batch that
 would, which is one that failed and is tried again from elsewhere, is refused, and the restore ends not ok.
-What failed before any layer was told of is tried again, unless the rest of the restore came in between: its
+That is remembered until the node says that the restore is over, with the next batch of that worker, or the
+worker leaves: so what is remembered is bounded by the restores that were under way at its last batch.  What
+failed before any layer was told of is tried again, unless the rest of the restore came in between: its
 layers are told of without what is missing, and only the refusal makes the receipt say so.
 """
 
@@ -13,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final
 
 from kvtier.errors import KvtierError, TierUnavailable
 from kvtier.gpu.engine import CopyBatch, Reached, StreamEvent
@@ -22,9 +23,6 @@ from kvtier.tier_messages import Copy, LayerQueued
 
 Relay = Callable[..., int]
 Tell = Callable[[str, LayerQueued], None]
-# Restores of one worker, told of a layer and without a batch under way, that are remembered: nobody says when
-# one is over, and one of which a block is being read again is among the last.
-_MOST_TOLD: Final = 4096
 
 
 @dataclass(slots=True)
@@ -42,8 +40,8 @@ class RestoreLayers:
         self._tell = tell
         # Those that have a batch under way.
         self._restores: dict[tuple[str, str], _Restore] = {}
-        # By worker; a dict keeps the order.
-        self._told: dict[str, dict[str, None]] = {}
+        # By worker, those that somebody was told of, and of which the node may send another batch.
+        self._told: dict[str, set[str]] = {}
 
     def begin(self, copy: Copy, batch: CopyBatch, relay: Relay | None) -> CopyBatch:
         """The batch, which tells of its layers where the worker asked for that; `over` is to be called then.
@@ -78,10 +76,11 @@ class RestoreLayers:
             return
         del self._restores[worker, job]
         if restore.layers.told:
-            told = self._told.setdefault(worker, {})
-            told[job] = None
-            if len(told) > _MOST_TOLD:
-                del told[next(iter(told))]
+            self._told.setdefault(worker, set()).add(job)
+
+    def ended(self, worker: str, jobs: Sequence[str]) -> None:
+        """The node sends no batch of these any more, and has heard of the end of each that it sent."""
+        self._told.get(worker, set()).difference_update(jobs)
 
     def leave(self, worker: str) -> None:
         """The worker is gone, and none of its copies runs."""

@@ -1,14 +1,14 @@
 """Workers' pools on GPUs that this process maps by CUDA IPC, and the engines that copy them.
 
     said()      the node told of a worker's pool
-    probe()     the worker wrote a pattern: map the pool, read it, write another
+    probe()     the worker wrote a pattern: map the pool, read it, write another; then say so
     proven()    the worker read that: from now on the mapping is used
     leave()     the worker's process is gone, or it detached, and none of its copies runs
 
-Freeing device memory and unmapping wait for the whole device, so each mapping is given back by a thread of
-its own, and nobody waits for that.  Each worker's pool has an engine of its own: its streams wait for events
-of the worker's process, which may be stopped, and what another one copies must not wait behind them.  Host
-memory is registered once for all.
+Mapping, probing, freeing device memory and unmapping may wait for the whole device, so each is done by a
+thread of its own, and nobody waits for that.  Each worker's pool has an engine of its own: its streams wait
+for events of the worker's process, which may be stopped, and what another one copies must not wait behind
+them.  Host memory is registered once for all.
 
 Not run on a GPU yet: tests run it on two views of a fake device.
 """
@@ -16,11 +16,13 @@ Not run on a GPU yet: tests run it on two views of a fake device.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvtier.breaker import CHANCE, Backoff
@@ -28,7 +30,7 @@ from kvtier.daemon.copy_desk import copy_item, page_tables
 from kvtier.errors import GeometryError, KvtierError, TierUnavailable
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
-from kvtier.gpu.cuda.ipc import EventRing, MappedPool, PeerEvents, Prober, handles_of
+from kvtier.gpu.cuda.ipc import EventRing, EventRings, MappedPool, PeerEvents, Prober, handles_of
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import CudaPlace, cuda_engine, mappings_of
 from kvtier.gpu.cuda.memory import PinnedArena
@@ -72,22 +74,33 @@ class Closing:
                 self._over.wait(_AGAIN.delay_s(failures, CHANCE()))
 
 
-@dataclass(slots=True)
-class _Map:
-    """A worker's mapped pool, and its engine. events: the worker's. ring: this process's, of layers."""
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """A worker's mapped pool, and its engine. events: the worker's. ring: this process's, of layers.
+
+    rings: where the ring came from.
+    """
 
     device: Device
     engine: CudaCopyEngine
     pool: MappedPool
     events: PeerEvents
     ring: EventRing
+    rings: EventRings
+
+    def answer(self, message: ProbePool) -> PoolProbed:
+        """This side's part of a probe. Raises KvtierError."""
+        challenge = Challenge(tuple(message.pages), message.nonce)
+        answer = Prober(self.device, self.pool.pool).answer(challenge)
+        return PoolProbed(ok=True, seen=answer.seen, written=answer.written, events=self.ring.handles())
 
     def close(self) -> bool:
         """Whether no copy runs any more within CLOSE_S; only then anything is unmapped."""
         if not self.engine.close(CLOSE_S):
             return False
         # A device that is lost takes nothing back; the end of the process does.  Nothing is given back twice.
-        for close in (self.device.enter, self.events.close, self.ring.close, self.pool.close):
+        give = partial(self.rings.give, self.ring)
+        for close in (self.device.enter, self.events.close, give, self.pool.close):
             try:
                 close()
             except (KvtierError, OSError, RuntimeError) as error:
@@ -95,16 +108,70 @@ class _Map:
         return True
 
 
-class GpuMaps:
-    """All of them, over one arena. find: a device by its identity. settings: of engines; None measures."""
+class _Map:
+    """A worker's pool from its first probe on. mapped: what there is of it; None before that.
 
-    def __init__(self, slots: SlotMemory, find: FindDevice, settings: Settings | None = None) -> None:
-        self._slots, self._find, self._settings = slots, find, settings
+    make: maps it, raising KvtierError.  probing_s: time.monotonic() since when a probe is under way.
+    """
+
+    def __init__(self, make: Callable[[], _Mapped]) -> None:
+        self.mapped: _Mapped | None = None
+        self.probing_s = math.inf
+        self._make = make
+        self._left = False
+        # Of who maps, probes or closes.
+        self._one = threading.Lock()
+
+    def probe(self, message: ProbePool) -> PoolProbed:
+        """Map the pool, unless it is, and play this side's part; or say why that cannot be."""
+        with self._one:
+            self.probing_s = time.monotonic()
+            try:
+                self._stay()
+                if self.mapped is None:
+                    self.mapped = self._make()
+                # Mapping may have taken long: its scratch pages may be of another probe by now.
+                self._stay()
+                self.mapped.device.enter()
+                return self.mapped.answer(message)
+            except (KvtierError, OSError, RuntimeError) as error:
+                return PoolProbed(ok=False, detail=str(error))
+            finally:
+                self.probing_s = math.inf
+
+    def _stay(self) -> None:
+        if self._left:
+            raise TierUnavailable("the worker has left")
+
+    def close(self) -> bool:
+        """Whether nothing of it is left within a time; from now on nothing is mapped."""
+        self._left = True
+        if not self._one.acquire(timeout=CLOSE_S):
+            return False
+        try:
+            return self.mapped is None or self.mapped.close()
+        finally:
+            self._one.release()
+
+
+class GpuMaps:
+    """All of them, over one arena.
+
+    find: a device by its identity.  rings: of this process, whatever nodes it serves.  settings: of engines;
+    None measures.
+    """
+
+    def __init__(
+        self, slots: SlotMemory, find: FindDevice, rings: EventRings, settings: Settings | None = None
+    ) -> None:
+        self._slots, self._find, self._rings, self._settings = slots, find, rings, settings
         self._said: dict[str, dict[str, Any]] = {}
         self._maps: dict[str, _Map] = {}
         self._leaving: list[tuple[str, Closing]] = []
         self._places: dict[str, CudaPlace] = {}
         self._arena: PinnedArena | None = None
+        # Of who makes a device's place, or registers the arena, for all.
+        self._making = threading.Lock()
 
     def __contains__(self, worker: str) -> bool:
         return worker in self._said
@@ -112,32 +179,38 @@ class GpuMaps:
     @property
     def device_bytes(self) -> dict[str, int]:
         """GPU memory that each mapped worker's engine takes, without the process's CUDA contexts."""
-        return {worker: held.engine.device_bytes for worker, held in self._maps.items()}
+        held = {worker: each.mapped for worker, each in self._maps.items()}
+        return {worker: mapped.engine.device_bytes for worker, mapped in held.items() if mapped is not None}
 
     @property
     def context_bytes(self) -> int:
         """GPU memory of this process's CUDA contexts; 0 where nothing tells it."""
-        return sum(place.gpu.context_bytes for place in self._places.values())
+        return sum(place.gpu.context_bytes for place in list(self._places.values()))
 
     def said(self, worker: str, description: dict[str, Any]) -> None:
         """A worker attached with this pool."""
         self._said[worker] = description
 
-    def probe(self, worker: str, message: ProbePool) -> PoolProbed:
-        """Map the worker's pool, unless it is, and play this side's part; or say why that cannot be."""
-        try:
-            held = self._maps.get(worker) or self._map(worker)
-            held.device.enter()
-            challenge = Challenge(tuple(message.pages), message.nonce)
-            answer = Prober(held.device, held.pool.pool).answer(challenge)
-            events = held.ring.handles()
-        except KvtierError as error:
-            return PoolProbed(ok=False, detail=str(error))
-        return PoolProbed(ok=True, seen=answer.seen, written=answer.written, events=events)
+    def probe(self, worker: str, message: ProbePool, answered: Callable[[PoolProbed], None]) -> None:
+        """Map the worker's pool in the background, unless it is, and play this side's part.
+
+        answered: told the outcome, from a thread of the mapping's.
+        """
+        if worker not in self._maps:
+            self._maps[worker] = _Map(partial(self._map, self._said[worker]))
+        held = self._maps[worker]
+        work = threading.Thread(
+            target=lambda: answered(held.probe(message)), name=f"kvtier-map-{worker}", daemon=True
+        )
+        work.start()
+
+    def probing(self, before_s: float) -> list[str]:
+        """Workers whose probe began before this time.monotonic(), and has not ended."""
+        return sorted(worker for worker, held in self._maps.items() if held.probing_s < before_s)
 
     def batch(self, copy: Copy) -> CopyBatch:
         """The engine's batch for a Copy. Raises GeometryError."""
-        held = self._maps[copy.worker]
+        held = self._mapped(copy.worker)
         events = [held.events.event(number) for number in copy.events]
         layers = sum(len(group.layers) for group in held.pool.pool.layout.groups)
         if len(events) not in (0, 1, layers):
@@ -157,16 +230,17 @@ class GpuMaps:
 
     def engine(self, worker: str) -> CudaCopyEngine:
         """The engine of the worker's pool."""
-        return self._maps[worker].engine
+        return self._mapped(worker).engine
 
     def ring(self, worker: str) -> EventRing:
         """The events here that the worker's streams can wait for."""
-        return self._maps[worker].ring
+        return self._mapped(worker).ring
 
     def cancel(self, worker: str, job: str) -> None:
         """See CopyEngine."""
-        if worker in self._maps:
-            self.engine(worker).cancel(job)
+        held = self._maps.get(worker)
+        if held is not None and held.mapped is not None:
+            held.mapped.engine.cancel(job)
 
     def leave(self, worker: str) -> None:
         """Unmap, in the background: the worker's memory is its own again, or the device's.
@@ -202,25 +276,32 @@ class GpuMaps:
             self._arena = None
         return True
 
-    def _map(self, worker: str) -> _Map:
-        said = self._said[worker]
+    def _mapped(self, worker: str) -> _Mapped:
+        held = self._maps.get(worker)
+        if held is None or held.mapped is None:
+            raise GeometryError("the worker's pool is not mapped")
+        return held.mapped
+
+    def _map(self, said: dict[str, Any]) -> _Mapped:
         identity, handles = said.get("device"), handles_of(said, "events")
         if not isinstance(identity, str):
             raise GeometryError("the description of a pool is malformed")
-        if identity not in self._places:
-            self._places[identity] = cuda_engine(self._find(identity), self._settings)
-        place = self._places[identity]
-        device = place.gpu
-        device.enter()
-        if self._arena is None:
-            self._arena = PinnedArena(device, mappings_of(self._slots))
+        with self._making:
+            if identity not in self._places:
+                self._places[identity] = cuda_engine(self._find(identity), self._settings)
+            place = self._places[identity]
+            device = place.gpu
+            device.enter()
+            if self._arena is None:
+                self._arena = PinnedArena(device, mappings_of(self._slots))
+            arena = self._arena
         with ExitStack() as undo:
             pool = MappedPool.attach(device, said)
             undo.callback(pool.close)
             events = PeerEvents(device, handles)
             undo.callback(events.close)
-            ring = EventRing(device)
-            undo.callback(ring.close)
-            self._maps[worker] = _Map(device, place(self._slots, self._arena), pool, events, ring)
+            ring = self._rings.take(device)
+            undo.callback(self._rings.give, ring)
+            made = _Mapped(device, place(self._slots, arena), pool, events, ring, self._rings)
             undo.pop_all()
-        return self._maps[worker]
+        return made

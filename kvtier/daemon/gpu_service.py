@@ -25,6 +25,7 @@ from kvtier.daemon.joining import join_node
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
 from kvtier.gpu.cpu_engine import CpuCopyEngine
+from kvtier.gpu.cuda.ipc import EventRings
 from kvtier.gpu.cuda.make import device_of
 from kvtier.gpu.engine import CLOSE_S, CopyEngine, CopyResult, SlotMemory
 from kvtier.gpu.schedule import Bounds
@@ -37,6 +38,7 @@ from kvtier.tier_messages import (
     GpuUsage,
     PoolJoined,
     PoolLeft,
+    PoolProbed,
     PoolProven,
     ProbePool,
     TierHello,
@@ -88,7 +90,7 @@ class GpuService:
         self._config = config
         self._make_engine = make_engine or self._cpu_engine
         # A device is made once: making it again would load its kernels again, and find its context there.
-        self._make_maps = make_maps or partial(GpuMaps, find=cache(device_of))
+        self._make_maps = make_maps or partial(GpuMaps, find=cache(device_of), rings=EventRings())
         self._probes: dict[str, ProbePool] = {}
         self._node: _Node | None = None
         self._modes: dict[str, str] = {}
@@ -183,6 +185,8 @@ class GpuService:
             self._pool_joined(message, fds)
             return
         close_all(fds)
+        if isinstance(message, Copy) and self._node is not None:
+            self._node.copies.heard(message)
         if isinstance(message, Copy) and self._modes.get(message.worker) == "unmapped":
             self._tell_node(_failed(message, "the worker's pool could not be mapped"))
         elif isinstance(message, Copy):
@@ -218,10 +222,14 @@ class GpuService:
 
     def _say_usage(self, node: _Node) -> None:
         """Tell the node what copying takes here, and log who is late, when it changes."""
-        late, stuck = node.copies.late(time.monotonic()), node.copies.stuck(time.monotonic())
-        for worker in sorted(set(stuck) - set(self._said.unmapping)):
+        now_s, before = time.monotonic(), self._said
+        late, mapping = node.copies.late(now_s), node.copies.mapping(now_s)
+        stuck = node.copies.stuck(now_s)
+        for worker in sorted(set(stuck) - set(before.unmapping)):
             log.error("unmapping the pool of %s takes more than %g s: its device may hang", worker, LATE_S)
-        for worker in sorted(set(late) - set(self._said.late)):
+        for worker in sorted(set(mapping) - set(before.late)):
+            log.error("mapping the pool of %s takes more than %g s: its device may hang", worker, LATE_S)
+        for worker in sorted(set(late) - set(before.late)):
             log.error(
                 "a copy of %s has run for more than %g s: the stream of the worker's process that it waits "
                 "for may stand still; others' copies go on",
@@ -230,7 +238,10 @@ class GpuService:
             )
         maps = node.copies.maps
         said = GpuUsage(
-            workers=maps.device_bytes, context_bytes=maps.context_bytes, late=late, unmapping=stuck
+            workers=maps.device_bytes,
+            context_bytes=maps.context_bytes,
+            late=sorted({*late, *mapping}),
+            unmapping=stuck,
         )
         if said != self._said:
             self._said = said
@@ -287,7 +298,16 @@ class GpuService:
         node, connection = self._node, self._workers.get(worker)
         if node is None or connection is None or worker not in node.copies.maps or worker not in self._probes:
             return
-        answer = node.copies.maps.probe(worker, self._probes.pop(worker))
+
+        def answered(answer: PoolProbed) -> None:
+            self._loop.call(partial(self._probed, node, connection, worker, answer))
+
+        node.copies.maps.probe(worker, self._probes.pop(worker), answered)
+
+    def _probed(self, node: _Node, connection: Connection, worker: str, answer: PoolProbed) -> None:
+        """A probe's outcome, unless worker or node are gone, or a new connection brings another."""
+        if self._node is not node or self._workers.get(worker) is not connection or worker not in self._modes:
+            return
         if not answer.ok:
             self._proven(worker, False, answer.detail)
         connection.send(answer)

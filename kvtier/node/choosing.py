@@ -120,6 +120,7 @@ class Chooser:
             prefill_wait_s=message.prefill_wait_s,
             deadline_s=math.inf if deadline_s is None else max(deadline_s - waited_s, 0.0),
             takes=message.takes,
+            by_layer=message.by_layer,
             queued_bytes=self._queues.bytes(),
             now_s=self._state.now_s,
         )

@@ -73,6 +73,7 @@ class Copies:
         job.next_batch += 1
         job.running[batch] = list(pairs)
         job.executor = job.worker.peer if job.worker.mode == "worker" else self._state.gpu_peer
+        over, job.worker.restored = job.worker.restored, []
         self._state.send(
             self._state.gpu_peer,
             Copy(
@@ -88,6 +89,7 @@ class Copies:
                 fidelity=pairs[0][0].root.fidelity,
                 events=job.events,
                 layers=job.layers,
+                over=over,
             ),
         )
 
@@ -110,6 +112,9 @@ class Copies:
         self._state.host.holder_ended(job.id)
         self._jobs.pop(job.id, None)
         job.worker.jobs.discard(job.id)
+        # One that nothing was copied for is not known there, and would be told of for nothing.
+        if job.layers and job.next_batch:
+            job.worker.restored.append(job.id)
         return True
 
     def proven_quiet(self, job: CopyJob) -> None:

@@ -39,9 +39,13 @@ ALL_BYTES = 80 << 30
 
 @dataclass(slots=True)
 class _Event:
+    """owner: its process. ended: it was destroyed there, and nobody may use it any more."""
+
     timed: bool
     shared: bool
+    owner: int
     marker: Marker | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +186,15 @@ class FakeDevice:
         with self.gpu.lock:
             self._check("event")
             made = self.gpu.number()
-            self._events[made] = _Event(timed, shared)
+            self._events[made] = _Event(timed, shared, self._process)
             return made
 
     def destroy_event(self, event: Event) -> None:
         """See Device."""
         with self.gpu.lock:
             self._check("destroy_event")
-            del self._events[event]
+            ending = self._events.pop(event)
+            ending.ended = ending.ended or ending.owner == self._process
 
     def record(self, event: Event, stream: Stream) -> None:
         """See Device."""
@@ -234,6 +239,8 @@ class FakeDevice:
             return self._marker(end).time_s - self._marker(begin).time_s
 
     def _marker(self, event: Event) -> Marker:
+        if self._events[event].ended:
+            self.gpu.races.append("an event of another process, which had destroyed it")
         marker = self._events[event].marker
         if marker is None:
             raise TierUnavailable(f"event {event} was not recorded")

@@ -7,12 +7,15 @@ as host code.  What it cannot show is anything about time, order or a GPU.
 from __future__ import annotations
 
 import ctypes
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-SUCCESS, NOT_READY, NOT_FOUND = 0, 600, 500
+SUCCESS, NOT_READY, NOT_FOUND, NO_CONTEXT = 0, 600, 500, 201
+# The primary context of device n is this and n.
+CONTEXT = 1000
 TILE_BYTES = 4096
 
 
@@ -25,7 +28,11 @@ class CompileException(Exception):
 
 
 class StubRuntime:
-    """cupy.cuda.runtime. calls: names in order; fail: the name of a function that raises."""
+    """cupy.cuda.runtime. calls: names in order; fail: the name of a function that raises.
+
+    context: the calling thread's own, 0 for none.  made: devices that have one, in order.  relaxed: threads
+    that no capture of a graph concerns.
+    """
 
     streamNonBlocking, eventBlockingSync, eventDisableTiming, eventInterprocess = 1, 1, 2, 4
     hostAllocPortable, memcpyDefault = 1, 4
@@ -37,12 +44,24 @@ class StubRuntime:
         self.kept: dict[int, Any] = {}
         self.registered: dict[int, tuple[int, int]] = {}
         self.events: dict[int, int] = {}
-        self.current = 0
+        self.made: list[int] = []
+        self.relaxed: set[int] = set()
+        self._threads = threading.local()
         self.count = 1
         self._number = 100
 
+    @property
+    def context(self) -> int:
+        return getattr(self._threads, "context", 0)
+
+    @context.setter
+    def context(self, context: int) -> None:
+        self._threads.context = context
+
     def _called(self, name: str, *whole: int) -> None:
         self.calls.append(name)
+        # Without one the runtime would make one on the thread's device, whichever that is.
+        assert self.context - CONTEXT in self.made, (name, self.context)
         assert all(type(value) is int for value in whole), (name, whole)
         if self.fail == name:
             raise CUDARuntimeError(f"{name}: cudaErrorUnknown")
@@ -59,12 +78,6 @@ class StubRuntime:
 
     def deviceGetPCIBusId(self, device: int) -> str:
         return f"0000:0{device + 1}:00.0"
-
-    def getDevice(self) -> int:
-        return self.current
-
-    def setDevice(self, device: int) -> None:
-        self.current = device
 
     def streamCreateWithFlags(self, flags: int) -> int:
         self._called("streamCreateWithFlags", flags)
@@ -167,7 +180,11 @@ class StubCupy:
         self.cuda = SimpleNamespace(
             runtime=self.runtime,
             compiler=SimpleNamespace(CompileException=CompileException),
-            driver=SimpleNamespace(launchKernel=self._launch),
+            driver=SimpleNamespace(
+                launchKernel=self._launch,
+                ctxGetCurrent=lambda: self.runtime.context,
+                ctxSetCurrent=self._set_context,
+            ),
             get_current_stream=lambda: SimpleNamespace(ptr=7),
         )
 
@@ -181,7 +198,11 @@ class StubCupy:
         assert any(option.startswith("-I") for option in options)
         return SimpleNamespace(get_function=get_function)
 
+    def _set_context(self, context: int) -> None:
+        self.runtime.context = context
+
     def _launch(self, function: int, *shape_and_more: int) -> None:
+        assert self.runtime.context - CONTEXT in self.runtime.made
         gx, gy, gz, bx, by, bz, shared, _stream, params, extra = shape_and_more
         assert (gy, gz, by, bz, shared, extra) == (1, 1, 1, 1, 0, 0) and gx >= 1 and bx == 256
         values = (ctypes.c_void_p * 4).from_address(params)
@@ -205,6 +226,7 @@ class StubDriver:
     def __init__(self, runtime: StubRuntime, *, batches: str = "new") -> None:
         self._runtime = runtime
         self.copies = 0
+        self.loaded: list[int] = []
         self.code = SUCCESS
         if batches == "new":
             self.cuMemcpyBatchAsync_v2 = self._copy_batch
@@ -229,7 +251,30 @@ class StubDriver:
         self.copies += count.value
         return self.code
 
+    def cuInit(self, flags: Any) -> int:
+        return SUCCESS
+
+    def cuDeviceGet(self, device: Any, ordinal: Any) -> int:
+        device._obj.value = ordinal.value
+        return SUCCESS
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        self._runtime.made.append(device.value)
+        context._obj.value = CONTEXT + device.value
+        return SUCCESS
+
+    def cuFuncLoad(self, function: Any) -> int:
+        self.loaded.append(function.value)
+        return SUCCESS
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        assert mode._obj.value == 2
+        self._runtime.relaxed.add(threading.get_ident())
+        return SUCCESS
+
     def cuMemGetAddressRange_v2(self, base: Any, size: Any, address: Any) -> int:
+        if not self._runtime.context:
+            return NO_CONTEXT
         for begin, memory in self._runtime.kept.items():
             if begin <= address.value < begin + memory.nbytes - 256:
                 base._obj.value, size._obj.value = begin, memory.nbytes - 256

@@ -11,6 +11,7 @@ import kvtier
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.gpu_maps import GpuMaps
 from kvtier.daemon.gpu_service import GpuService
+from kvtier.gpu.cuda.ipc import EventRings
 from kvtier.gpu.cuda.ipc_pool import IpcPool
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import cuda_engine
@@ -19,6 +20,7 @@ from kvtier.gpu.pool import Pool
 from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.fake_device_gpu import FakeGpu
 from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_of
+from kvtier.waiting import wait_until
 from kvtier.worker import Worker
 
 COUNT = 200
@@ -37,6 +39,7 @@ class World:
         self.memory = KvMemory()
         for plane in self.memory.planes:
             self.mine.adopt(plane.reshape(-1).view(np.uint8), kind=kind)
+        self.rings = EventRings()
         self.daemon = Embedded({})
         self.daemon.gpu = GpuService(self.daemon.config, make_maps=self.maps)
         self.found: Callable[[str], FakeDevice] = lambda identity: self.theirs
@@ -48,7 +51,7 @@ class World:
 
     def maps(self, slots: Any) -> GpuMaps:
         """What the service maps, over these slots."""
-        return GpuMaps(slots, lambda identity: self.found(identity), SETTINGS)
+        return GpuMaps(slots, lambda identity: self.found(identity), self.rings, SETTINGS)
 
     def attach(self) -> Worker:
         """A worker whose pool the service is to map."""
@@ -82,4 +85,32 @@ class World:
         self.kv.close()
         self.daemon.close()
         self.pool.close()
+        self.rings.close()
         assert not self.theirs.leaks() and not self.mine.leaks() and not self.gpu.fault
+
+
+class Second:
+    """Another worker of the same GPU, with a pool and a stream of its own."""
+
+    def __init__(self, world: World) -> None:
+        self.device, self.memory = world.mine, KvMemory(revision="org/other@1")
+        for plane in self.memory.planes:
+            self.device.adopt(plane.reshape(-1).view(np.uint8))
+        pool = self.memory.pool
+        assert isinstance(pool, Pool)
+        self.pool = IpcPool(pool, cuda_engine(self.device, SETTINGS), SCRATCH)
+        self.stream = self.device.stream()
+        self.worker = world.kv.attach(self.memory.model, self.pool, shard=SHARD)
+        assert wait_until(lambda: {w.mode for w in world.kv.status().workers} == {"shared"}, 10)
+
+    def __enter__(self) -> Second:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detach, and give back what it took."""
+        self.worker.close()
+        self.pool.close()
+        self.device.destroy_stream(self.stream)

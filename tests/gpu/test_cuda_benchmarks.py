@@ -55,7 +55,8 @@ def test_a_dry_run_ends_with_a_table_of_everything(tmp_path: Path) -> None:
     assert table["figures"]["layer events across processes"] == 1.0
     assert len(exact) == 4 and set(exact.values()) == {1.0}
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["part"] for row in rows[:-1]} == set(parts) - {"tests"}
+    assert {row["part"] for row in rows[:-1]} == set(parts)
+    assert table["figures"]["tests passed"] > 0 and "tests failed" not in table["figures"]
     assert rows[-1]["summary"] == table
 
 
@@ -77,7 +78,8 @@ def test_a_part_writes_a_file_of_its_own(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["gpu-2.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-2.jsonl", "gpu-2.log"]
+    assert (tmp_path / "gpu-2.log").read_text().startswith("=== ways: ok")
 
 
 def bare(folder: Path) -> dict[str, str]:
@@ -180,7 +182,39 @@ def test_a_command_that_is_cut_off_leaves_what_it_had(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows[0] == {"part": "limits", "name": "n", "value": 2.0}
     assert rows[-1]["summary"]["parts"] == {"limits": "exit 1: why"}
-    assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.jsonl", "lines.log"]
+
+
+SAID = """\
+tests/gpu/a.py::test_one[x y-(1, 2)] PASSED [ 20%]
+tests/gpu/a.py::test_one[[8]] FAILED [ 40%]
+tests/gpu/a.py::test_two SKIPPED (why) [ 60%]
+tests/gpu/a.py::test_three[x] ERROR [ 80%]
+FAILED tests/gpu/a.py::test_one[[8]] - AssertionError
+tests/gpu/a.py::test_four[slow] """
+
+
+def test_tests_that_fail_are_run_again_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks the device breaks all tests after it, and so does one that hangs."""
+    asked = []
+
+    def once(name: str, command: Sequence[str], limit_s: float) -> Outcome:
+        asked.append((name, command[-1]))
+        if name == "tests":
+            return Outcome(name, 1.0, "exit 1: 1 failed", [], f"{SAID}\nE   a reason\nE   another")
+        return Outcome(name, 1.0, "exit 1: why" if name.endswith("three") else "", [], name)
+
+    monkeypatch.setattr(run_all_module, "run", once)
+    outcome = run_all_module.tests(500.0, False)
+    lines = {line["name"]: line["value"] for line in outcome.lines}
+    assert lines == {
+        "tests cut off": 1, "tests error": 1, "tests failed": 1, "tests passed": 1, "tests skipped": 1,
+        "passes alone: test_one": 1.0, "passes alone: test_three": 0.0, "passes alone: test_four": 1.0,
+    }  # fmt: skip
+    assert outcome.error == "exit 1: 1 failed; first E   a reason" and "--- tests/gpu/a.py" in outcome.log
+    assert [command for _, command in asked[1:]] == [
+        f"tests/gpu/a.py::test_{n}" for n in ("one", "three", "four")
+    ]
 
 
 def test_a_part_that_fails_is_reported_and_the_rest_goes_on() -> None:

@@ -36,14 +36,21 @@ ROWS = [(0, 16, 0), (16, 13, 3), (32, 5, 0)]
 
 
 def hard_values(dtype: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
-    """Values of every size, zeros of both signs, ties, vectors of nothing and of next to nothing."""
+    """Values of every size, zeros of both signs, ties, vectors of nothing and of next to nothing.
+
+    Where a type has them, vectors whose scale is a normal number, but what they are made of is not.
+    """
     draw = np.random.default_rng(seed)
     made = draw.standard_normal(shape) * np.exp2(draw.integers(-30, 14, (*shape[:-1], 1)))
     made *= draw.choice([0.0, -0.0, 1.0, 2.0**-8, 0.5], shape, p=[0.02, 0.02, 0.9, 0.03, 0.03])
     made[draw.random(shape[:-1]) < 0.1] = 0
     if dtype == "float32":
         made[draw.random(shape[:-1]) < 0.05] = 1e-41
-    return np.round(made * 16) / 16 if seed % 2 else made
+    made = np.round(made * 16) / 16 if seed % 2 else made
+    if dtype != "float16":
+        small = draw.standard_normal(shape) * np.exp2(draw.integers(-122, -112, (*shape[:-1], 1)))
+        made = np.where((draw.random(shape[:-1]) < 0.1)[..., None], small, made)
+    return made
 
 
 def filled(case: Case, seed: int) -> Case:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvtier.gpu.cuda.make import device_of
 from kvtier.gpu.cuda.measure import copy_once, fit
 from kvtier.gpu.cuda.ways import WAYS, Way, always
 from kvtier.gpu.engine import CopyItem
-from kvtier.testing.fake_device_cupy import NOT_READY, StubCupy, StubDriver
+from kvtier.testing.fake_device_cupy import CONTEXT, NOT_READY, StubCupy, StubDriver
 from kvtier.testing.fake_device_host import compiled
 from kvtier.testing.fake_device_pools import Uploaded
 from kvtier.testing.pool_cases import BUILDERS, Case, Slots
@@ -130,13 +131,39 @@ def test_events(cuda: CudaDevice, cupy: StubCupy) -> None:
     assert cuda.open_event(cuda.export_event(shared)) not in (plain, timed, shared)
 
 
-def test_the_caller_s_device_stays_current(cuda: CudaDevice, cupy: StubCupy) -> None:
-    cupy.runtime.current = 3
+@pytest.mark.parametrize("context", [0, 77])
+def test_the_caller_s_context_stays_current(cuda: CudaDevice, cupy: StubCupy, context: int) -> None:
+    """None, or another device's; no other device gets one, which going back by cudaSetDevice would make."""
+    cupy.runtime.context = context
     cuda.destroy_stream(cuda.stream())
+    memory = cuda.allocate(64)
+    assert cuda.extent(memory + 5) == (memory, 64)
+    cuda.free(memory)
     cuda.free_pinned(cuda.pinned(64))
-    assert cupy.runtime.current == 3
+    assert cupy.runtime.context == context and cupy.runtime.made == [0]
+    cupy.runtime.fail = "malloc"
+    with pytest.raises(TierUnavailable):
+        cuda.allocate(1)
+    assert cupy.runtime.context == context
+    assert threading.get_ident() not in cupy.runtime.relaxed
     cuda.enter()
-    assert cupy.runtime.current == 0
+    assert cupy.runtime.context == CONTEXT and threading.get_ident() in cupy.runtime.relaxed
+
+
+def test_control_a_thread_without_a_context_is_told(cuda: CudaDevice, cupy: StubCupy) -> None:
+    cupy.runtime.context = 0
+    with pytest.raises(TierUnavailable, match="error 201"):
+        driver.address_range(cuda.allocate(64))
+    with pytest.raises(AssertionError):
+        cupy.runtime.malloc(64)
+
+
+def test_every_kernel_is_loaded_before_anything_is_copied(
+    cuda: CudaDevice, cupy: StubCupy, libcuda: StubDriver
+) -> None:
+    """A first launch would load it, and wait for streams that may stand still."""
+    assert libcuda.loaded == [1, 2, 3, 4, 5, 6]
+    assert cupy.launches == [("kv_checksum", 1)]
 
 
 def test_pools_are_mapped_by_handle_and_offset(cuda: CudaDevice, cupy: StubCupy) -> None:
@@ -156,17 +183,15 @@ def test_pools_are_mapped_by_handle_and_offset(cuda: CudaDevice, cupy: StubCupy)
 def test_a_device_is_found_by_its_identity_and_no_other_is_touched(
     cupy: StubCupy, libcuda: StubDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading the kernels makes a context, which takes hundreds of MiB of a GPU that others use."""
-    touched: list[int] = []
+    """A context takes hundreds of MiB of a GPU that others use."""
     monkeypatch.setattr(cupy.cuda.runtime, "count", 3)
-    monkeypatch.setattr(cupy.cuda.runtime, "setDevice", touched.append)
     assert identities() == [f"0000:0{number}:00.0" for number in (1, 2, 3)]
     found = device_of("0000:02:00.0")
     assert (found.number, found.identity) == (1, "0000:02:00.0")
-    assert set(touched) <= {0, 1} and 1 in touched
+    assert cupy.runtime.made == [1] and cupy.runtime.context == 0
     with pytest.raises(TierUnavailable, match=r"no CUDA device 0000:09:00\.0 here, but 0000:01:00\.0, "):
         device_of("0000:09:00.0")
-    assert 2 not in touched
+    assert cupy.runtime.made == [1]
 
 
 def test_a_table_is_fitted(cuda: CudaDevice) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,12 +13,13 @@ from kvtier.bench.gpu import gpu_copies
 from kvtier.bench.llama import BLOCK_BYTES
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
+from kvtier.gpu.cuda.cupy_device import CudaDevice
 from kvtier.gpu.cuda.device import Device
 from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.make import CudaPlace
-from kvtier.gpu.cuda.measure import WayRates, copy_once, fit
+from kvtier.gpu.cuda.measure import WayRates, bind_scratch, copy_once, fit
 from kvtier.gpu.cuda.ways import WAYS, Way, always
 from kvtier.gpu.describe import paged
 from kvtier.gpu.engine import CopyBatch, CopyItem, CopyResult, StreamEvent
@@ -84,8 +86,6 @@ def test_checksums_of_long_objects(device: Device) -> None:
     nbytes = 5 << 18
     rates = WayRates(device, nbytes, objects=1)
     for piece in (1 << 12, 3000):
-        from kvtier.gpu.cuda.measure import bind_scratch
-
         size = nbytes - nbytes % piece
         binding, items = bind_scratch(rates._pool, piece, size, 1)
         _, result = copy_once(rates.engine, "gather", binding, items, True)
@@ -185,9 +185,8 @@ def test_torch_s_streams_order_parks_and_restores() -> None:
 
     Then a restore into a page that a kernel of the current stream still overwrites, and a layer's event.
     """
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
+    import torch
+
     slots = Slots(1 << 20)
     tensors = [torch.zeros(32, 16, 2, 64, dtype=torch.float16, device="cuda") for _ in range(4)]
     layout = paged(
@@ -239,6 +238,54 @@ def test_torch_s_streams_order_parks_and_restores() -> None:
     told[0].wait(place.stream(None))
     assert torch.equal(tensors[0][8:12], tensors[0][:4])
     engine.close()
+
+
+@pytest.mark.gpu
+def test_a_graph_is_captured_while_the_engine_copies() -> None:
+    """In torch's strictest mode of capturing, other threads' calls that allocate or wait end the capture."""
+    import torch
+
+    device = CudaDevice(0)
+    rates = WayRates(device, 1 << 24, objects=4)
+    binding, items = bind_scratch(rates._pool, 1 << 15, 1 << 22, 4)
+    over, copied, failed = threading.Event(), threading.Event(), []
+
+    def copy() -> None:
+        while not over.is_set():
+            try:
+                copy_once(rates.engine, "gather", binding, items, True)
+            except TierUnavailable as error:
+                failed.append(error)
+            copied.set()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    a, out = torch.ones(64, 64, device="cuda"), torch.zeros(64, 64, device="cuda")
+    torch.mm(a, a)
+    assert copied.wait(60)
+    try:
+        for _ in range(20):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(50):
+                    torch.mm(a, a, out=out)
+            graph.replay()
+    finally:
+        over.set()
+        thread.join()
+    torch.cuda.synchronize()
+    assert not failed and bool((out == 64).all())
+    rates.close()
+
+
+def test_a_thread_that_never_used_the_device_may_ask(device: Device) -> None:
+    """Calls of the driver want a context, which no call of the runtime has bound for it."""
+    address, found = device.allocate(1 << 21), []
+    thread = threading.Thread(target=lambda: found.append(device.extent(address + 7)))
+    thread.start()
+    thread.join()
+    assert found[0][0] == address and found[0][1] >= 1 << 21
+    device.free(address)
 
 
 def test_memory_that_is_not_the_device_s_has_no_handle(device: Device) -> None:

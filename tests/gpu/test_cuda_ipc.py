@@ -12,7 +12,7 @@ import pytest
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda.engine import CudaCopyEngine
-from kvtier.gpu.cuda.ipc import EventRing, MappedPool, PeerEvents, Prober, export_pool
+from kvtier.gpu.cuda.ipc import EventRing, EventRings, MappedPool, PeerEvents, Prober, export_pool
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.measure import copy_once
 from kvtier.gpu.cuda.ways import always
@@ -217,3 +217,41 @@ def test_a_worker_s_end_in_the_middle_of_a_park_gives_all_back() -> None:
     assert len(answers) == 3
     engine.close()
     assert not two.actor.leaks() and not two.gpu.fault
+
+
+def test_a_ring_that_is_closed_records_nothing() -> None:
+    two = Two()
+    ring = EventRing(two.worker, 2)
+    ring.close()
+    ring.close()
+    for call in (lambda: ring.mark(two.worker.current), ring.relay, ring.handles):
+        with pytest.raises(TierUnavailable, match="closed"):
+            call()
+    assert not two.worker.leaks()
+
+
+def test_rings_are_used_again_those_of_the_same_device_the_oldest_first() -> None:
+    two, rings = Two(), EventRings()
+    first, second, other = rings.take(two.worker), rings.take(two.worker), rings.take(two.actor)
+    assert first is not second
+    for ring in (other, second, first):
+        rings.give(ring)
+    assert [rings.take(two.worker), rings.take(two.worker)] == [second, first]
+    third = rings.take(two.worker)
+    assert third not in (first, second, other)
+    for ring in (first, second, third):
+        rings.give(ring)
+    rings.close()
+    assert not two.worker.leaks() and not two.actor.leaks()
+
+
+def test_control_an_event_is_used_after_its_process_destroyed_it() -> None:
+    two = Two()
+    ring = EventRing(two.worker, 1)
+    theirs = PeerEvents(two.actor, ring.handles())
+    event = theirs.event(ring.mark(two.worker.current))
+    event.synchronize()
+    assert not two.gpu.races
+    ring.close()
+    event.done()
+    assert two.gpu.races

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kvtier.config import load
@@ -21,9 +20,9 @@ from kvtier.gpu.cuda.make import cuda_engine
 from kvtier.gpu.engine import CopyBatch, CopyItem
 from kvtier.gpu.pool import Pool
 from kvtier.testing.fake_device import FakeDevice
-from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
+from kvtier.testing.kv_memory import LAYERS, tokens_of
 from kvtier.testing.pool_cases import Slots
-from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, SCRATCH, SETTINGS, World
+from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, SCRATCH, SETTINGS, Second, World
 from kvtier.tier_messages import PoolProven
 from kvtier.waiting import wait_until
 
@@ -147,26 +146,6 @@ def test_a_lost_service_maps_again_when_it_is_back(world: World) -> None:
 
 
 # --- streams that stand still ---------------------------------------------------------------------------
-
-
-class Second:
-    """Another worker of the same GPU, with a pool and a stream of its own."""
-
-    def __init__(self, world: World) -> None:
-        self.device, self.memory = world.mine, KvMemory(revision="org/other@1")
-        for plane in self.memory.planes:
-            self.device.adopt(plane.reshape(-1).view(np.uint8))
-        pool = self.memory.pool
-        assert isinstance(pool, Pool)
-        self.pool = IpcPool(pool, cuda_engine(self.device, SETTINGS), SCRATCH)
-        self.stream = self.device.stream()
-        self.worker = world.kv.attach(self.memory.model, self.pool, shard=SHARD)
-        assert wait_until(lambda: [w.mode for w in world.kv.status().workers] == ["shared"] * 2, 10)
-
-    def close(self) -> None:
-        self.worker.close()
-        self.pool.close()
-        self.device.destroy_stream(self.stream)
 
 
 def late(world: World) -> list[str]:

@@ -65,6 +65,24 @@ def test_control_a_warning_fails_the_build(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_codecs_keep_what_is_small_however_they_are_compiled(tmp_path: Path) -> None:
+    """cupy adds -ftz=true, which would make 0 of what the CPU's codec keeps; intrinsics obey it."""
+    assert NVCC is not None
+    control = tmp_path / "control.cu"
+    control.write_text("__global__ void k(float* x) { x[0] = __fdiv_rn(x[0], x[1]); }\n")
+    found = []
+    for source in (SOURCES / "kv_copy.cu", control):
+        out = tmp_path / f"{source.stem}.ptx"
+        flags = ["-std=c++17", "-ftz=true", "-arch=sm_90", "-ptx", "-o", str(out)]
+        subprocess.run([NVCC, *flags, str(source)], capture_output=True, check=True)
+        found.append(out.read_text())
+    text, broken = found
+    for name in ("div.rn", "mul.rn", "sub.rn"):
+        assert f"{name}.f32" in text and f"{name}.ftz.f32" not in text
+    assert "div.rn.ftz.f32" in broken
+
+
 def test_the_text_and_python_agree_on_constants() -> None:
     text = "".join(path.read_text() for path in SOURCES.iterdir())
     assert f"#define KV_TILE {TILE_BYTES}u" in text and f"#define KV_PIECE {PIECE_BYTES}u" in text

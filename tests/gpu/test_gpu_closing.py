@@ -66,19 +66,18 @@ def test_a_fault_in_unmapping_holds_up_nothing_else(
 ) -> None:
     """What failed is not closed twice: a handle may be somebody else's by then."""
     faults: list[ipc.EventRing] = []
-    close = ipc.EventRing.close
+    give = ipc.EventRings.give
 
-    def faulty(self: ipc.EventRing) -> None:
-        close(self)
-        if self._device is world.theirs:
-            faults.append(self)
-            raise RuntimeError("a fault")
+    def faulty(self: ipc.EventRings, ring: ipc.EventRing) -> None:
+        give(self, ring)
+        faults.append(ring)
+        raise RuntimeError("a fault")
 
     worker = world.attach()
     world.memory.put(1, PAGES, COUNT)
     world.turn(worker)
     maps = world.daemon.gpu._node.copies.maps  # type: ignore[union-attr]
-    monkeypatch.setattr(ipc.EventRing, "close", faulty)
+    monkeypatch.setattr(ipc.EventRings, "give", faulty)
     worker.close()
     assert wait_until(lambda: not world.theirs.leaks().count("mapping"), 20)
     assert wait_until(lambda: not maps.device_bytes and not maps.unmapping(float("inf")), 20)

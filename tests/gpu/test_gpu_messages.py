@@ -9,7 +9,7 @@ import pytest
 
 from kvtier import protocol
 from kvtier.geometry import CUDA_IPC, Geometry, GroupGeometry
-from kvtier.messages import Attach, Message, Park, Restore
+from kvtier.messages import Attach, MakePlan, Message, Park, Restore
 from kvtier.tier_messages import (
     Arenas,
     Copy,
@@ -24,10 +24,12 @@ from kvtier.tier_messages import (
 GEOMETRY = Geometry(16, 16, (GroupGeometry("full", 64),))
 SAID: list[tuple[Message, dict[str, Any]]] = [
     (Park(worker="w", request=1, conversation="c", tenant="t", tokens=b"1234", events=[3]), {"events": []}),
+    (MakePlan(worker="w", conversation="c", tenant="t", tokens=b"1234", by_layer=True), {"by_layer": False}),
     (Restore(worker="w", request=1, plan_id="p", deadline_s=1.0, by_layer=True, events=[1], layers=True),
      {"by_layer": False, "events": [], "layers": False}),
-    (Copy(job="j", batch=0, worker="w", request=1, direction="gather", items=[], events=[1], layers=True),
-     {"events": [], "layers": False}),
+    (Copy(job="j", batch=0, worker="w", request=1, direction="gather", items=[], events=[1], layers=True,
+          over=["i"]),
+     {"events": [], "layers": False, "over": []}),
     (PoolProbed(ok=True, seen=b"s", written=b"w", events=[b"handle"]), {"events": []}),
     (Attach(fingerprint=b"f", model="m", geometry=GEOMETRY, shard="s", layout="l", engine="cuda",
             place="cuda:0 GPU", gpu_bytes=7), {"engine": "", "place": "", "gpu_bytes": 0}),

@@ -13,11 +13,11 @@ import msgspec
 import pytest
 
 import kvtier
-from kvtier.daemon import gpu_layers, gpu_service
+from kvtier.daemon import gpu_service
 from kvtier.daemon.embedded import Embedded, start
 from kvtier.daemon.gpu_layers import RestoreLayers
 from kvtier.errors import KvtierError, TierUnavailable
-from kvtier.gpu.cuda.ipc import EventRing
+from kvtier.gpu.cuda.ipc import EventRing, EventRings
 from kvtier.gpu.cuda.lane import Lane
 from kvtier.gpu.engine import CopyBatch, Reached
 from kvtier.gpu.layers import LayerEvents
@@ -111,6 +111,53 @@ def test_control_events_that_do_not_follow_the_copies_are_a_race(
     assert world.gpu.races
     world.mine.destroy_stream(stream)
     world.mine.free_pinned(seen)
+
+
+def _lost(world: World, gate: threading.Event) -> None:
+    """A node that the service loses while a layer that a worker was told of is not reached, and is asked."""
+    service, asked, over = world.daemon.gpu, threading.Event(), threading.Event()
+    with world.attach() as worker:
+        got = restoring(worker, world.memory)
+        assert got.wait_on(world.mine.current, 0, 20)
+        layers = got.events[0]._all
+        # It goes on asking, as who waits for a layer does, until it hears that the restore is over.
+        events = list(layers._events[0])
+        assert events and layers.told
+
+        def ask() -> None:
+            while not over.is_set():
+                asked.set()
+                for event in events:
+                    event.done()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert asked.wait(20)
+        node = service._node
+        service._loop.call(lambda: service._lose_node("a test"))
+        gate.set()
+        assert not got.result(20).ok
+        assert wait_until(lambda: service._node not in (None, node), 20)
+        over.set()
+        thread.join()
+        assert all(event.done() for event in events)
+        events.clear()
+    world.mine.run_all()
+
+
+def test_events_stay_what_they_are_when_the_node_is_lost_while_a_worker_waits(
+    world: World, gate: threading.Event
+) -> None:
+    _lost(world, gate)
+    assert not world.gpu.races
+
+
+def test_control_events_that_are_destroyed_then_are_asked_afterwards(
+    world: World, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EventRings, "give", lambda self, ring: ring.close())
+    _lost(world, gate)
+    assert any("had destroyed it" in race for race in world.gpu.races)
 
 
 def test_without_a_copy_connection_layers_come_with_the_receipt(
@@ -232,6 +279,25 @@ def test_a_worker_that_does_not_ask_is_told_nothing(world: World, monkeypatch: p
         assert [message.layer for message in sent] == list(range(LAYERS))
 
 
+def test_a_plan_says_whether_it_is_restored_by_layer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cut off at the deadline leaves nothing then, so nothing may be planned that may be late."""
+    asked: list[bool] = []
+    policy = world.daemon.node._core.state.policies.restore
+    choose = policy.choose
+
+    def noted(segments: Any, tokens: int, wish: Any) -> Any:
+        asked.append(wish.by_layer)
+        return choose(segments, tokens, wish)
+
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        assert worker.park("chat", tokens_of(1, COUNT), PAGES).result(20).ok
+        monkeypatch.setattr(policy, "choose", noted)
+        for by_layer in (True, False):
+            worker.drop(worker.plan("chat", tokens_of(1, COUNT), by_layer=by_layer))
+    assert asked == [True, False]
+
+
 # -- in shared memory
 
 
@@ -297,31 +363,50 @@ def test_a_batch_after_a_told_layer_is_refused_until_the_worker_left() -> None:
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_of_restores_that_are_over_a_bounded_number_is_remembered(
-    ok: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_layers, "_MOST_TOLD", 10)
+def test_a_restore_that_was_told_of_is_remembered_until_the_node_says_that_it_is_over(ok: bool) -> None:
+    """However many others there are in between, of this worker and of others."""
     books, memory = RestoreLayers(lambda worker, message: None), KvMemory()
-    jobs = [f"s{number}" for number in range(1000)]
-    for job in jobs:
-        batch = books.begin(msgspec.structs.replace(asked(0), job=job), batch_of(memory, 0), None)
+    ended: list[str] = []
+    for number in range(5000):
+        copy = msgspec.structs.replace(asked(0), job=f"s{number}", over=ended)
+        books.ended(copy.worker, copy.over)
+        batch = books.begin(copy, batch_of(memory, 0), None)
         assert batch.on_layer is not None
         batch.on_layer(0, Reached())
-        books.over("w", job, 0, ok)
-    assert not books._restores and list(books._told["w"]) == jobs[-10:]
+        books.over("w", copy.job, 0, ok)
+        ended = [copy.job] if number else []
+    assert not books._restores and books._told == {"w": {"s0", "s4999"}}
+    with pytest.raises(KvtierError, match="written again"):
+        books.begin(msgspec.structs.replace(asked(1), job="s0"), batch_of(memory, 1), None)
+    books.ended("other", ["s0"])
+    books.ended("w", ["s0", "of another service"])
+    assert books._told == {"w": {"s4999"}}
+    assert books.begin(msgspec.structs.replace(asked(1), job="s0"), batch_of(memory, 1), None).on_layer
     books.clear()
-    assert not books._told
+    assert not books._told and not books._restores
 
 
-def test_what_another_worker_restores_makes_nobody_forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_layers, "_MOST_TOLD", 1)
-    books, memory = RestoreLayers(lambda worker, message: None), KvMemory()
-    for worker in ("w", "other"):
-        books.begin(msgspec.structs.replace(asked(0), worker=worker), batch_of(memory, 0), None)
-        books.over(worker, "s1", 0, ok=True)
-    for worker in ("w", "other"):
-        with pytest.raises(KvtierError, match="written again"):
-            books.begin(msgspec.structs.replace(asked(1), worker=worker), batch_of(memory, 1), None)
+def _remembered(world: World) -> set[str]:
+    """What the service remembers after several restores and a park."""
+    books = world.daemon.gpu._node.copies._layers  # type: ignore[union-attr]
+    with world.attach() as worker:
+        for _ in range(4):
+            assert restoring(worker, world.memory).result(20).ok
+        world.memory.put(2, PAGES, COUNT)
+        assert worker.park("chat-2", tokens_of(2, COUNT), PAGES).result(20).ok
+        told = set[str]().union(*books._told.values())
+    return told
+
+
+def test_the_node_says_which_restores_are_over(world: World) -> None:
+    assert not _remembered(world)
+
+
+def test_control_a_service_that_does_not_listen_remembers_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RestoreLayers, "ended", lambda self, worker, jobs: None)
+    assert len(_remembered(world)) == 4
 
 
 def test_a_restore_that_went_well_leaves_no_record_of_a_batch() -> None:

@@ -13,9 +13,8 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -23,9 +22,6 @@ from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda import driver
 from kvtier.gpu.cuda.device import CODED, Event, Kernel, Stream, Words
 from kvtier.gpu.tensors import Bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 KERNELS = Path(__file__).with_name("kernels")
 THREADS = 256
@@ -55,6 +51,30 @@ def _device_errors(call: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def _on_device(
+    call: Callable[Concatenate[CudaDevice, P], R],
+) -> Callable[Concatenate[CudaDevice, P], R]:
+    """The call with the device's context as the thread's, and then again what was: it may be the engine's.
+
+    Not by cudaSetDevice: since CUDA 12 that makes a context on the device that it goes back to, and one that
+    is the thread's already it need not bind, which calls of the driver want.
+    """
+
+    @functools.wraps(call)
+    def wrapped(device: CudaDevice, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        driver_of = device._driver
+        before = driver_of.ctxGetCurrent()
+        if before == device._context:
+            return call(device, *args, **kwargs)
+        driver_of.ctxSetCurrent(device._context)
+        try:
+            return call(device, *args, **kwargs)
+        finally:
+            driver_of.ctxSetCurrent(before)
+
+    return _device_errors(wrapped)
+
+
 def _cupy() -> Any:
     try:
         import cupy
@@ -82,6 +102,7 @@ class CudaDevice:
     def __init__(self, number: int = 0) -> None:
         self._cupy: Any = _cupy()
         self._run: Any = self._cupy.cuda.runtime
+        self._driver: Any = self._cupy.cuda.driver
         self.number = number
         count = int(self._run.getDeviceCount())
         if number >= count:
@@ -90,14 +111,15 @@ class CudaDevice:
         self.identity = str(self._run.deviceGetPCIBusId(number))
         self.location = f"cuda:{number}"
         self.can_batch = driver.can_batch()
-        self._pinned: dict[int, int] = {}
         before = driver.used_bytes(self.identity)
-        with self._current():
-            self._functions: dict[Kernel, int] = self._compile()
+        self._context = driver.primary_context(number)
+        self._functions: dict[Kernel, int] = self._compile()
+        self._warm()
         after = driver.used_bytes(self.identity)
-        # Others allocate meanwhile, so it is an estimate; loading the kernels is what makes the context.
+        # Others allocate meanwhile, so it is an estimate.
         self.context_bytes = 0 if before is None or after is None else max(0, after - before)
 
+    @_on_device
     def _compile(self) -> dict[Kernel, int]:
         options = ("-std=c++17", f"-I{KERNELS}")
         self._module = self._cupy.RawModule(code=(KERNELS / "kv_copy.cu").read_text(), options=options)
@@ -108,53 +130,53 @@ class CudaDevice:
             raise TierUnavailable(f"the kernels do not compile here: {error}") from error
         return {name: int(kernel.kernel.ptr) for name, kernel in zip(names, self._kernels, strict=True)}
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """This device as the thread's, and then again the one that was: the thread may be the engine's."""
-        before = int(self._run.getDevice())
-        if before == self.number:
-            yield
-            return
-        self._run.setDevice(self.number)
-        try:
-            yield
-        finally:
-            self._run.setDevice(before)
+    def _warm(self) -> None:
+        """Load the kernels, and launch the one with the largest frame over nothing.
+
+        Else their first launches would do that, and wait for all that runs on the device, whatever its
+        streams wait for.
+        """
+        for function in self._functions.values():
+            driver.load(function)
+        stream, event = self.stream(), self.event()
+        self.launch("checksum", 0, 0, 0, 0, stream)
+        self.record(event, stream)
+        self.synchronize(event)
+        self.destroy_event(event)
+        self.destroy_stream(stream)
 
     @_device_errors
     def enter(self) -> None:
         """See Device."""
-        self._run.setDevice(self.number)
+        self._driver.ctxSetCurrent(self._context)
+        driver.relax_capture()
 
     # -- streams and events
 
-    @_device_errors
+    @_on_device
     def current_stream(self) -> Stream:
         """See Device. torch is asked only where the process has loaded it and it runs on GPUs."""
         torch: Any = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             return int(torch.cuda.current_stream(self.number).cuda_stream)
-        with self._current():
-            return int(self._cupy.cuda.get_current_stream().ptr)
+        return int(self._cupy.cuda.get_current_stream().ptr)
 
-    @_device_errors
+    @_on_device
     def capturing(self, stream: Stream) -> bool:
         """See Device."""
-        with self._current():
-            return bool(self._run.streamIsCapturing(stream))
+        return bool(self._run.streamIsCapturing(stream))
 
-    @_device_errors
+    @_on_device
     def stream(self) -> Stream:
         """See Device. Streams have priority 0 unless asked otherwise, and that is CUDA's lowest."""
-        with self._current():
-            return int(self._run.streamCreateWithFlags(self._run.streamNonBlocking))
+        return int(self._run.streamCreateWithFlags(self._run.streamNonBlocking))
 
-    @_device_errors
+    @_on_device
     def destroy_stream(self, stream: Stream) -> None:
         """See Device."""
         self._run.streamDestroy(stream)
 
-    @_device_errors
+    @_on_device
     def event(self, *, timed: bool = False, shared: bool = False) -> Event:
         """See Device."""
         flags = self._run.eventBlockingSync
@@ -162,28 +184,25 @@ class CudaDevice:
             flags |= self._run.eventDisableTiming
         if shared:
             flags |= self._run.eventInterprocess
-        with self._current():
-            return int(self._run.eventCreateWithFlags(flags))
+        return int(self._run.eventCreateWithFlags(flags))
 
-    @_device_errors
+    @_on_device
     def destroy_event(self, event: Event) -> None:
         """See Device."""
         self._run.eventDestroy(event)
 
-    @_device_errors
+    @_on_device
     def record(self, event: Event, stream: Stream) -> None:
         """See Device."""
-        # The default stream's handle names the one of the thread's device.
-        with self._current():
-            self._run.eventRecord(event, stream)
+        # The default stream's handle names the one of the thread's context.
+        self._run.eventRecord(event, stream)
 
-    @_device_errors
+    @_on_device
     def wait(self, stream: Stream, event: Event) -> None:
         """See Device."""
-        with self._current():
-            self._run.streamWaitEvent(stream, event)
+        self._run.streamWaitEvent(stream, event)
 
-    @_device_errors
+    @_on_device
     def done(self, event: Event) -> bool:
         """See Device. cupy answers CUDA's code here, and does not raise."""
         code = int(self._run.eventQuery(event))
@@ -191,84 +210,79 @@ class CudaDevice:
             raise TierUnavailable(f"cudaEventQuery: error {code}")
         return code == 0
 
-    @_device_errors
+    @_on_device
     def synchronize(self, event: Event) -> None:
         """See Device."""
         self._run.eventSynchronize(event)
 
-    @_device_errors
+    @_on_device
     def elapsed_s(self, begin: Event, end: Event) -> float:
         """See Device."""
         return float(self._run.eventElapsedTime(begin, end)) / 1e3
 
     # -- memory
 
-    @_device_errors
+    @_on_device
     def allocate(self, nbytes: int) -> int:
         """See Device."""
-        with self._current():
-            return int(self._run.malloc(nbytes))
+        return int(self._run.malloc(nbytes))
 
-    @_device_errors
+    @_on_device
     def free(self, address: int) -> None:
         """See Device."""
         self._run.free(address)
 
-    @_device_errors
+    @_on_device
     def pinned(self, nbytes: int) -> Bytes:
         """See Device."""
-        with self._current():
-            address = int(self._run.hostAlloc(nbytes, self._run.hostAllocPortable))
+        address = int(self._run.hostAlloc(nbytes, self._run.hostAllocPortable))
         memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
         return memory
 
-    @_device_errors
+    @_on_device
     def free_pinned(self, memory: Bytes) -> None:
         """See Device."""
         self._run.freeHost(int(memory.ctypes.data))
 
-    @_device_errors
+    @_on_device
     def register(self, memory: Bytes) -> None:
         """See Device."""
-        with self._current():
-            flags = HOST_REGISTER_PORTABLE | HOST_REGISTER_MAPPED
-            self._run.hostRegister(int(memory.ctypes.data), memory.nbytes, flags)
+        flags = HOST_REGISTER_PORTABLE | HOST_REGISTER_MAPPED
+        self._run.hostRegister(int(memory.ctypes.data), memory.nbytes, flags)
 
-    @_device_errors
+    @_on_device
     def unregister(self, memory: Bytes) -> None:
         """See Device."""
         self._run.hostUnregister(int(memory.ctypes.data))
 
-    @_device_errors
+    @_on_device
     def device_address(self, host_address: int) -> int:
         """See Device."""
         return int(self._run.pointerGetAttributes(host_address).devicePointer)
 
-    @_device_errors
+    @_on_device
     def memory_info(self) -> tuple[int, int]:
         """See Device."""
-        with self._current():
-            free, whole = self._run.memGetInfo()
+        free, whole = self._run.memGetInfo()
         return int(free), int(whole)
 
     # -- work
 
-    @_device_errors
+    @_on_device
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """See Device."""
         self._run.memcpyAsync(target, source, nbytes, self._run.memcpyDefault, stream)
 
-    @_device_errors
+    @_on_device
     def copy_batch(self, targets: Words, sources: Words, sizes: Words, stream: Stream) -> None:
         """See Device."""
         if self.can_batch:
-            with self._current():
-                driver.copy_batch(targets, sources, sizes, stream)
+            driver.copy_batch(targets, sources, sizes, stream)
             return
         for target, source, nbytes in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             self._run.memcpyAsync(target, source, nbytes, self._run.memcpyDefault, stream)
 
-    @_device_errors
+    @_on_device
     def launch(
         self,
         kernel: Kernel,
@@ -297,11 +311,12 @@ class CudaDevice:
 
     # -- other processes
 
+    @_on_device
     def extent(self, address: int) -> tuple[int, int]:
         """See Device."""
-        with self._current():
-            return driver.address_range(address)
+        return driver.address_range(address)
 
+    @_on_device
     def export_memory(self, address: int) -> tuple[bytes, int]:
         """See Device."""
         base, _ = self.extent(address)
@@ -314,24 +329,22 @@ class CudaDevice:
                 "allocator; or use mode 'worker'",
             ) from error
 
-    @_device_errors
+    @_on_device
     def open_memory(self, handle: bytes) -> int:
         """See Device."""
-        with self._current():
-            return int(self._run.ipcOpenMemHandle(handle))
+        return int(self._run.ipcOpenMemHandle(handle))
 
-    @_device_errors
+    @_on_device
     def close_memory(self, address: int) -> None:
         """See Device."""
         self._run.ipcCloseMemHandle(address)
 
-    @_device_errors
+    @_on_device
     def export_event(self, event: Event) -> bytes:
         """See Device."""
         return bytes(self._run.ipcGetEventHandle(event))
 
-    @_device_errors
+    @_on_device
     def open_event(self, handle: bytes) -> Event:
         """See Device."""
-        with self._current():
-            return int(self._run.ipcOpenEventHandle(handle))
+        return int(self._run.ipcOpenEventHandle(handle))

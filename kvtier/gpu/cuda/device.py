@@ -29,7 +29,7 @@ TILE_BYTES = 4096
 
 
 class Device(Protocol):
-    """One GPU. Any thread may call, once it has called enter().
+    """One GPU. Any thread may call.
 
     identity: the same in every process, whatever devices it sees.  location: as pools name it, 'cuda:0'.
     context_bytes: device memory that this process's context took when it was made here; 0 where it was there
@@ -43,7 +43,10 @@ class Device(Protocol):
     context_bytes: int
 
     def enter(self) -> None:
-        """Make this device the thread's own. To be called first in each thread."""
+        """Make this device the thread's own, and its calls no matter of graphs that others capture.
+
+        For threads that do nothing but copy, at their beginning; calls of other threads need it not.
+        """
 
     # -- streams and events
 

@@ -2,6 +2,8 @@
 
 cuMemcpyBatchAsync (cuda.h of CUDA 13, `_v2`; CUDA 12.8 has an older one with one more argument): libcuda
 exports both under fixed names, so the driver that is there decides, not the toolkit that cupy was built with.
+cuDevicePrimaryCtxRetain: the context that the runtime, torch and cupy share.
+cuFuncLoad: loads a kernel before its first launch.  cuThreadExchangeStreamCaptureMode: see relax_capture.
 cuMemGetAddressRange: base and size of the allocation that an address lies in.
 NVML's nvmlDeviceGetMemoryInfo: the only question about a device's memory that needs, and makes, no context.
 """
@@ -23,6 +25,7 @@ SUCCESS = 0
 ORDER_STREAM = 1
 PREFER_OVERLAP_WITH_COMPUTE = 1
 MAX_BATCH = 4096
+CAPTURE_RELAXED = 2
 
 
 class _Location(ctypes.Structure):
@@ -77,6 +80,36 @@ def version() -> int:
     number = ctypes.c_int(0)
     check(library().cuDriverGetVersion(ctypes.byref(number)), "cuDriverGetVersion")
     return number.value
+
+
+def primary_context(number: int) -> int:
+    """Handle of the device's context that everyone shares, made now where there is none.
+
+    It is held until the process ends.  Raises TierUnavailable.
+    """
+    driver, device, context = library(), ctypes.c_int(0), ctypes.c_void_p()
+    check(driver.cuInit(ctypes.c_uint(0)), "cuInit")
+    check(driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(number)), "cuDeviceGet")
+    check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    return int(context.value or 0)
+
+
+def load(function: int) -> None:
+    """Load a kernel of the thread's context now, where the driver can (CUDA 12.4). Raises TierUnavailable."""
+    if hasattr(library(), "cuFuncLoad"):
+        check(library().cuFuncLoad(ctypes.c_void_p(function)), "cuFuncLoad")
+
+
+def relax_capture() -> None:
+    """Let this thread allocate and wait while another one captures a graph. Raises TierUnavailable.
+
+    In CUDA's strictest mode of capturing, which is torch's default, such a call of any other thread fails,
+    and ends the capture.
+    """
+    mode = ctypes.c_int(CAPTURE_RELAXED)
+    check(
+        library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode"
+    )
 
 
 def can_batch() -> bool:

@@ -144,12 +144,14 @@ class EventRing:
     """Events of this process that another waits for, used in turn. Calls from any thread.
 
     The other side is told an event's number after it was recorded.  An event that is recorded again before
-    the other side waited stands for the later point: it waits longer than it must, never less.
+    the other side waited stands for the later point: it waits longer than it must, never less.  Once it is
+    closed, nothing is recorded any more.
     """
 
     def __init__(self, device: Device, count: int = RING_EVENTS) -> None:
-        self._device = device
+        self.device = device
         self._lock = threading.Lock()
+        self._closed = False
         self._stream = device.stream()
         self._events: list[Event] = []
         self._next = 0
@@ -161,31 +163,76 @@ class EventRing:
             raise
 
     def handles(self) -> list[bytes]:
-        """What the other side opens."""
-        return [self._device.export_event(event) for event in self._events]
+        """What the other side opens. Raises TierUnavailable."""
+        with self._lock:
+            self._open()
+            return [self.device.export_event(event) for event in self._events]
 
     def mark(self, stream: Stream) -> int:
-        """Number of an event for all that is queued on a stream so far."""
+        """Number of an event for all that is queued on a stream so far. Raises TierUnavailable."""
         with self._lock:
+            self._open()
             return self._record(stream)
 
     def relay(self, *events: StreamEvent) -> int:
-        """Number of an event that comes after these, such as a layer's."""
+        """Number of an event that comes after these, such as a layer's. Raises TierUnavailable."""
         with self._lock:
+            self._open()
             for event in events:
                 event.wait(self._stream)
             return self._record(self._stream)
 
+    def _open(self) -> None:
+        if self._closed:
+            raise TierUnavailable("the events are closed: nothing waits for them any more")
+
     def _record(self, stream: Stream) -> int:
         number, self._next = self._next, (self._next + 1) % len(self._events)
-        self._device.record(self._events[number], stream)
+        self.device.record(self._events[number], stream)
         return number
 
     def close(self) -> None:
-        """Destroy them. The other side must have closed its own."""
-        for event in self._events:
-            self._device.destroy_event(event)
-        self._device.destroy_stream(self._stream)
+        """Destroy them; again is no error. The other side must ask them no more: see EventRings."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+            if closed:
+                return
+            for event in self._events:
+                self.device.destroy_event(event)
+            self.device.destroy_stream(self._stream)
+
+
+class EventRings:
+    """Rings for one worker after the other. Calls from any thread.
+
+    CUDA does not say what an event is whose process destroyed it.  A worker asks this process's events until
+    it has heard that they mean nothing any more, which this process cannot know: so a ring is not destroyed,
+    but used again, the one that was given back first.  Whoever still asks of its last user's events waits for
+    a later point, or gets the answer that they were reached, which they were.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[EventRing] = []
+
+    def take(self, device: Device) -> EventRing:
+        """A ring of this device. Raises TierUnavailable."""
+        with self._lock:
+            for number, ring in enumerate(self._free):
+                if ring.device is device:
+                    return self._free.pop(number)
+        return EventRing(device)
+
+    def give(self, ring: EventRing) -> None:
+        """Nothing is recorded in it any more, and all that was is reached."""
+        with self._lock:
+            self._free.append(ring)
+
+    def close(self) -> None:
+        """Destroy those that were given back. No process may be there that asks them."""
+        with self._lock:
+            while self._free:
+                self._free.pop().close()
 
 
 class PeerEvents:

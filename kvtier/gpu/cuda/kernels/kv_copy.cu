@@ -238,7 +238,7 @@ kv_encode(const KvSegment* segments, u32, u32 tiles, u64 base, u64 packed, u64 l
         const float value = kv_value(kv_load(address, k, form), form);
         const u32 code = kv_encoded(value, scale, form);
         reinterpret_cast<u8*>(out)[begin + k] = static_cast<u8>(code);
-        const double error = KV_MINUS(value, kv_decoded(code, scale, form));
+        const double error = kv_minus(value, kv_decoded(code, scale, form));
         lost += error * error;
         there += static_cast<double>(value) * value;
       }
