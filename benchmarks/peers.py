@@ -3,7 +3,9 @@
 Over loopback, or with --link-mbit, as root, over a link of that rate; there once with bytes that no codec
 makes smaller, and once with numbers like those of KV in bfloat16, encoded where that pays.  The sender is a
 process of its own.  The limit sends the same bytes from the same memory into the same memory over as many
-connections, without frames, keys or sums.
+connections, without frames, keys or sums.  With --way nixl the objects are read in the sender's memory, over
+loopback, by what UCX_TLS allows (tcp: not through memory that both processes share); the limit is then what
+the same client reads by TCP.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import multiprocessing
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 
@@ -26,11 +28,20 @@ from kvtier.objects import ObjectId
 from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
 from kvtier.peers.coding import Codings, measured
 from kvtier.peers.handshake import Identity
+from kvtier.peers.lending import Lending, agent_name
+from kvtier.peers.nixl_agent import NixlAgent
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
 from kvtier.peers.stream import BUFFER_BYTES
 
 _TOKEN = b"a token of a benchmark"
 _MIB = 1 << 20
+
+
+def _lending(node: str, memory: np.ndarray) -> Lending:
+    lending = Lending(NixlAgent(agent_name(node, 1)), [memory])
+    lending.start()
+    assert lending.wait_ready()
+    return lending
 
 
 def _codings() -> Codings:
@@ -74,7 +85,9 @@ def _send(connected: socket.socket, data: memoryview) -> None:
         connected.sendall(data)
 
 
-def _sender(pipe: Connection, count: int, nbytes: int, streams: int, mbit: int, like_kv: bool) -> None:
+def _sender(
+    pipe: Connection, count: int, nbytes: int, streams: int, mbit: int, like_kv: bool, lent: bool = False
+) -> None:
     host = "127.0.0.1"
     if mbit:
         shaped.leave()
@@ -83,7 +96,8 @@ def _sender(pipe: Connection, count: int, nbytes: int, streams: int, mbit: int, 
         shaped.join(mbit)
         host = shaped.THERE
     memory = _Memory(count, nbytes, like_kv=like_kv)
-    settings = ServerSettings(host=host, streams=streams, codecs=_codings())
+    lending = _lending("sender", memory.data) if lent else None
+    settings = ServerSettings(host=host, streams=streams, codecs=_codings(), lending=lending)
     server = PeerServer(Identity("sender", 1, _TOKEN), memory, settings)
     plain = socket.create_server((host, 0))
     threading.Thread(target=_send_plainly, args=(plain, memory.data.data, streams), daemon=True).start()
@@ -158,6 +172,42 @@ def pulls(mib: int, object_mib: int, streams: int, rounds: int, mbit: int, like_
         )
 
 
+def lent(mib: int, object_mib: int, streams: int, rounds: int) -> Iterator[Line]:
+    """GB/s of a conversation of `mib` that is read in the sender's memory, against TCP by the same client."""
+    count, nbytes = mib // object_mib, object_mib * _MIB
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    sender = context.Process(target=_sender, args=(other, count, nbytes, streams, 0, False, True))
+    sender.start()
+    with ExitStack() as stack:
+        stack.callback(sender.join)
+        stack.callback(pipe.send, None)
+        port, _ = pipe.recv()
+        into = np.zeros(count * nbytes, np.uint8)
+        lending = _lending("receiver", into)
+        stack.callback(lending.close, 10.0)
+        wanted = [
+            Wanted(ObjectId(n.to_bytes(32, "big"), 0, "s"), into[n * nbytes : (n + 1) * nbytes], None)
+            for n in range(count)
+        ]
+        came = Came()
+
+        def pulled(lent: bool) -> Callable[[], None]:
+            settings = ClientSettings(streams=streams, lending=lending if lent else None)
+            client = PeerClient(Identity("receiver", 1, _TOKEN), "sender", ("127.0.0.1", port), settings)
+            stack.callback(client.close)
+
+            def pull() -> None:
+                assert client.fetch(wanted, 120.0, came=came if lent else None) == [""] * count
+
+            return pull
+
+        limits, works = alternate([pulled(False)], pulled(True), rounds)
+        assert came.lent_bytes == came.bytes, "all of it was read there"
+        name = f"pull of {mib} MiB by NIXL in objects of {object_mib} MiB over loopback, {streams} streams"
+        yield rate_line(name, count * nbytes, limits, works, limit_is="the same client by TCP")
+
+
 def main() -> None:
     """Print the lines."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -165,10 +215,16 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="of the conversation; as much memory, twice")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--link-mbit", type=int, default=0, help="rate of the link; 0: loopback")
+    parser.add_argument("--way", choices=("tcp", "nixl"), default="tcp")
     arguments = parser.parse_args()
     # Loopback is no slower than any codec.
     kinds = (False, True) if arguments.link_mbit else (False,)
     lines = [
+        line
+        for streams in (1, 2, 4)
+        if arguments.way == "nixl"
+        for line in lent(arguments.mib, 8, streams, arguments.rounds)
+    ] or [
         line
         for streams in (1, 2, 4)
         for like_kv in kinds

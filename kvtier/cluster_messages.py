@@ -356,19 +356,23 @@ class PeerRead(Message, frozen=True, tag="peer_read"):
 class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
     """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.client.Outcome).
 
+    busy: those of the failed whose slots may still be written to: the answer comes once more when none is.
+
     received_bytes: of KV over the network, what failed included; coded_bytes: of those, encoded on their way;
-    wire_bytes: what all of them were on their way; relayed_bytes: of KV, what no TCP brought.  node, way:
-    how the node was reached last; '' where it was not.
+    wire_bytes: what all of them were on their way; relayed_bytes, lent_bytes: of KV, what no TCP brought, and
+    what was read in the other node's memory.  node, way: how the node was reached last; '' where it was not.
     """
 
     job: str
     failed: tuple[tuple[int, str], ...] = ()
+    busy: tuple[int, ...] = ()
     bytes: int = 0
     seconds: float = 0.0
     received_bytes: int = 0
     coded_bytes: int = 0
     wire_bytes: int = 0
     relayed_bytes: int = 0
+    lent_bytes: int = 0
     node: str = ""
     way: str = ""
 

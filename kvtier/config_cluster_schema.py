@@ -126,6 +126,14 @@ class ClusterConfig(Section, frozen=True):
             "both have the packages of the extra disk (auto), or never (raw)."
         ),
     ] = "auto"
+    rdma: Annotated[
+        Literal["none", "auto", "force"],
+        Meta(
+            description="Whether KV is read straight out of other nodes' memory with NIXL, where both have "
+            "its package: never (none), where both have an RDMA device too (auto), or also without one, for "
+            "tests (force); with TLS never. Whoever reaches that network can read and write host memory."
+        ),
+    ] = "none"
     ask_s: Annotated[
         float,
         Meta(

@@ -132,6 +132,7 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
             "coded": counters.peer_coded_bytes,
             "wire": counters.peer_wire_bytes,
             "relayed": counters.peer_relayed_bytes,
+            "lent": counters.peer_lent_bytes,
         },
         host_dirty_bytes=core.state.dirty_bytes,
         log_lost=core.state.log_lost,

@@ -160,9 +160,9 @@ class NodeCollector(Collector):
         yield _counter(
             "kvtier_peer_bytes",
             "KV from other nodes (kv), what of it came encoded (coded), all of it on its way (wire), what "
-            "no TCP brought (relayed).",
+            "no TCP brought (relayed), what was read in their memory (lent).",
             "form",
-            dict.fromkeys(("kv", "coded", "wire", "relayed"), 0.0) | dict(now.peer_bytes),
+            dict.fromkeys(("kv", "coded", "wire", "relayed", "lent"), 0.0) | dict(now.peer_bytes),
         )
         yield GaugeMetricFamily(
             "kvtier_host_dirty_bytes", "Bytes in host memory that the disk lacks.", now.host_dirty_bytes

@@ -24,6 +24,7 @@ from kvtier.cluster_messages import (
     PEERS,
     AskHolder,
     AskKeep,
+    Branches,
     Buried,
     Bury,
     Erase,
@@ -34,8 +35,11 @@ from kvtier.cluster_messages import (
     FindNodes,
     Graves,
     Heard,
+    Holders,
     Holdings,
     Kept,
+    Known,
+    NodesThere,
     Over,
     PeerRead,
     PeerReadDone,
@@ -60,6 +64,8 @@ from kvtier.node.events import Send
 from kvtier.objects import ObjectId
 from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
+from kvtier.peers.lending import AgentFailed, Lending, Read, agent_name
+from kvtier.peers.nixl_agent import NixlAgent, rdma_devices
 from kvtier.peers.server import PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
 from kvtier.peers.tls import client_side, server_side
@@ -75,7 +81,24 @@ _HEARD_S = 1.0
 # What another node may take to erase a conversation, its flush included.
 _ERASE_S = 12.0
 
+# How long the end of this service waits for reads in other nodes' memory that were given up.
+_LATE_S = 2.0
+
 Tell = Callable[[str, Message], None]
+
+# The answers to what could not be carried out.
+_FAILED: dict[type[Message], Callable[[Any], Message]] = {
+    FindBranches: lambda message: Branches(job=message.job),
+    FindHolders: lambda message: Holders(job=message.job),
+    FindConversations: lambda message: Known(job=message.job),
+    FindNodes: lambda message: NodesThere(job=message.job),
+    AskHolder: lambda message: TheseAre(job=message.job),
+    AskKeep: lambda message: Kept(job=message.job, reason="busy"),
+    PeerRead: lambda message: PeerReadDone(
+        job=message.job, failed=tuple((index, "peer_lost") for index in range(len(message.slots)))
+    ),
+    Bury: lambda message: Buried(job=message.job, kept=False),
+}
 
 
 class PeerDesk:
@@ -134,6 +157,7 @@ class PeerDesk:
         self._works = self._make_works()
         self._saying: threading.Thread | None = None
         self._server: PeerServer | None = None
+        self._lending: Lending | None = None
 
     def graves(self) -> Graves:
         """What the core has to know before it learns what the disk holds."""
@@ -143,7 +167,10 @@ class PeerDesk:
         """Listen and begin to announce. Raises ConfigError."""
         host, port = split(self._config.cluster.listen)
         cluster, tls = self._config.cluster, server_side(self._tls) if self._tls else None
-        settings = ServerSettings(host, port, streams=cluster.streams, tls=tls, codecs=self._codecs)
+        self._lending = self._begin_lending()
+        settings = ServerSettings(
+            host, port, streams=cluster.streams, tls=tls, codecs=self._codecs, lending=self._lending
+        )
         self._server = PeerServer(self._own, self._lender, settings, self._lender.answer)
         self._directory.start()
 
@@ -166,7 +193,21 @@ class PeerDesk:
             self._saying.join()
         if self._server is not None:
             self._server.close()
+        if self._lending is not None:
+            self._lending.close(_LATE_S)
         self._graves.close()
+
+    def _begin_lending(self) -> Lending | None:
+        mode = self._config.cluster.rdma
+        if mode == "none" or self._tls or (mode == "auto" and not rdma_devices()):
+            return None
+        try:
+            lending = Lending(NixlAgent(agent_name(self._own.node, self._own.epoch)), self._host.memory())
+            lending.start()
+        except (AgentFailed, RuntimeError) as error:
+            _LOG.warning("other nodes' memory is not read, but TCP used: %s", error)
+            return None
+        return lending
 
     def carried(self, call: Passing) -> Piece | None:
         """What another node says to this one in calls, and this one to it. Any thread."""
@@ -191,7 +232,14 @@ class PeerDesk:
             pool, work = self._works[type(message)]
             if isinstance(message, PeerRead) and message.behind:
                 pool = self._behind
-            pool.submit(self._guarded, work, message)
+            begun = threading.Lock()
+            try:
+                pool.submit(self._guarded, work, send, begun)
+            except RuntimeError as error:
+                # The pool may have it in its queue all the same.
+                if begun.acquire(blocking=False):
+                    _LOG.warning("%s cannot be carried out now: %s", type(message).__name__, error)
+                    self._not_done(send)
 
     def _make_works(self) -> dict[type[Message], tuple[ThreadPoolExecutor, Callable[[Any], None]]]:
         """Who carries out what the core wishes, and how; each tells the core its end."""
@@ -206,18 +254,33 @@ class PeerDesk:
             FindNodes: (self._asks, answers(DIRECTORY, self._directory.nodes_there)),
             AskHolder: (self._asks, answers(PEERS, self._ask_holder)),
             AskKeep: (self._keeps, answers(PEERS, self._ask_keep)),
-            PeerRead: (self._reads, answers(PEERS, self._read)),
+            PeerRead: (self._reads, self._read),
             Bury: (self._burials, answers(DIRECTORY, self._bury)),
             Erased: (self._asks, self._erased),
         }
 
-    def _guarded(self, work: Callable[[Message], None], message: Message) -> None:
-        """A pool swallows what its work raises: it is a fault of ours, and has to be seen."""
+    def _guarded(self, work: Callable[[Message], None], send: Send, begun: threading.Lock) -> None:
+        """A pool swallows what its work raises: it is a fault of ours, and has to be seen, and answered.
+
+        begun: held by who carries it out, or has said that nobody does.
+        """
+        if not begun.acquire(blocking=False):
+            return
         try:
-            work(message)
+            work(send.message)
         except BaseException:
-            _LOG.exception("%s was not carried out", type(message).__name__)
+            _LOG.exception("%s was not carried out", type(send.message).__name__)
+            if not isinstance(send.message, PeerRead):
+                # What was begun of a read may write into its slots still: they stay its own.
+                self._not_done(send)
             raise
+
+    def _not_done(self, send: Send) -> None:
+        """The core's instruction is answered as failed."""
+        if isinstance(send.message, Erased):
+            self._erased(msgspec.structs.replace(send.message, ok=False))
+        else:
+            self._tell(send.peer, _FAILED[type(send.message)](send.message))
 
     # --- other nodes ------------------------------------------------------------------------------------
 
@@ -235,7 +298,11 @@ class PeerDesk:
             if client is None:
                 streams = self._config.cluster.streams
                 settings = ClientSettings(
-                    streams=streams, tls=self._call_tls, codecs=self._codecs, carrier=self._carrier
+                    streams=streams,
+                    tls=self._call_tls,
+                    codecs=self._codecs,
+                    carrier=self._carrier,
+                    lending=self._lending,
                 )
                 client = PeerClient(self._own, node, split(address), settings)
                 self._clients[node, address] = client
@@ -270,10 +337,17 @@ class PeerDesk:
         answer = found if isinstance(found, Kept) else Kept(reason="peer_lost")
         return msgspec.structs.replace(answer, job=message.job)
 
-    def _read(self, message: PeerRead) -> PeerReadDone:
+    def _read(self, message: PeerRead) -> None:
+        late: list[Read] = []
+        self._tell(PEERS, self._read_by_deadline(message, late))
+        if self._lending is not None and late:
+            self._lending.when_ended(late, lambda: self._tell(PEERS, PeerReadDone(job=message.job)))
+
+    def _read_by_deadline(self, message: PeerRead, late: list[Read]) -> PeerReadDone:
         began_s = time.monotonic()
         came_over = Came()
         outcomes: Sequence[str] = ["peer_lost"] * len(message.slots)
+        wanted: list[Wanted] = []
         client: PeerClient | None = None
         try:
             client = self._client(message.node, message.epoch)
@@ -283,21 +357,24 @@ class PeerDesk:
                     Wanted(ObjectId(*key), self._room(item), item.checksum, width)
                     for key, item, width in objects
                 ]
-                outcomes = client.fetch(wanted, message.timeout_s, came=came_over)
+                outcomes = client.fetch(wanted, message.timeout_s, came=came_over, late=late)
         except (KvtierError, RuntimeError) as error:
             # Of the latter kind: no thread could be started. Those that were have ended.
             _LOG.warning("node '%s' gives nothing: %s", message.node, error)
         failed = tuple((index, why) for index, why in enumerate(outcomes) if why)
+        rooms = {id(read.into) for read in late}
         came = [item for item, why in zip(message.slots, outcomes, strict=True) if not why]
         return PeerReadDone(
             job=message.job,
             failed=failed,
+            busy=tuple(index for index, one in enumerate(wanted) if id(one.into) in rooms),
             bytes=sum(item.nbytes for item in came),
             seconds=time.monotonic() - began_s,
             received_bytes=came_over.bytes,
             coded_bytes=came_over.coded_bytes,
             wire_bytes=came_over.wire_bytes,
             relayed_bytes=came_over.relayed_bytes,
+            lent_bytes=came_over.lent_bytes,
             node=message.node,
             way=client.way if client is not None else "",
         )

@@ -99,6 +99,10 @@ class HostTier(Tier):
         """Entries of the generation table, the last of `fds`; as many slots can be in use at once."""
         return self.sizes[-1] // WORD_BYTES
 
+    def memory(self) -> list[Bytes]:
+        """All of each sub-arena, whoever uses what of it: for those who register it."""
+        return [self._arena.view((part, 0), self.sizes[part]) for part in range(self._arena.sub_arenas)]
+
     def view(self, slot: Slot) -> Bytes:
         """The object's bytes in the arena, nbytes long, without a copy.
 

@@ -50,6 +50,7 @@ class Counters:
     peer_coded_bytes: int = 0
     peer_wire_bytes: int = 0
     peer_relayed_bytes: int = 0
+    peer_lent_bytes: int = 0
     damaged_records: int = 0
     restore_s: Histogram = field(default_factory=Histogram)
     eta: EtaCounters = field(default_factory=EtaCounters)

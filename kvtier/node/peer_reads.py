@@ -53,12 +53,13 @@ class PeerReads(Reads):
         )
 
     def on_done(self, peer: str, message: PeerReadDone) -> None:
-        """The answer to a read: nothing of it touches a slot any more."""
+        """The answer to a read, which says what of it may still touch a slot."""
         counters = self._state.counters
         counters.peer_received_bytes += message.received_bytes
         counters.peer_coded_bytes += message.coded_bytes
         counters.peer_wire_bytes += message.wire_bytes
         counters.peer_relayed_bytes += message.relayed_bytes
+        counters.peer_lent_bytes += message.lent_bytes
         self._state.reached(message.node, message.way)
         self._answered(PEERS, message)
 

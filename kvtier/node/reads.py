@@ -77,14 +77,18 @@ class Reads:
         self._reads[job] = _Read([slot for _, slot in pairs], done)
 
     def _answered(self, peer: str, message: DiskReadDone | PeerReadDone) -> None:
-        """Nothing of the read touches a slot any more."""
+        """Nothing of the read touches a slot any more, but for those that are named as busy."""
+        busy = message.busy if isinstance(message, PeerReadDone) else ()
         read = self._reads.pop(message.job, None)
         if read is None:
-            self._orphans.answered(peer, message.job)
+            if not busy:
+                self._orphans.answered(peer, message.job)
             return
+        if busy:
+            self._orphans.add(peer, [message.job])
         failed = dict(message.failed)
         for index in sorted(failed):
-            self._state.host.abort(read.slots[index], quiet=True)
+            self._state.host.abort(read.slots[index], quiet=index not in busy)
         read.done(failed, message.bytes, message.seconds)
 
     def _give_up(self, peer: str, jobs: Iterable[str]) -> None:

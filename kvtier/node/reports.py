@@ -206,6 +206,7 @@ def _counters(state: NodeState) -> dict[str, float]:
         "peer_coded_bytes": c.peer_coded_bytes,
         "peer_wire_bytes": c.peer_wire_bytes,
         "peer_relayed_bytes": c.peer_relayed_bytes,
+        "peer_lent_bytes": c.peer_lent_bytes,
         "damaged_records": c.damaged_records,
         "host_dirty_bytes": state.dirty_bytes,
         "disk_written_bytes": said.written_bytes,

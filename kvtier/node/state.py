@@ -30,6 +30,7 @@ class Worker:
 
     ranks: shards of all ranks that park and restore together with it; () where it does so alone.  engine,
     place: as it said when it attached; gpu_bytes: so too, or as the GPU service says that copies for it.
+    restored: see tier_messages.Copy.over.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Worker:
     pid: int = 0
     rate: PrefillRate | None = None
     jobs: set[str] = field(default_factory=set)
+    restored: list[str] = field(default_factory=list)
     ranks: tuple[str, ...] = ()
     engine: str = ""
     place: str = ""

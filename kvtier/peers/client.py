@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.carriage import Carrier
+from kvtier.checksum import checksum
 from kvtier.errors import AuthError, KvtierError, MalformedMessage
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import Ask, Offer, PeerProof, PeerReady, Reply, Sending, Want
+from kvtier.peer_messages import Ask, Offer, PeerProof, PeerReady, Reply, Sending, Taken, Want
 from kvtier.peers.choice import RAW, Figures, Rates, choose
 from kvtier.peers.coding import Coding, Codings, receive_encoded
 from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove
+from kvtier.peers.lending import AgentFailed, Borrower, Lending, Read
 from kvtier.peers.stream import MAX_ASK_BYTES, StreamLost, Wire
 from kvtier.peers.ways import Ways
 
@@ -50,13 +52,15 @@ class Wanted:
 @dataclass(slots=True)
 class Came:
     """What a fetch has received. bytes: of objects; coded_bytes: of those that came encoded; wire_bytes: what
-    all of it was on its way; relayed_bytes: of those that no TCP brought.
+    all of it was on its way; relayed_bytes: of those that no TCP brought; lent_bytes: of those that were read
+    in the other's memory.
     """
 
     bytes: int = 0
     coded_bytes: int = 0
     wire_bytes: int = 0
     relayed_bytes: int = 0
+    lent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class ClientSettings:
     """streams: connections to one peer.  depth: objects asked for ahead on each, so that the way there and
     back is not waited for.  connect_s: for a connection and its handshake.  codecs: by which KV may come
     encoded, where the other end has them too and it pays (choice.py).  carrier: see Ways.
+    lending: objects are read in the other end's memory, where it can do that too and their room is there.
     """
 
     streams: int = 4
@@ -72,6 +77,7 @@ class ClientSettings:
     tls: ssl.SSLContext | None = None
     codecs: Codings = field(default_factory=dict)
     carrier: Carrier | None = None
+    lending: Lending | None = None
 
 
 class PeerClient:
@@ -84,6 +90,7 @@ class PeerClient:
     def __init__(self, own: Identity, node: str, address: tuple[str, int], settings: ClientSettings) -> None:
         self._own, self._node, self._settings = own, node, settings
         self._ways = Ways(node, address, settings.tls, settings.carrier)
+        self.borrower = Borrower(node, settings.lending)
         self._lock = threading.Lock()
         self._idle: list[Wire] = []
         self._asking: set[Wire] = set()
@@ -103,12 +110,17 @@ class PeerClient:
         timeout_s: float,
         on_each: Callable[[int, Outcome], None] | None = None,
         came: Came | None = None,
+        late: list[Read] | None = None,
     ) -> list[Outcome]:
         """Receive the objects; answers an outcome for each, in order.
 
         on_each: told (index, outcome) as each ends, from a thread of the fetch's.  came: counted up.  When
         this returns, nothing writes into any `into` any more.  What ended otherwise than '' may have been
         written in part.
+
+        late: takes reads in the peer's memory that were given up and go on (see Lending.when_ended): with it
+        this returns by the deadline, and nothing writes into their room only when they have ended.  Without
+        it this waits for them.
         """
         run = _Fetch(self, wanted, time.monotonic() + timeout_s, on_each, came or Came())
         with self._lock:
@@ -116,8 +128,12 @@ class PeerClient:
                 return ["cancelled"] * len(wanted)
             self._fetches.add(run)
         try:
-            return run.go(min(self._settings.streams, len(wanted)))
+            outcomes = run.go(min(self._settings.streams, len(wanted)))
+            if late is not None:
+                late += run.take_late()
+            return outcomes
         finally:
+            run.wait_for_late()
             with self._lock:
                 self._fetches.discard(run)
                 for rates in self._rates.values() if not self._fetches else ():
@@ -202,7 +218,7 @@ class PeerClient:
             ready = stream.receive(PeerReady, until_s)
             if ready.reason:
                 raise AuthError(f"node '{self._node}' refuses this node: {ready.reason}")
-            stream.epoch = proof.epoch
+            stream.epoch, stream.lends = proof.epoch, ready.lends
             if proof.epoch < self.least_epoch:
                 raise StreamLost(f"node '{self._node}' of an earlier start answers")
             self._hear_of(ready.codecs, proof.epoch)
@@ -229,7 +245,7 @@ class PeerClient:
     @property
     def way(self) -> str:
         """By which the node was reached last; '' before it was."""
-        return self._ways.way
+        return self.borrower.way or self._ways.way
 
     def codec_now(self, way: str) -> str:
         """By which objects are best asked for; '' for none. way: of the connection."""
@@ -265,6 +281,10 @@ class _AnotherNode(AuthError):
     """Who answers at the address is not the node that was called."""
 
 
+class _GivenUp(StreamLost):
+    """A read goes on in the room of what was asked for."""
+
+
 class _Fetch:
     """One call of `fetch`."""
 
@@ -284,6 +304,20 @@ class _Fetch:
         self._streams: set[Wire] = set()
         self._cancelled = False
         self._refused: KvtierError | None = None
+        self._late: list[Read] = []
+
+    def take_late(self) -> list[Read]:
+        """Reads that were given up and have not ended; whoever takes them waits for them."""
+        taken, self._late = self._late, []
+        return taken
+
+    def wait_for_late(self) -> None:
+        """Until nothing writes any more that nobody has taken."""
+        lending, reads = self._client.borrower.lending, self.take_late()
+        if lending is not None and reads:
+            quiet = threading.Event()
+            lending.when_ended(reads, quiet.set)
+            quiet.wait()
 
     def go(self, streams: int) -> list[Outcome]:
         threads = []
@@ -338,8 +372,9 @@ class _Fetch:
         try:
             self._receive_all(stream, asked, received)
             clean = True
-        except (StreamLost, MalformedMessage):
-            if reused and not received[0] and self._why() == "peer_lost":
+        except (StreamLost, MalformedMessage) as error:
+            busy = isinstance(error, _GivenUp)
+            if reused and not busy and not received[0] and self._why() == "peer_lost":
                 with self._lock:
                     self._todo.extendleft(index for index, _ in reversed(asked))
                 return False
@@ -356,6 +391,8 @@ class _Fetch:
         return True
 
     def _receive_all(self, stream: Wire, asked: deque[_Asked], received: list[int]) -> None:
+        if stream.way == Wire.way:
+            self._client.borrower.introduce(stream, self._until_s)
         while not self._cancelled:
             while len(asked) < self._client.depth and self._ask(stream, asked):
                 pass
@@ -365,7 +402,11 @@ class _Fetch:
             outcome = self._receive(stream, self._wanted[index], codec)
             received[0] += 1
             asked.popleft()
-            self._ended(index, outcome)
+            if outcome is None:
+                with self._lock:
+                    self._todo.appendleft(index)
+            else:
+                self._ended(index, outcome)
         raise StreamLost("cancelled")
 
     def _ask(self, stream: Wire, asked: deque[_Asked]) -> bool:
@@ -374,21 +415,30 @@ class _Fetch:
                 return False
             index = self._todo.popleft()
         item_bytes = self._wanted[index].item_bytes
-        codec = self._client.codec_now(stream.way) if item_bytes else RAW
+        lend = self._client.borrower.lends(stream, self._wanted[index].into)
+        codec = self._client.codec_now(stream.way) if item_bytes and not lend else RAW
         asked.append((index, codec))
         key, group, shard = self._wanted[index].object_id
         want = Want(
-            block_key=key, group=group, shard=shard, codec=codec, item_bytes=item_bytes if codec else 0
+            block_key=key,
+            group=group,
+            shard=shard,
+            codec=codec,
+            item_bytes=item_bytes if codec else 0,
+            lend=lend,
         )
         stream.send(want, self._until_s)
         return True
 
-    def _receive(self, stream: Wire, wanted: Wanted, asked: str) -> Outcome:
+    def _receive(self, stream: Wire, wanted: Wanted, asked: str) -> Outcome | None:
+        """None: it is to be asked for once more."""
         head = stream.receive(Sending, self._until_s)
         if head.reason:
             return "busy" if head.reason == "busy" else "missing"
         if head.nbytes != wanted.into.nbytes:
             raise MalformedMessage(f"{head.nbytes} bytes come for a slot of {wanted.into.nbytes}")
+        if head.address:
+            return self._read_there(stream, wanted, head)
         if head.codec not in (RAW, asked):
             raise MalformedMessage(f"encoded by '{head.codec}' where '{asked}' was wanted")
 
@@ -405,8 +455,32 @@ class _Fetch:
             found: int | None = stream.receive_object(wanted.into.data, self._until_s, came)
         else:
             found = receive_encoded(stream, coding.codec, wanted.into, self._until_s, came)
-        expected = head.checksum if wanted.checksum is None else wanted.checksum
-        return "" if found == expected == head.checksum else "corrupt"
+        return _checked(found, wanted, head)
+
+    def _read_there(self, stream: Wire, wanted: Wanted, head: Sending) -> Outcome | None:
+        """An object that is lent. Raises StreamLost when it is given up: its read goes on."""
+        borrower = self._client.borrower
+        remote, lending = borrower.remote, borrower.lending
+        well: bool | None = False
+        if remote is not None and lending is not None:
+            with contextlib.suppress(AgentFailed):
+                read = lending.begin(remote, head.address, wanted.into)
+                with self._lock:
+                    self._late.append(read)
+                well = lending.wait(read, lambda: self._why() != "peer_lost")
+                if well is None:
+                    raise _GivenUp("a read in the peer's memory")
+                with self._lock:
+                    self._late.remove(read)
+        stream.send(Taken(), self._until_s)
+        if not well:
+            borrower.failed()
+            return None
+        with self._lock:
+            self._came.bytes += head.nbytes
+            self._came.wire_bytes += head.nbytes
+            self._came.lent_bytes += head.nbytes
+        return _checked(checksum(wanted.into), wanted, head)
 
     def _why(self) -> Outcome:
         if self._cancelled:
@@ -417,3 +491,8 @@ class _Fetch:
         self._outcomes[index] = outcome
         if self._on_each is not None:
             self._on_each(index, outcome)
+
+
+def _checked(found: int | None, wanted: Wanted, head: Sending) -> Outcome:
+    expected = head.checksum if wanted.checksum is None else wanted.checksum
+    return "" if found == expected == head.checksum else "corrupt"

@@ -9,8 +9,9 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,16 +20,33 @@ import numpy.typing as npt
 
 from kvtier.errors import AuthError, ConfigError, KvtierError, MalformedMessage
 from kvtier.objects import KEY_BYTES, ObjectId
-from kvtier.peer_messages import Ask, Offer, PeerHello, PeerProof, PeerReady, Reply, Sending, Want
+from kvtier.peer_messages import (
+    Ask,
+    Introduce,
+    Introduced,
+    Offer,
+    PeerHello,
+    PeerProof,
+    PeerReady,
+    Reply,
+    Sending,
+    Taken,
+    Want,
+)
 from kvtier.peers.choice import RAW
 from kvtier.peers.coding import WIDTHS, Codings, encoded
 from kvtier.peers.fairness import Turns
 from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
+from kvtier.peers.lending import Lending
 from kvtier.peers.relay import Tunnels
 from kvtier.peers.stream import BUFFER_BYTES, MAX_ASK_BYTES, Stream, StreamLost
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 64
+# Before the next try, where a connection could not be taken.
+_REST_S = 0.1
+# Objects that one connection holds open at once.
+_MOST_LENT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,7 @@ class ServerSettings:
     connections: that are open at once.  stall_s: a peer that takes nothing for so long is dropped, since
     what it was promised cannot be evicted.  idle_s: a connection that asks for nothing for so long is closed.
     tls: None sends in clear.  codecs: by which KV may be encoded for who wants it so.
+    lending: by which others may read objects where they lie.
     """
 
     host: str = "127.0.0.1"
@@ -63,6 +82,7 @@ class ServerSettings:
     idle_s: float = 300.0
     tls: ssl.SSLContext | None = None
     codecs: Codings = field(default_factory=dict)
+    lending: Lending | None = None
 
 
 @dataclass(slots=True)
@@ -95,7 +115,7 @@ class PeerServer:
         self._turns = Turns(settings.streams)
         self._lock = threading.Lock()
         self._open: dict[Stream, threading.Thread] = {}
-        self._closing = False
+        self._closing = threading.Event()
         self.sent = Sent()
         # Connections that come in calls instead, in clear: none where there is TLS.
         self.tunnels = Tunnels(self._tunnelled)
@@ -120,7 +140,7 @@ class PeerServer:
     def close(self) -> None:
         """Stop listening, cut all connections, and wait for their ends."""
         with self._lock:
-            self._closing = True
+            self._closing.set()
             streams = dict(self._open)
         # Closing a listener does not wake who waits in accept().
         with contextlib.suppress(OSError):
@@ -134,18 +154,25 @@ class PeerServer:
             thread.join()
 
     def _accept(self) -> None:
-        while True:
+        starved = False
+        while not self._closing.is_set():
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                # Such as no descriptor left, or a caller who is gone: it passes, but not at once.
+                if not (starved or self._closing.is_set()):
+                    _LOG.error("peers wait until they can be taken: %s", error)
+                starved = True
+                self._closing.wait(_REST_S)
+                continue
+            starved = False
             if not self._take(sock):
                 sock.close()
 
     def _take(self, sock: socket.socket) -> bool:
         """Serve a connection, unless there are too many, or no thread is to be had."""
         with self._lock:
-            if self._closing or len(self._open) >= self._settings.connections:
+            if self._closing.is_set() or len(self._open) >= self._settings.connections:
                 self.sent.refused += 1
                 return False
             stream = Stream(sock)
@@ -176,6 +203,8 @@ class PeerServer:
 
     def _serve(self, stream: Stream, sock: socket.socket) -> None:
         secured = stream
+        # Objects that stay open for the other end to read, in the order of the answers.
+        lent: deque[ExitStack] = deque()
         try:
             if self._settings.tls is not None:
                 wrapped = self._settings.tls.wrap_socket(
@@ -186,20 +215,29 @@ class PeerServer:
                 secured.begin_tls(time.monotonic() + self._settings.handshake_s)
             peer = self._let_in(secured)
             while True:
-                asked = secured.receive_any(time.monotonic() + self._settings.idle_s, MAX_ASK_BYTES)
+                wait_s = self._settings.stall_s if lent else self._settings.idle_s
+                asked = secured.receive_any(time.monotonic() + wait_s, MAX_ASK_BYTES)
                 if isinstance(asked, Want) and self._source is not None:
-                    self._send(secured, self._source, asked, peer)
+                    self._send(secured, self._source, asked, peer, lent)
+                elif isinstance(asked, Taken) and lent:
+                    lent.popleft().close()
+                elif isinstance(asked, Introduce):
+                    secured.send(self._introduced(asked), time.monotonic() + self._settings.stall_s)
                 elif isinstance(asked, Ask) and self._reply_to is not None:
                     self._reply(secured, self._reply_to, asked, peer)
                 else:
                     raise MalformedMessage(f"nobody here answers {type(asked).__name__}")
         except StreamLost as error:
             _LOG.debug("a peer is gone: %s", error)
+            with self._lock:
+                self.sent.dropped += bool(lent)
         except (KvtierError, OSError) as error:
             with self._lock:
                 self.sent.refused += 1
             _LOG.warning("a peer was refused: %s", error)
         finally:
+            for held in lent:
+                held.close()
             secured.close()
             stream.close()
             with self._lock:
@@ -210,7 +248,7 @@ class PeerServer:
         """The socket under TLS took the plain one's place: `close` has to find it, also before they agree."""
         with self._lock:
             thread = self._open.pop(plain, None)
-            if self._closing or thread is None:
+            if self._closing.is_set() or thread is None:
                 raise StreamLost("closed")
             self._open[secured] = thread
 
@@ -229,8 +267,14 @@ class PeerServer:
         except AuthError as error:
             stream.send(PeerReady(reason=error.message), until_s)
             raise
-        stream.send(PeerReady(codecs=self._offers()), until_s)
+        lending = self._settings.lending
+        lends = (lending.way,) if lending is not None else ()
+        stream.send(PeerReady(codecs=self._offers(), lends=lends), until_s)
         return greeting.node
+
+    def _introduced(self, asked: Introduce) -> Introduced:
+        lending = self._settings.lending
+        return Introduced(metadata=lending.metadata if lending and lending.way == asked.way else b"")
 
     def _offers(self) -> tuple[Offer, ...]:
         streams = self._settings.streams
@@ -244,16 +288,26 @@ class PeerServer:
             reply = Reply(reason=error.message)
         stream.send(reply, time.monotonic() + self._settings.stall_s)
 
-    def _send(self, stream: Stream, source: ObjectSource, want: Want, peer: str) -> None:
+    def _send(
+        self, stream: Stream, source: ObjectSource, want: Want, peer: str, lent: deque[ExitStack]
+    ) -> None:
         if len(want.block_key) != KEY_BYTES:
             raise AuthError(f"node '{peer}' asks for a key of {len(want.block_key)} bytes")
         object_id = ObjectId(want.block_key, want.group, want.shard)
-        with self._turns.of(peer), source.open(object_id, peer) as found:
+        with self._turns.of(peer), ExitStack() as held:
+            found = held.enter_context(source.open(object_id, peer))
             until_s = time.monotonic() + self._settings.stall_s
             if isinstance(found, str):
                 stream.send(Sending(reason=found), until_s)
                 return
             nbytes = len(found.data)
+            lending = self._settings.lending if want.lend and len(lent) < _MOST_LENT else None
+            if lending is not None and (address := lending.address_of(found.data)):
+                head = Sending(nbytes=nbytes, checksum=found.checksum, address=address)
+                stream.send(head, until_s)
+                self._count(nbytes, nbytes)
+                lent.append(held.pop_all())
+                return
             coding = self._settings.codecs.get(want.codec) if want.item_bytes in WIDTHS else None
             parts: Iterable[memoryview] = (found.data.data,)
             if coding is not None:
@@ -265,7 +319,10 @@ class PeerServer:
                 with self._lock:
                     self.sent.dropped += 1
                 raise
-            with self._lock:
-                self.sent.objects += 1
-                self.sent.bytes += nbytes
-                self.sent.wire_bytes += wire_bytes
+            self._count(nbytes, wire_bytes)
+
+    def _count(self, nbytes: int, wire_bytes: int) -> None:
+        with self._lock:
+            self.sent.objects += 1
+            self.sent.bytes += nbytes
+            self.sent.wire_bytes += wire_bytes

@@ -38,10 +38,12 @@ class Wire(ABC):
     """Not thread-safe, but for `close`. Times are deadlines by time.monotonic().
 
     epoch: of the other end, once it has proven who it is; for who keeps streams.  way: how it is reached.
+    lends: ways by which the other end's memory may be read beside it.
     """
 
     epoch = 0
     way = "tcp"
+    lends: tuple[str, ...] = ()
 
     @abstractmethod
     def _send_all(self, part: memoryview, until_s: float) -> None:

@@ -36,6 +36,7 @@ from kvtier.node import announcing
 from kvtier.node.announcing import Announcing
 from kvtier.node.events import Send
 from kvtier.peers.client import Came, Wanted
+from kvtier.peers.lending import Read
 from kvtier.testing.node_bench import until
 from kvtier.testing.node_cluster import cluster_settings
 from kvtier.testing.rig_cluster import RigCluster
@@ -148,7 +149,7 @@ class _Fetched:
     def __init__(self) -> None:
         self.wanted: list[Wanted] = []
 
-    def fetch(self, wanted: list[Wanted], timeout_s: float, came: Came) -> list[str]:
+    def fetch(self, wanted: list[Wanted], timeout_s: float, came: Came, late: list[Read]) -> list[str]:
         self.wanted = wanted
         came.bytes, came.coded_bytes, came.wire_bytes = 150, 100, 120
         return ["", "corrupt"]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvtier.client import connect
+from kvtier.client import Client, connect
 from kvtier.config import load
 from kvtier.daemon import peer_lender
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.embedded import Embedded
+from kvtier.peers import choice
+from kvtier.peers.choice import RAW, Rates
+from kvtier.testing import kv_memory
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.node_bench import SETTINGS, Bench, LocalWorker, host, until
 from kvtier.testing.node_cluster import NodeCluster, cluster_settings
@@ -188,10 +194,19 @@ def test_what_was_forgotten_while_a_node_was_away_goes_when_it_returns(
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[tuple[LocalWorker, LocalWorker]]:
     """Workers at two nodes that are threads of this process."""
+    with two_nodes(tmp_path) as (workers, _):
+        yield workers[0], workers[1]
+
+
+@contextmanager
+def two_nodes(tmp_path: Path) -> Iterator[tuple[list[LocalWorker], list[Client]]]:
+    """Their workers, and who asks them for their status."""
     settings = cluster_settings(tmp_path, ("a", "b"))
     directory = DirectoryService(load(None, {**SETTINGS, **settings["a"]}))
     directory.start()
-    daemons, clients, workers = [], [], []
+    daemons: list[Embedded] = []
+    clients: list[Client] = []
+    workers: list[LocalWorker] = []
     try:
         for own in settings.values():
             daemons.append(Embedded({**SETTINGS, **own}))
@@ -199,7 +214,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[LocalWorker, LocalWorker]]:
             kv, client = KvMemory(), connect(daemons[-1].socket_path)
             clients.append(client)
             workers.append(LocalWorker(kv, client.attach(kv.model, kv.pool, shard=SHARD)))
-        yield workers[0], workers[1]
+        yield workers, clients
     finally:
         for local in workers:
             local.worker.close()
@@ -216,12 +231,8 @@ def known_at(local: LocalWorker, seed: int) -> bool:
     return plan.load_tokens == TOKENS
 
 
-def test_a_flipped_bit_on_the_wire_is_a_miss(
-    pair: tuple[LocalWorker, LocalWorker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_a, at_b = pair
-    assert at_a.park(1, PAGES, TOKENS).result().level == "host"
-    until(lambda: known_at(at_b, 1), "the other node knows it")
+def flip_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit of each object, after it was summed."""
     view = peer_lender.PeerLender._view
 
     def flipped(self: peer_lender.PeerLender, slot: Slot) -> np.ndarray:
@@ -230,8 +241,99 @@ def test_a_flipped_bit_on_the_wire_is_a_miss(
         return sent
 
     monkeypatch.setattr(peer_lender.PeerLender, "_view", flipped)
+
+
+def test_a_flipped_bit_on_the_wire_is_a_miss(
+    pair: tuple[LocalWorker, LocalWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_a, at_b = pair
+    assert at_a.park(1, PAGES, TOKENS).result().level == "host"
+    until(lambda: known_at(at_b, 1), "the other node knows it")
+    flip_what_is_sent(monkeypatch)
     receipt = at_b.restore(1, PAGES, TOKENS)
     assert (receipt.tokens, receipt.reason) == (0, "corrupt")
     monkeypatch.undo()
     assert at_b.restore(1, PAGES, TOKENS).tokens == TOKENS
     assert at_b.kv.front(1, PAGES, TOKENS) == TOKENS
+
+
+MB = 1e6
+
+
+class Clock:
+    """For what is measured of a link: each byte takes as long as a link of this speed would need for it.
+
+    came: by codec, bytes of KV.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
+        self.now_s, self.bytes_per_s = 1000.0, bytes_per_s
+        self.came: Counter[str] = Counter()
+        came, measured = Rates.came, Rates.measured
+        lock = threading.Lock()
+
+        def told(rates: Rates, codec: str, nbytes: int, now_s: float) -> None:
+            with lock:
+                self.came[codec] += nbytes
+                # Encoded it is a third shorter.
+                self.now_s += nbytes / self.bytes_per_s * (1 if codec == RAW else 2 / 3)
+                came(rates, codec, nbytes, self.now_s)
+
+        monkeypatch.setattr(Rates, "came", told)
+        monkeypatch.setattr(Rates, "measured", lambda rates, now_s: measured(rates, self.now_s))
+        # A conversation of the test is enough to know the link by.
+        monkeypatch.setattr(choice, "_FEW_BYTES", 64 << 10)
+        monkeypatch.setattr(choice, "_LONG_S", 1e-9)
+
+
+def like_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What conversations have in memory are numbers in bfloat16 of a common size, not of all sizes."""
+    truth = kv_memory.truth
+
+    def narrow(seed: int, plane: int, count: int) -> np.ndarray:
+        return ((truth(seed, plane, count).view(np.uint16) & 0x83FF) | 0x3C00).view(np.uint8)
+
+    monkeypatch.setattr(kv_memory, "truth", narrow)
+
+
+def read_elsewhere(pair: list[LocalWorker], seed: int) -> None:
+    at_a, at_b = pair
+    assert at_a.park(seed, PAGES, TOKENS).result().level == "host"
+    until(lambda: known_at(at_b, seed), "the other node knows it")
+    receipt = at_b.restore(seed, PAGES, TOKENS)
+    assert (receipt.tokens, receipt.sources) == (TOKENS, {"peer": TOKENS})
+    assert at_b.kv.front(seed, PAGES, TOKENS) == TOKENS
+
+
+def test_over_a_slow_link_kv_travels_encoded_and_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zstandard")
+    clock = Clock(monkeypatch, 1 * MB)
+    like_kv(monkeypatch)
+    with two_nodes(tmp_path) as (workers, clients):
+        read_elsewhere(workers, 1)
+        assert set(clock.came) == {RAW}, "nobody knows the link yet"
+        whole = clock.came[RAW]
+        read_elsewhere(workers, 2)
+        counters = clients[1].status().counters
+        assert (counters["peer_received_bytes"], counters["peer_coded_bytes"]) == (2 * whole, whole)
+        assert 0.5 * whole <= counters["peer_wire_bytes"] - whole <= 0.8 * whole
+        assert clock.came.total() - clock.came[RAW] == whole
+
+        with monkeypatch.context() as patch:
+            flip_what_is_sent(patch)
+            at_a, at_b = workers
+            assert at_a.park(3, PAGES, TOKENS).result().level == "host"
+            until(lambda: known_at(at_b, 3), "the other node knows it")
+            receipt = at_b.restore(3, PAGES, TOKENS)
+            assert (receipt.tokens, receipt.reason) == (0, "corrupt")
+        assert clients[1].status().counters["peer_coded_bytes"] > whole
+
+        # Years later, and the link is another one.
+        clock.now_s += 1e8
+        clock.bytes_per_s = 100_000 * MB
+        read_elsewhere(workers, 4)
+        coded = clock.came.total() - clock.came[RAW]
+        read_elsewhere(workers, 5)
+        assert clock.came.total() - clock.came[RAW] == coded

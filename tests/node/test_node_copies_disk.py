@@ -273,6 +273,24 @@ def test_a_park_that_waits_for_a_copy_to_make_way_holds_up_no_other():
     end_well(a, b)
 
 
+def test_without_a_disk_a_copy_with_fewer_rows_makes_way_at_once_and_all_comes_back():
+    a, b = pair(disk=None, wishes={"disk_expected": False})
+    worker, end = a.attach(HYBRID), HYBRID.groups[1].needed_from(7)
+    kept = a.park(worker, "chat", range(7), level="copies=2", held_from=[0, end, 0])
+    a.run()
+    assert kept.receipt.copies == {"b": "host"}
+    (copy,) = [stored for stored in objects_of(b, "chat") if stored.meta.first_valid]
+    longer = b.park(b.attach(HYBRID), "other", range(7))
+    b.run()
+    assert (longer.receipt.level, longer.receipt.objects_stored) == ("host", 1)
+    (whole,) = [one for one in objects_of(b, "chat") if one.meta.object_id == copy.meta.object_id]
+    assert whole.meta.first_valid == 0 < copy.meta.first_valid
+    a.cluster.lose("a")
+    back = b.resume(b.attach(HYBRID), "chat", range(8)).receipt
+    assert (back.tokens, back.sources) == (7, {"host": 7})
+    end_well(b)
+
+
 def test_a_copy_with_fewer_rows_is_on_disk_before_it_makes_way():
     assert parked_with_more_rows() == 7
 

@@ -8,8 +8,11 @@ import pytest
 from kvtier import cluster_messages as c
 from kvtier.node.events import Received
 from kvtier.node.reports import status_report
+from kvtier.states import State
 from kvtier.testing.rig_cluster import NodeRig, RigCluster, begun, end_well, objects_of, pair, park_at
 from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT
+from kvtier.tier import Slot
+from kvtier.tier_messages import WireItem
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, HYBRID])
@@ -102,6 +105,32 @@ def test_a_read_tells_how_wide_the_numbers_are_and_counts_how_they_came():
     assert seen == (200, 160, 150)
     reported = status_report(b.core.state, 0).counters
     assert [reported[f"peer_{name}_bytes"] for name in ("received", "coded", "wire")] == [200, 160, 150]
+
+
+def slot_of(item: WireItem) -> Slot:
+    return Slot(item.slot_id, item.generation, (item.arena, item.offset), item.nbytes)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_slot_that_may_still_be_written_to_is_kept_until_it_is_quiet(given_up):
+    a, b = pair()
+    park_at(a, 8)
+    begun(b, 8)
+    pulls = list(b.pulls)
+    kept = slot_of(pulls[0].slots[-1])
+    if given_up:
+        b.tick(max(pull.timeout_s for pull in pulls) + 11.0)
+        assert b.host.state(kept) is State.LIMBO
+    for pull in pulls:
+        last = len(pull.slots) - 1
+        failed = tuple((index, "deadline") for index in range(last + 1))
+        busy = (last,) if pull is pulls[0] else ()
+        b.tell(Received(c.PEERS, c.PeerReadDone(job=pull.job, failed=failed, busy=busy)))
+    b.tick(1000.0)
+    assert b.host.state(kept) is State.LIMBO
+    assert given_up or b.host.usage().limbo_bytes == b.host.usage().used_bytes > 0
+    b.tell(Received(c.PEERS, c.PeerReadDone(job=pulls[0].job)))
+    assert b.host.usage().limbo_bytes == b.host.usage().used_bytes == 0
 
 
 def test_the_longest_branch_by_tokens_wins_and_not_the_newest():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +19,13 @@ import pytest
 from kvtier.carriage import Bytes, Passing
 from kvtier.checksum import checksum
 from kvtier.objects import ObjectId
+from kvtier.peers import server as server_module
 from kvtier.peers.client import ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.relay import Relayed
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
+from kvtier.testing.node_bench import until
 
 TOKEN = b"0123456789abcdef"
 OBJECT = ObjectId(bytes(32), 0, "L0+1.H0+1")
@@ -93,6 +99,56 @@ def test_closing_a_client_ends_questions_that_wait() -> None:
         gate.set()
         server.close()
         asking.join()
+
+
+# --- nobody can be taken for a while ------------------------------------------------------------------------
+
+
+class Starved:
+    """A listening socket; each call of `accept` fails with the next error as long as there is one."""
+
+    def __init__(self, real: socket.socket, errors: Iterator[int]) -> None:
+        self.real, self.errors, self.calls = real, errors, 0
+
+    def accept(self) -> Any:
+        self.calls += 1
+        number = next(self.errors, None)
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+        return self.real.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+def starved_server(monkeypatch: pytest.MonkeyPatch, errors: Iterator[int]) -> PeerServer:
+    create = socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda *at, **how: Starved(create(*at, **how), errors))
+    return PeerServer(Identity("a", 7, TOKEN), Shelf(), ServerSettings())
+
+
+def test_a_node_without_descriptors_is_reached_again_once_it_has_some(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    passing = [errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.ENOBUFS, errno.ENOMEM, errno.EPROTO]
+    server = starved_server(monkeypatch, iter(passing))
+    client = client_of(server.port)
+    try:
+        assert fetched(client, 30.0) == [""]
+    finally:
+        client.close()
+        server.close()
+    assert sum("wait until they can be taken" in line for line in caplog.messages) == 1
+
+
+def test_a_server_that_can_take_nobody_rests_and_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_REST_S", 3600.0)
+    server = starved_server(monkeypatch, itertools.repeat(errno.EMFILE))
+    listener: Any = server._listener
+    until(lambda: listener.calls, "it was tried")
+    server.close()
+    assert listener.calls == 1
+    assert not server._thread.is_alive()
 
 
 # --- no thread is to be had, or none is free ----------------------------------------------------------------

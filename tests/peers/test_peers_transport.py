@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import ssl
 import subprocess
@@ -21,10 +22,12 @@ from kvtier.errors import AuthError, ConfigError, KvtierError
 from kvtier.objects import ObjectId
 from kvtier.peer_messages import PeerProof
 from kvtier.peers import handshake
-from kvtier.peers.client import ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
+from kvtier.peers.lending import AgentFailed
 from kvtier.peers.server import Opened, PeerServer, Sent, ServerSettings
 from kvtier.peers.stream import Stream, StreamLost
+from kvtier.testing.fake_agent import LentMemory, lending_of
 from kvtier.testing.local_carrier import LocalCarrier
 from kvtier.testing.node_cluster import free_port
 from kvtier.waiting import wait_until
@@ -47,6 +50,7 @@ MAKE_CERTIFICATE = (
     "/CN=h",
 )
 TOKEN = b"0123456789abcdef"
+MEMORY = LentMemory(48 << 20)
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -90,7 +94,8 @@ class Shelf:
 
 @pytest.fixture
 def shelf() -> Shelf:
-    return Shelf({id_of(n): noise(n, 300_000 + n * 70_001) for n in range(12)})
+    MEMORY.clear()
+    return Shelf({id_of(n): MEMORY.room(noise(n, 300_000 + n * 70_001)) for n in range(12)})
 
 
 @pytest.fixture
@@ -102,7 +107,7 @@ def server(shelf: Shelf) -> Iterator[PeerServer]:
     made.close()
 
 
-@pytest.fixture(params=["tcp", "relayed"])
+@pytest.fixture(params=["tcp", "relayed", "fake", "nixl"])
 def way(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -111,10 +116,21 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def client(server: PeerServer, way: str) -> Iterator[PeerClient]:
     """Over each way there is: one contract for all."""
-    made = client_of(server.port) if way == "tcp" else relayed_client(server)
+    if way in ("tcp", "relayed"):
+        made = client_of(server.port) if way == "tcp" else relayed_client(server)
+        yield made
+        made.close()
+        assert made.way in (way, "")
+        return
+    try:
+        theirs, ours = lending_of(way, "a", 7, MEMORY), lending_of(way, "b", 3, MEMORY)
+    except AgentFailed as error:
+        pytest.skip(str(error))
+    server._settings = dataclasses.replace(server._settings, lending=theirs)
+    made = client_of(server.port, lending=ours)
     yield made
     made.close()
-    assert made.way in (way, "")
+    assert ours.close(10.0) and theirs.close(10.0)
 
 
 def client_of(port: int, **settings: object) -> PeerClient:
@@ -129,7 +145,9 @@ def relayed_client(server: PeerServer, **settings: object) -> PeerClient:
 
 def wants(shelf: Shelf, *numbers: int) -> list[Wanted]:
     return [
-        Wanted(id_of(n), np.full(shelf.objects[id_of(n)].nbytes, 0xEE, np.uint8), shelf.sums[id_of(n)])
+        Wanted(
+            id_of(n), MEMORY.room(np.full(len(shelf.objects[id_of(n)]), 0xEE, np.uint8)), shelf.sums[id_of(n)]
+        )
         for n in numbers
     ]
 
@@ -141,8 +159,10 @@ def arrived(shelf: Shelf, wanted: Wanted) -> bool:
 def test_objects_arrive_as_they_are(shelf: Shelf, server: PeerServer, client: PeerClient) -> None:
     wanted = wants(shelf, *range(12))
     ended: list[int] = []
-    assert client.fetch(wanted, 20.0, lambda i, _: ended.append(i)) == [""] * 12
+    came = Came()
+    assert client.fetch(wanted, 20.0, lambda i, _: ended.append(i), came) == [""] * 12
     assert all(arrived(shelf, w) for w in wanted)
+    assert came.bytes == came.lent_bytes + came.relayed_bytes or client.way == "tcp"
     assert sorted(ended) == list(range(12))
     assert client.epoch == 7
     nbytes = sum(w.into.nbytes for w in wanted)
@@ -174,7 +194,6 @@ def test_what_is_not_there_is_said_and_the_rest_arrives(shelf: Shelf, client: Pe
 @pytest.mark.parametrize("known", [True, False])
 def test_wrong_bytes_are_never_taken(shelf: Shelf, client: PeerClient, known: bool) -> None:
     wanted = wants(shelf, 1, 2)
-    shelf.objects[id_of(1)] = shelf.objects[id_of(1)].copy()
     shelf.objects[id_of(1)][-1] ^= 1
     asked = [Wanted(w.object_id, w.into, w.checksum if known else None) for w in wanted]
     assert client.fetch(asked, 20.0) == ["corrupt", ""]
@@ -182,7 +201,7 @@ def test_wrong_bytes_are_never_taken(shelf: Shelf, client: PeerClient, known: bo
 
 def test_a_peer_that_lies_about_the_sum_is_found_out(shelf: Shelf, client: PeerClient) -> None:
     wanted = wants(shelf, 1)
-    shelf.objects[id_of(1)] = noise(99, wanted[0].into.nbytes)
+    shelf.objects[id_of(1)] = MEMORY.room(noise(99, wanted[0].into.nbytes))
     shelf.sums[id_of(1)] = checksum(shelf.objects[id_of(1)])
     assert client.fetch(wanted, 20.0) == ["corrupt"]
     # Nobody can, who does not know the sum.
@@ -191,7 +210,7 @@ def test_a_peer_that_lies_about_the_sum_is_found_out(shelf: Shelf, client: PeerC
 
 def test_another_length_is_not_written(shelf: Shelf, client: PeerClient) -> None:
     wanted = wants(shelf, 1)
-    shelf.objects[id_of(1)] = noise(1, wanted[0].into.nbytes + 1)
+    shelf.objects[id_of(1)] = MEMORY.room(noise(1, wanted[0].into.nbytes + 1))
     assert client.fetch(wanted, 20.0) == ["peer_lost"]
     assert (wanted[0].into == 0xEE).all()
 

@@ -63,6 +63,9 @@ OWNERS = {
     "zstandard": {"disk", "sim"},
     "lz4": {"disk"},
     "cryptography": {"disk"},
+    "nixl": {"peers"},
+    "nixl_cu12": {"peers"},
+    "nixl_cu13": {"peers"},
     "pytest": {"testing"},
     "hypothesis": {"testing"},
 }

@@ -103,6 +103,10 @@ def _peer_facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     if relayed:
         size = output.size(int(counters.get("peer_relayed_bytes", 0)))
         yield "not by TCP", f"{', '.join(relayed)}: through Ray, slowly, {size} of KV read so"
+    lent = [node for node, way in report.peers if way == "nixl"]
+    if lent:
+        size = output.size(int(counters.get("peer_lent_bytes", 0)))
+        yield "by NIXL", f"{', '.join(lent)}: {size} of KV read in their memory"
 
 
 def _disk_facts(counters: dict[str, float]) -> Iterator[tuple[str, str]]:
