@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from chaos_damage import KINDS as DAMAGES
 from chaos_load import Chair
 from chaos_nodes import Node, Nodes
 from chaos_wires import STATES
@@ -26,12 +27,18 @@ _KINDS = {
     "link": 6,
     "leave": 1,
 }
+# With the feature of that name; each is several at once.
+_DAMAGE_WEIGHT, _DAMAGES_MOST = 4, 6
+# What leaves services alive, so that it is seen whether they grow.
+GENTLE = ("stop", "kill worker", "stop worker", "link")
 _PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """at_s: after the round's beginning.  for_s: until it is undone.  what: a service, or a link's state."""
+    """at_s: after the round's beginning.  for_s: until it is undone.  what: a service, a link's state, or
+    what is done to a store.
+    """
 
     at_s: float
     for_s: float
@@ -44,13 +51,22 @@ class Fault:
 
 
 def drawn(
-    draw: random.Random, seconds: float, nodes: Mapping[str, Node], chairs: Sequence[str]
+    draw: random.Random,
+    seconds: float,
+    nodes: Mapping[str, Node],
+    chairs: Sequence[str],
+    *,
+    damage: bool = False,
+    kinds: Sequence[str] = (),
 ) -> list[Fault]:
-    """The faults of a round, in order."""
+    """The faults of a round, in order. damage: of stores too.  kinds: these alone."""
     faults, at_s = [], 0.0
     names = list(nodes)
+    weights = {kind: weight for kind, weight in _KINDS.items() if not kinds or kind in kinds}
+    if damage:
+        weights["damage"] = _DAMAGE_WEIGHT
     while (at_s := at_s + draw.expovariate(1 / _MEAN_GAP_S)) < seconds:
-        kind = draw.choices(list(_KINDS), list(_KINDS.values()))[0]
+        kind = draw.choices(list(weights), list(weights.values()))[0]
         node = draw.choice(names)
         service = draw.choice(nodes[node].names)
         if kind == "link":
@@ -62,6 +78,14 @@ def drawn(
         elif kind == "kill all":
             # Nobody is left who knows anything but from a disk.
             faults += [Fault(at_s, draw.uniform(0.05, 3), "kill node", name) for name in names]
+        elif kind == "damage":
+            for_s = draw.uniform(0.05, 2)
+            what = draw.choices(list(DAMAGES), list(DAMAGES.values()))[0]
+            # One after the other, and each elsewhere.
+            faults += [
+                Fault(at_s + number / 1000, for_s, kind, node, what)
+                for number in range(draw.randint(1, _DAMAGES_MOST))
+            ]
         elif kind.endswith("worker"):
             faults.append(Fault(at_s, draw.uniform(0.1, 6), kind, draw.choice(chairs)))
         elif kind == "stop":
@@ -115,6 +139,8 @@ class Doer:
             self._chairs[fault.who].signal(signal.SIGSTOP)
         elif node is not None and fault.kind == "stop":
             node.stop(fault.what)
+        elif node is not None and fault.kind == "damage":
+            node.damage(fault.what, fault.at_s)  # type: ignore[arg-type]  # one of DAMAGES
         elif node is not None and fault.kind == "leave":
             node.out_of_service()
         elif node is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -67,10 +68,11 @@ class Chat:
 
 
 class Ledger:
-    """All conversations of a run. From any thread."""
+    """All conversations of a run. From any thread. fickle: nodes whose promises do not count."""
 
-    def __init__(self, models: int, chats: int, prefix: str) -> None:
+    def __init__(self, models: int, chats: int, prefix: str, fickle: AbstractSet[str] = frozenset()) -> None:
         self._lock = threading.Lock()
+        self._fickle = fickle
         self._serial = 0
         self._prefix = prefix
         self._per_model = chats
@@ -126,7 +128,8 @@ class Ledger:
         What a node parks before it has heard that the name was forgotten elsewhere is forgotten too.
         """
         with self._lock:
-            if any(promise.node in gone.late for gone in chat.gone):
+            late = any(promise.node in gone.late for gone in chat.gone)
+            if late or promise.node in self._fickle:
                 return
             self.promised += 1
             said = promise.text.cut(promise.tokens)
@@ -143,7 +146,8 @@ class Ledger:
         with self._lock:
             late = any(set(copies.nodes) & set(gone.late) for gone in chat.gone)
             if not late and not self.longer(chat, said):
-                chat.copies.append(copies)
+                stay = tuple(node for node in copies.nodes if node not in self._fickle)
+                chat.copies.append(replace(copies, nodes=stay))
 
     @staticmethod
     def longer(chat: Chat, said: Text) -> list[Text]:
@@ -155,6 +159,11 @@ class Ledger:
         with self._lock:
             chat.went.append(text)
             chat.copies = [old for old in chat.copies if not old.text.cut(old.tokens).begins(text)]
+
+    def adopt(self, chat: Chat) -> None:
+        """One that nobody has turns with: at the end it is forgotten like all."""
+        with self._lock:
+            self.chats.append(chat)
 
     def all_heard(self) -> None:
         """Every node has heard of everything by now."""

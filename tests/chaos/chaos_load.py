@@ -36,9 +36,16 @@ class Chair:
     """One worker's place at a node: a thread that has turns, and the process that it orders about."""
 
     def __init__(
-        self, node: Node, model: int, ledger: Ledger, note: Callable[[str], None], held: Path | None
+        self,
+        node: Node,
+        model: int,
+        ledger: Ledger,
+        note: Callable[[str], None],
+        held: Path | None,
+        ranks: int = 1,
     ) -> None:
         self.node, self.model, self._ledger, self._note, self._held = node, model, ledger, note, held
+        self._ranks = ranks
         self.name = f"{node.name}{model}"
         self.seen: Counter[str] = Counter()
         self.failure: BaseException | None = None
@@ -77,6 +84,12 @@ class Chair:
         if not wait_until(lambda: bool(self.do("attached")), 30.0):
             raise Broken(f"worker {self.name} does not attach again")
 
+    @property
+    def pid(self) -> int | None:
+        """Of its process; None where there is none."""
+        with self._lock:
+            return self._worker.pid if self._worker is not None and self._worker.alive else None
+
     def close(self) -> None:
         """End it."""
         self.kill()
@@ -108,7 +121,9 @@ class Chair:
                 if self._manned.is_set():
                     if self._worker is not None:
                         self._worker.close()
-                    self._worker = WorkerProcess(self.node.path, self.model, self.seen["workers"], self._held)
+                    self._worker = WorkerProcess(
+                        self.node.path, self.model, self.seen["workers"], self._held, self._ranks
+                    )
                     self.seen["workers"] += 1
                     return self._worker
 

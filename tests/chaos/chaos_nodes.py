@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -16,11 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from chaos_damage import Excuses, Kind, damage
+from chaos_features import NO_FEATURES, Features
 from chaos_wires import State, Wire, Wires
 
 from kvtier.client import Client, connect
 from kvtier.errors import DaemonNotFound
 from kvtier.receipts import StatusReport
+from kvtier.testing.certificates import make_authority, make_certificate
 from kvtier.testing.node_bench import status
 from kvtier.testing.service_processes import ServiceProcesses
 from kvtier.waiting import wait_until
@@ -59,6 +63,7 @@ class Node:
         self._client: Client | None = None
         # By time.monotonic(): when it last had lost what only its memory held.
         self.harmed_s = 0.0
+        self.excuses = Excuses()
 
     @property
     def path(self) -> str:
@@ -100,6 +105,15 @@ class Node:
                 self.services.kill(name)
             if "node" in chosen:
                 self.harmed_s = time.monotonic()
+
+    def damage(self, kind: Kind, seed: float) -> None:
+        """Of its store; what is not done to a running service is done to one that was killed for it."""
+        with self._lock:
+            self._raise_ended()
+            if kind != "live flip" and "disk" in self.services.running():
+                self.services.kill("disk")
+            store = Path(self.services.config.disk_directory)
+            self.excuses.more(damage(store, kind, random.Random(seed)))
 
     def stop(self, service: str) -> None:
         """SIGSTOP, if it runs."""
@@ -163,6 +177,7 @@ class Node:
 
     def heal(self) -> None:
         """Go on, start, and wait until it is ready. Raises Broken."""
+        self.check_alive()
         with self._lock:
             for pid in list(self._stopped):
                 self._go_on(pid)
@@ -214,9 +229,16 @@ class Node:
 class Nodes:
     """All nodes and their links; ended, with all that they hold, at the end of a `with`."""
 
-    def __init__(self, folder: Path, *, faults: Sequence[str] = (), **settings: Any) -> None:
-        more = {name.replace("__", "."): value for name, value in settings.items()}
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        faults: Sequence[str] = (),
+        features: Features = NO_FEATURES,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.wires = Wires()
+        self._tls = features.tls
         self.links: dict[tuple[str, str], list[Wire]] = {}
         self._net = f"127.{1 + os.getpid() % 250}.{1 + os.getpid() // 250 % 250}"
         self.all: dict[str, Node] = {}
@@ -227,13 +249,16 @@ class Nodes:
             path = folder / name
             path.touch(mode=0o600)
             path.write_text(text)
+        ca = make_authority(folder / "certificates", "ca") if features.tls else None
         for name in NAMES:
             plan = folder / f"{name}.json"
-            plan.write_text(json.dumps({"routes": self._routes(name), "faults": list(faults)}))
+            said = {"routes": self._routes(name), "faults": list(faults), "coded": features.coded}
+            plan.write_text(json.dumps(said))
             runner = [sys.executable, str(Path(__file__).with_name("chaos_service.py")), str(plan)]
-            self.all[name] = Node(
-                name, folder / name, {**SETTINGS, **self._own(name, folder), **more}, runner
-            )
+            own = {**SETTINGS, **self._own(name, folder), **features.settings(name), **(settings or {})}
+            if ca is not None:
+                own |= self._sealed(name, ca)
+            self.all[name] = Node(name, folder / name, own, runner)
 
     def __enter__(self) -> Nodes:
         try:
@@ -254,11 +279,29 @@ class Nodes:
         for wire in self.links[source, target]:
             self.wires.put(wire, state, **how)
 
+    def check_links(self) -> None:
+        """All nodes speak over their links; with TLS nothing goes in clear. Raises Broken."""
+        for (source, target), wires in self.links.items():
+            clear, sealed = sum(wire.clear for wire in wires), sum(wire.sealed for wire in wires)
+            if not (clear or sealed):
+                raise Broken(f"BESIDE THE LINK: nothing that {source} says to {target} passes it")
+            if self._tls and clear:
+                raise Broken(f"IN CLEAR: {clear} connections from {source} to {target}")
+
     def close(self) -> None:
         """End everything."""
         for node in self.all.values():
             node.close()
         self.wires.close()
+
+    def _sealed(self, name: str, ca: Path) -> dict[str, str]:
+        """With a certificate for the node's own address and those of the links that lead to it."""
+        through = [self._through(source, name) for source in NAMES if source != name]
+        files = make_certificate(ca, name, ",IP:".join([self._address(name), *through]))
+        return {f"cluster.tls_{end}_file": path for end, path in files._asdict().items()}
+
+    def _through(self, source: str, target: str) -> str:
+        return f"{self._net}.{100 + 10 * NAMES.index(source) + NAMES.index(target)}"
 
     def _address(self, name: str) -> str:
         return f"{self._net}.{1 + NAMES.index(name)}"
@@ -283,7 +326,7 @@ class Nodes:
             if target == source:
                 continue
             ports = [_PEERS_PORT, *([_DIRECTORY_PORT] if target in _DIRECTORIES else [])]
-            through = f"{self._net}.{100 + 10 * NAMES.index(source) + NAMES.index(target)}"
+            through = self._through(source, target)
             self.links[source, target] = [
                 self.wires.add((through, port), (self._address(target), port)) for port in ports
             ]

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from chaos_damage import Excuses
 from chaos_nodes import Broken
 from chaos_wires import State
 from test_cluster_netns import Side, ip
@@ -49,6 +50,7 @@ class RayNode:
         # What the last `up` that failed said.
         self._why = ""
         self.harmed_s = 0.0
+        self.excuses = Excuses()
 
     @property
     def client(self) -> Client:
@@ -218,6 +220,9 @@ class RayNodes:
     ) -> None:
         for node in reversed(list(self.all.values())):
             node.close()
+
+    def check_links(self) -> None:
+        """There is no way beside them."""
 
     def put(self, source: str, target: str, state: State, **how: float) -> None:
         """The link is there, slow from one side, or down: then for both."""

@@ -14,7 +14,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.testing.kv_memory import LAYERS, PAGE_TOKENS, POISON, ROW_BYTES, KvMemory
+from kvtier.objects import Shard
+from kvtier.testing.kv_memory import HEADS, LAYERS, PAGE_TOKENS, POISON, ROW_BYTES, KvMemory
 
 PLANES = 2 * LAYERS
 Rows: TypeAlias = npt.NDArray[np.uint8]
@@ -73,12 +74,15 @@ class Text:
         return np.concatenate(drawn) if drawn else np.zeros(0, np.uint32)
 
     def rows(self, owner: str, plane: int) -> Rows:
-        """uint8 [count, ROW_BYTES]: the KV in one plane. owner: model and tenant."""
+        """uint8 [count, ROW_BYTES]: the KV in one plane. owner: model and tenant.
+
+        Numbers in bfloat16, of size 0.008 to 2, which codecs make smaller.
+        """
         drawn = [
             np.random.default_rng([plane, state]).integers(0, 1 << 64, (count, ROW_BYTES // 8), np.uint64)
             for state, (_, count) in zip(self._states(owner.encode()), self.pieces, strict=True)
         ]
-        return np.concatenate(drawn).view(np.uint8)
+        return ((np.concatenate(drawn).view(np.uint16) & 0x83FF) | 0x3C00).view(np.uint8)
 
     def _states(self, origin: bytes) -> list[int]:
         """For each piece a number that stands for everything up to its first token."""
@@ -93,24 +97,27 @@ class Text:
 
 
 class TextMemory(KvMemory):
-    """A pool of pages that texts are laid into. model: its number; another one has another fingerprint."""
+    """A pool of pages that texts are laid into. model: its number; another one has another fingerprint.
 
-    def __init__(self, pages: int, model: int) -> None:
-        super().__init__(pages, revision=f"chaos/model@{model}")
+    shard: the slice that this rank holds.
+    """
+
+    def __init__(self, pages: int, model: int, shard: Shard) -> None:
+        super().__init__(pages, revision=f"chaos/model@{model}", shard=shard)
         self.number = model
 
     def lay(self, text: Text, tenant: str, pages: Sequence[int]) -> None:
         """Put the text's KV into the pages."""
         for plane, memory in enumerate(self.planes):
             rows = self._rows(memory, pages)
-            rows[: text.count] = text.rows(self._owner(tenant), plane)
+            rows[: text.count] = self._slice(text, tenant, plane)
             memory[list(pages)] = rows.view(np.uint16).reshape(len(pages), *memory.shape[1:])
 
     def right(self, text: Text, tenant: str, pages: Sequence[int]) -> int:
         """How many tokens in the pages are right before the first wrong one."""
         found = np.ones(text.count, bool)
         for plane, memory in enumerate(self.planes):
-            rows = text.rows(self._owner(tenant), plane)
+            rows = self._slice(text, tenant, plane)
             found &= (self._rows(memory, pages)[: text.count] == rows).all(axis=1)
         wrong = np.flatnonzero(~found)
         return int(wrong[0]) if wrong.size else text.count
@@ -119,8 +126,11 @@ class TextMemory(KvMemory):
         """Whether nobody wrote into these pages since they were poisoned."""
         return all(bool((memory[list(pages)] == POISON * 0x0101).all()) for memory in self.planes)
 
-    def _owner(self, tenant: str) -> str:
-        return f"{self.number}/{tenant}"
+    def _slice(self, text: Text, tenant: str, plane: int) -> Rows:
+        head_bytes = ROW_BYTES // HEADS
+        first = self.shard.first_head * head_bytes
+        rows = text.rows(f"{self.number}/{tenant}", plane)
+        return rows[:, first : first + self.shard.heads * head_bytes]
 
 
 def pages_of(text: Text) -> int:

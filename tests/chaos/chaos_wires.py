@@ -16,13 +16,16 @@ from typing import Literal, TypeAlias
 State: TypeAlias = Literal["open", "cut", "hole", "deaf", "slow"]
 STATES: tuple[State, ...] = ("cut", "hole", "deaf", "slow")
 _CHUNK = 65536
+# A handshake, or an alert.
+_TLS_RECORDS = (0x16, 0x15)
 
 
 @dataclass(slots=True, eq=False)
 class Wire:
     """From one node to one address of another. bytes_per_s, delay_s: while it is slow.
 
-    changed: set when its state is another one, which has an event of its own.
+    changed: set when its state is another one, which has an event of its own.  sealed, clear: how many
+    directions of connections began with a record of TLS, and how many did not.
     """
 
     listen: tuple[str, int]
@@ -31,6 +34,8 @@ class Wire:
     bytes_per_s: float = 100e3
     delay_s: float = 0.02
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    sealed: int = 0
+    clear: int = 0
     open: set[asyncio.StreamWriter] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -122,7 +127,11 @@ class Wires:
 async def _pump(
     wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool
 ) -> None:
+    first = True
     while data := await reader.read(_CHUNK):
+        if first:
+            is_sealed, first = data[0] in _TLS_RECORDS, False
+            wire.sealed, wire.clear = wire.sealed + is_sealed, wire.clear + (not is_sealed)
         while wire.state == "hole" or (wire.state == "deaf" and not asks):
             await wire.changed.wait()
         if wire.state == "slow":
