@@ -22,13 +22,13 @@ from kvtier.bench.llama import (
     scattered_pool,
 )
 from kvtier.bench.memory import CopyLimits, faulted
-from kvtier.client import Client, connect
-from kvtier.fingerprint import Fingerprint
+from kvtier.client.client import Client, connect
+from kvtier.client.worker import Worker
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
 from kvtier.testing.service_processes import ServiceProcesses
-from kvtier.worker import Worker
 
 _ROUNDS = 5
 _PINGS, _IN_A_ROW, _LOOKUPS = 5000, 100, 200

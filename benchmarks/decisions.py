@@ -15,13 +15,13 @@ from kvtier.bench.llama import BLOCK_TOKENS, PAGE_TOKENS
 from kvtier.daemon.collector import set_survivors_aside
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
-from kvtier.messages import Attach, Attached, DropPlan, MakePlan, Message, Park, Ping, Planned
+from kvtier.messages.calls import Attach, Attached, DropPlan, MakePlan, Message, Park, Ping, Planned
+from kvtier.messages.tiers import Copied, Copy, TierHello
 from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, Received, Send
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.defaults import make_policies
 from kvtier.policy.usage import ParkedBlock, Turn
-from kvtier.tier_messages import Copied, Copy, TierHello
 
 _TOKENS, _TURN_TOKENS = 32768, 500
 _ROUNDS, _PINGS = 300, 3000

@@ -30,17 +30,17 @@ import numpy as np
 from benchmarks.eta import Outcome, report
 from kvtier.bench.lines import Line, table
 from kvtier.bench.memory import faulted
-from kvtier.client import Client, connect
-from kvtier.fingerprint import Fingerprint
+from kvtier.client.client import Client, connect
+from kvtier.client.handles import ParkHandle, RestoreHandle
+from kvtier.client.worker import Worker
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
-from kvtier.handles import ParkHandle, RestoreHandle
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
 from kvtier.policy.intervals import Interval
 from kvtier.policy.load_cost import LoadEstimate, Path
 from kvtier.testing.service_processes import ServiceProcesses
 from kvtier.waiting import wait_until
-from kvtier.worker import Worker
 
 LAYERS, HEADS, DIM, PAGE_TOKENS, BLOCK_TOKENS = 16, 8, 64, 16, 64
 BLOCK_BYTES = LAYERS * 2 * HEADS * DIM * 2 * BLOCK_TOKENS

@@ -38,11 +38,11 @@ import msgspec
 import numpy as np
 
 from benchmarks.fidelity_worker import BLOCK_TOKENS, CONFIG
-from kvtier import messages as m
 from kvtier.bench.lines import Line
-from kvtier.client import connect
-from kvtier.config_secrets import tenant_secret
+from kvtier.client.client import connect
+from kvtier.config.secrets import tenant_secret
 from kvtier.daemon.policies import configured_policies
+from kvtier.messages import calls as m
 from kvtier.node import journal
 from kvtier.node.events import Received
 from kvtier.sim.calibration import Entry

@@ -19,9 +19,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvtier
-from kvtier.fingerprint import Fingerprint
 from kvtier.integrations.dynamic_cache import cache_shape
 from kvtier.integrations.transformers import Restored, TransformersKV, attach, model_config
+from kvtier.model.fingerprint import Fingerprint
 
 BLOCK_TOKENS = 64
 CONFIG = {

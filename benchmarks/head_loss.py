@@ -24,18 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
+from kvtier.client.worker import Worker
 from kvtier.cluster import record as records
 from kvtier.cluster.down import down
 from kvtier.cluster.procs import alive, identify, send, wait_ended
 from kvtier.cluster.record import Record
 from kvtier.cluster.status import cluster_status
 from kvtier.cluster.up import up
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
-from kvtier.worker import Worker
 
 _TOKENS = 256
 _PORT_FIRST = 47100

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from kvtier.bench.lines import Line, micros_line, seconds, table
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.service_processes import ServiceProcesses
 

@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from kvtier.bench.lines import Line, table
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
 from kvtier.testing.node_cluster import cluster_settings
 from kvtier.testing.service_processes import ServiceProcesses, processor_s

@@ -20,9 +20,9 @@ import numpy as np
 
 import kvtier
 from kvtier import Fingerprint, Shard, Shards
+from kvtier.client.worker_inputs import WorkerPlan
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
-from kvtier.worker_inputs import WorkerPlan
 
 PAGE_TOKENS, BLOCK_TOKENS, PAGES, LAYERS, HEADS, DIM = 16, 64, 64, 2, 4, 32
 TOKENS = list(range(1000, 1300))

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvtier.aio import AsyncClient, AsyncWorker, connect_async
-    from kvtier.client import Client, connect
+    from kvtier.client.aio import AsyncClient, AsyncWorker, connect_async
+    from kvtier.client.client import Client, connect
+    from kvtier.client.shards import Shards
+    from kvtier.client.worker import Worker
     from kvtier.errors import KvtierError
-    from kvtier.fingerprint import Fingerprint
-    from kvtier.model import ModelSpec
+    from kvtier.model.fingerprint import Fingerprint
+    from kvtier.model.spec import ModelSpec
     from kvtier.objects import Shard
     from kvtier.receipts import (
         ForgetReceipt,
@@ -32,26 +34,24 @@ if TYPE_CHECKING:
         RestoreReceipt,
         StatusReport,
     )
-    from kvtier.shards import Shards
-    from kvtier.worker import Worker
 
 _HOMES = {
-    "AsyncClient": "aio",
-    "AsyncWorker": "aio",
-    "Client": "client",
-    "Fingerprint": "fingerprint",
+    "AsyncClient": "client.aio",
+    "AsyncWorker": "client.aio",
+    "Client": "client.client",
+    "Fingerprint": "model.fingerprint",
     "ForgetReceipt": "receipts",
     "KvtierError": "errors",
-    "ModelSpec": "model",
+    "ModelSpec": "model.spec",
     "ParkReceipt": "receipts",
     "Plan": "receipts",
     "RestoreReceipt": "receipts",
     "Shard": "objects",
-    "Shards": "shards",
+    "Shards": "client.shards",
     "StatusReport": "receipts",
-    "Worker": "worker",
-    "connect": "client",
-    "connect_async": "aio",
+    "Worker": "client.worker",
+    "connect": "client.client",
+    "connect_async": "client.aio",
 }
 
 __all__ = [

@@ -17,11 +17,11 @@ import numpy as np
 from kvtier.bench.lines import Line, micros_line, seconds
 from kvtier.bench.llama import BLOCK_BYTES, BLOCK_TOKENS, HEADS, LAYERS, scattered_pool
 from kvtier.bench.memory import faulted
-from kvtier.client import Client, connect
-from kvtier.fingerprint import Fingerprint
+from kvtier.client.client import Client, connect
+from kvtier.client.worker import Worker
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
 from kvtier.testing.service_processes import ServiceProcesses
-from kvtier.worker import Worker
 
 MiB = 1 << 20
 _BLOCKS = 2

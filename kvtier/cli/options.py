@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvtier import paths
-from kvtier.config_units import parse_seconds
+from kvtier.config.units import parse_seconds
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvtier.client import Client
-    from kvtier.config_schema import Config
+    from kvtier.client.client import Client
+    from kvtier.config.schema import Config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -65,7 +65,7 @@ def node_options(command: Command) -> Command:
 
 def read_config(config_file: str | None, settings: tuple[str, ...] = (), **overrides: Any) -> Config:
     """Settings from --config, --set and options of their own (`section__key`). Raises ConfigError."""
-    from kvtier.config import load
+    from kvtier.config.load import load
 
     given: dict[str, Any] = {}
     for setting in settings:
@@ -83,7 +83,7 @@ def open_client(
     socket_path: str | None, config_file: str | None, token_file: str | None, timeout_s: float
 ) -> Client:
     """A connection to the daemon that the options name. Raises DaemonNotFound, AuthError, ConfigError."""
-    from kvtier.client import connect
+    from kvtier.client.client import connect
 
     if config_file is not None:
         config = read_config(config_file)

@@ -15,7 +15,7 @@ from kvtier.cluster.orders import Order
 from kvtier.cluster.procs import Process, alive, send, wait_ended
 from kvtier.cluster.record import Record
 from kvtier.cluster.state import lock
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 _KILL_S = 5.0

@@ -8,7 +8,7 @@ from typing import Any
 from kvtier.cluster import record as records
 from kvtier.cluster.launch import Starter, environment_of
 from kvtier.cluster.orders import Order
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import DaemonNotFound
 
 _LOG = "drain.log"

@@ -23,8 +23,8 @@ import kvtier
 from kvtier.cluster.orders import Event, Order
 from kvtier.cluster.procs import Process, identify
 from kvtier.cluster.record import TOKEN_VARIABLE, Record, write_private
-from kvtier.config_schema import Config
-from kvtier.config_secrets import RAY_TOKEN_MIN_BYTES, read_secret
+from kvtier.config.schema import Config
+from kvtier.config.secrets import RAY_TOKEN_MIN_BYTES, read_secret
 from kvtier.errors import KvtierError
 
 LOG = "up.log"

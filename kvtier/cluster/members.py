@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import msgspec
 
 from kvtier.cluster.reconciler import TierRole
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 

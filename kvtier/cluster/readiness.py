@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from kvtier import paths, protocol
-from kvtier.config_schema import Config
-from kvtier.credentials import read_token
+from kvtier import paths
+from kvtier.config.credentials import read_token
+from kvtier.config.schema import Config
 from kvtier.errors import DaemonNotFound
-from kvtier.messages import Status, StatusIs
-from kvtier.wire import Channel, expect, hello
+from kvtier.messages import protocol
+from kvtier.messages.calls import Status, StatusIs
+from kvtier.messages.wire import Channel, expect, hello
 
 _ASK_S = 2.0
 

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from kvtier.cluster.reconciler import TierRole
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 SERVICES: dict[TierRole, str] = {

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvtier.config_schema import RAY_TEMP_DIR_MAX_BYTES, Config
+from kvtier.config.schema import RAY_TEMP_DIR_MAX_BYTES, Config
 from kvtier.errors import ConfigError, KvtierError
 
 _LOCK = "up.lock"

@@ -26,7 +26,7 @@ from kvtier.cluster.reconciler import TierRole
 from kvtier.cluster.record import Record, with_process
 from kvtier.cluster.services import services_for
 from kvtier.cluster.state import lock, prepare_dirs, ray_folder
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 NAMESPACE = "kvtier"

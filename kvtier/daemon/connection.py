@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvtier import protocol
-from kvtier.config import Config
-from kvtier.credentials import Access, read_token
+from kvtier.config.credentials import Access, read_token
+from kvtier.config.load import Config
 from kvtier.daemon.loop import Loop
 from kvtier.errors import KvtierError, MalformedMessage, ProtocolError
-from kvtier.messages import Failed, Hello, Message, Welcome
-from kvtier.wire import FrameBuffer, close_all, receive
+from kvtier.messages import protocol
+from kvtier.messages.calls import Failed, Hello, Message, Welcome
+from kvtier.messages.wire import FrameBuffer, close_all, receive
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from kvtier.gpu.schedule import (
     Refused,
     SendBatch,
 )
-from kvtier.tier_messages import CancelCopies, Copied, Copy, WireItem
+from kvtier.messages.tiers import CancelCopies, Copied, Copy, WireItem
 
 _PAGE_ID = np.dtype("<u4")
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtier.carriage import Bytes, Passing
-from kvtier.cluster_messages import Load
-from kvtier.config import Config
-from kvtier.config_cluster_schema import ClusterConfig
-from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
+from kvtier.config.cluster_schema import ClusterConfig
+from kvtier.config.load import Config
+from kvtier.config.secrets import TOKEN_MIN_BYTES, read_secret
 from kvtier.directory import calls
 from kvtier.directory.routing import digest_of, services_of
 from kvtier.directory.shard import Shard, ShardSettings
 from kvtier.errors import ConfigError, MalformedMessage
+from kvtier.messages.cluster import Load
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import PeerServer, ServerSettings
 from kvtier.peers.tls import TlsFiles, server_side

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from kvtier.host.arena import ArenaView
-from kvtier.messages import Message
-from kvtier.tier_messages import DiskUsage
-from kvtier.wire import Channel, ChannelLost
+from kvtier.messages.calls import Message
+from kvtier.messages.tiers import DiskUsage
+from kvtier.messages.wire import Channel, ChannelLost
 
 log = logging.getLogger(__name__)
 

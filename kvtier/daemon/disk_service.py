@@ -13,7 +13,7 @@ from typing import Any
 
 from kvtier import paths
 from kvtier.breaker import CHANCE, Backoff
-from kvtier.config import Config
+from kvtier.config.load import Config
 from kvtier.daemon.disk_lanes import Lanes, Session
 from kvtier.daemon.disk_probe import PROBE_ROOM_BYTES, check_direct_io, write_probe
 from kvtier.daemon.disk_wear import WearMeter
@@ -33,12 +33,8 @@ from kvtier.errors import (
     TierFull,
     TierUnavailable,
 )
-from kvtier.messages import Message
-from kvtier.node.disk_reads import DISK_LEASE_S
-from kvtier.node.wire import pack_metas
-from kvtier.objects import ObjectId
-from kvtier.tier import Slot
-from kvtier.tier_messages import (
+from kvtier.messages.calls import Message
+from kvtier.messages.tiers import (
     Announce,
     DiskRead,
     DiskReadDone,
@@ -50,7 +46,11 @@ from kvtier.tier_messages import (
     TierHello,
     WireRecord,
 )
-from kvtier.wire import close_all
+from kvtier.messages.wire import close_all
+from kvtier.node.disk_reads import DISK_LEASE_S
+from kvtier.node.wire import pack_metas
+from kvtier.objects import ObjectId
+from kvtier.tier import Slot
 
 log = logging.getLogger(__name__)
 

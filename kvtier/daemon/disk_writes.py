@@ -23,10 +23,10 @@ from kvtier.disk.tier import DiskTier
 from kvtier.errors import ConfigError, ObjectExists, StaleSlot, TierError, TierFull, TierUnavailable
 from kvtier.host.arena import ArenaView
 from kvtier.host.sysmem import Bytes
+from kvtier.messages.tiers import DiskWrite, DiskWritten, WireRecord
 from kvtier.node.wire import unpack_metas
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
-from kvtier.tier_messages import DiskWrite, DiskWritten, WireRecord
 
 log = logging.getLogger(__name__)
 # Of one spill so much is on its way at once, a block at least: the blocks of a park get in between.

@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from kvtier import paths
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.daemon.node_service import NodeService
@@ -67,7 +67,7 @@ class Embedded:
 
 
 def start(**overrides: Any) -> Embedded:
-    """Start a daemon in this process. overrides: settings by dotted name, as for `kvtier.config.load`."""
+    """Start a daemon in this process. overrides: settings by dotted name, as for `config.load`."""
     daemon = Embedded(overrides)
     daemon.start()
     return daemon

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from kvtier import paths
-from kvtier.config import Config
-from kvtier.config_checks import is_loopback
-from kvtier.credentials import read_token
+from kvtier.config.checks import is_loopback
+from kvtier.config.credentials import read_token
+from kvtier.config.load import Config
 from kvtier.daemon.http import HealthServer
 from kvtier.daemon.locating import Locating
 from kvtier.daemon.metrics import (
@@ -20,10 +20,10 @@ from kvtier.daemon.metrics import (
     TierMetrics,
     make_registry,
 )
+from kvtier.messages.tiers import DiskUsage
 from kvtier.node.core import NodeCore
 from kvtier.node.counters import BUCKETS_S
 from kvtier.node.eta import ERROR_BOUNDS
-from kvtier.tier_messages import DiskUsage
 
 Answer = TypeVar("Answer")
 

@@ -18,7 +18,7 @@ from kvtier.errors import GeometryError, KvtierError
 from kvtier.geometry import CUDA_IPC
 from kvtier.gpu.engine import CLOSE_S, CopyBatch, CopyEngine, CopyResult
 from kvtier.gpu.shared_pool import SharedPool
-from kvtier.tier_messages import Copied, Copy, PoolJoined
+from kvtier.messages.tiers import Copied, Copy, PoolJoined
 
 # Batches are some 64 MiB: one that takes this long waits for something that does not happen.
 LATE_S = 10.0

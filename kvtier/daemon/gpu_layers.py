@@ -19,7 +19,7 @@ from functools import partial
 from kvtier.errors import KvtierError, TierUnavailable
 from kvtier.gpu.engine import CopyBatch, Reached, StreamEvent
 from kvtier.gpu.layers import LayerBatch, LayerEvents
-from kvtier.tier_messages import Copy, LayerQueued
+from kvtier.messages.tiers import Copy, LayerQueued
 
 Relay = Callable[..., int]
 Tell = Callable[[str, LayerQueued], None]

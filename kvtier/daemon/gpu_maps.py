@@ -36,7 +36,7 @@ from kvtier.gpu.cuda.make import CudaPlace, cuda_engine, mappings_of
 from kvtier.gpu.cuda.memory import PinnedArena
 from kvtier.gpu.engine import CLOSE_S, CopyBatch, SlotMemory, StreamEvent
 from kvtier.gpu.shared_pool import Challenge
-from kvtier.tier_messages import Copy, PoolProbed, ProbePool
+from kvtier.messages.tiers import Copy, PoolProbed, ProbePool
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from kvtier import __version__, paths
 from kvtier.breaker import CHANCE, Backoff
-from kvtier.config import Config
+from kvtier.config.load import Config
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.copy_desk import CopyDesk
 from kvtier.daemon.gpu_copies import LATE_S, GpuCopies, on_a_gpu
@@ -30,8 +30,8 @@ from kvtier.gpu.cuda.make import device_of
 from kvtier.gpu.engine import CLOSE_S, CopyEngine, CopyResult, SlotMemory
 from kvtier.gpu.schedule import Bounds
 from kvtier.host.arena import ArenaView
-from kvtier.messages import Hello, Message
-from kvtier.tier_messages import (
+from kvtier.messages.calls import Hello, Message
+from kvtier.messages.tiers import (
     CancelCopies,
     Copied,
     Copy,
@@ -43,7 +43,7 @@ from kvtier.tier_messages import (
     ProbePool,
     TierHello,
 )
-from kvtier.wire import Channel, close_all
+from kvtier.messages.wire import Channel, close_all
 
 log = logging.getLogger(__name__)
 

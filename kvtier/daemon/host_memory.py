@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvtier.config import Config
+from kvtier.config.load import Config
 from kvtier.host.limits import auto_capacity, memory_limit
 from kvtier.host.tier import HostTier
 

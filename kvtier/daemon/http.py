@@ -15,7 +15,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from kvtier.config_checks import is_loopback
+from kvtier.config.checks import is_loopback
 from kvtier.errors import ConfigError
 
 # A client that stops in the middle of a request must not keep a thread.

@@ -7,8 +7,8 @@ from typing import Literal
 
 from kvtier.errors import ProtocolError
 from kvtier.host.arena import ArenaView
-from kvtier.tier_messages import Arenas, TierHello
-from kvtier.wire import Channel, close_all, hello
+from kvtier.messages.tiers import Arenas, TierHello
+from kvtier.messages.wire import Channel, close_all, hello
 
 
 def join_node(

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import msgspec
 
 from kvtier.arguments import DEFAULT_TENANT
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.daemon.http import Reply
 from kvtier.errors import ConfigError, KvtierError
 

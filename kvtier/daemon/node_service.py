@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtier import __version__, paths
 from kvtier.carriage import Bytes, Carrier, Passing
-from kvtier.cluster_messages import DIRECTORY, SERVICE, Drain
-from kvtier.config import Config
-from kvtier.config_secrets import tenant_secret
+from kvtier.config.load import Config
+from kvtier.config.secrets import tenant_secret
 from kvtier.daemon.connection import Connection, Listener, Peer, access_of, failed, welcome
 from kvtier.daemon.host_memory import make_host
 from kvtier.daemon.loop import Loop, LoopThread
@@ -29,7 +28,10 @@ from kvtier.daemon.policy_state import PolicyState
 from kvtier.daemon.question import Question
 from kvtier.daemon.stimulus_log import StimulusLog
 from kvtier.errors import GeometryError, KvtierError, ProtocolError
-from kvtier.messages import Attach, Attached, Hello, Message
+from kvtier.messages.calls import Attach, Attached, Hello, Message
+from kvtier.messages.cluster import DIRECTORY, SERVICE, Drain
+from kvtier.messages.tiers import PoolJoined, pool_descriptors
+from kvtier.messages.wire import close_all
 from kvtier.node.core import NodeCore
 from kvtier.node.events import (
     ArenaGrew,
@@ -44,8 +46,6 @@ from kvtier.node.events import (
 )
 from kvtier.node.journal import JournaledCore, Origin
 from kvtier.node.settings import NodeSettings
-from kvtier.tier_messages import PoolJoined, pool_descriptors
-from kvtier.wire import close_all
 
 if TYPE_CHECKING:
     from kvtier.daemon.http import HealthServer

@@ -15,10 +15,22 @@ from typing import Any
 
 import msgspec
 
-from kvtier import protocol
 from kvtier.carriage import Bytes as Piece
 from kvtier.carriage import Carrier, Passing
-from kvtier.cluster_messages import (
+from kvtier.config.load import Config
+from kvtier.config.secrets import TOKEN_MIN_BYTES, read_secret
+from kvtier.daemon.directory_service import split, tls_files
+from kvtier.daemon.peer_book import PeerBook
+from kvtier.daemon.peer_codecs import codings
+from kvtier.daemon.peer_directory import PeerDirectory
+from kvtier.daemon.peer_graves import PeerGraves
+from kvtier.daemon.peer_lender import PeerLender
+from kvtier.errors import KvtierError
+from kvtier.host.sysmem import Bytes
+from kvtier.host.tier import HostTier
+from kvtier.messages import protocol
+from kvtier.messages.calls import Message
+from kvtier.messages.cluster import (
     DIRECTORY,
     PEER,
     PEERS,
@@ -47,18 +59,7 @@ from kvtier.cluster_messages import (
     TheseAre,
     WhatIs,
 )
-from kvtier.config import Config
-from kvtier.config_secrets import TOKEN_MIN_BYTES, read_secret
-from kvtier.daemon.directory_service import split, tls_files
-from kvtier.daemon.peer_book import PeerBook
-from kvtier.daemon.peer_codecs import codings
-from kvtier.daemon.peer_directory import PeerDirectory
-from kvtier.daemon.peer_graves import PeerGraves
-from kvtier.daemon.peer_lender import PeerLender
-from kvtier.errors import KvtierError
-from kvtier.host.sysmem import Bytes
-from kvtier.host.tier import HostTier
-from kvtier.messages import Message
+from kvtier.messages.tiers import WireItem
 from kvtier.node.core import NodeCore
 from kvtier.node.events import Send
 from kvtier.objects import ObjectId
@@ -70,7 +71,6 @@ from kvtier.peers.server import PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
 from kvtier.peers.tls import client_side, server_side
 from kvtier.tier import Slot
-from kvtier.tier_messages import WireItem
 
 _LOG = logging.getLogger(__name__)
 _READS, _ASKS = 8, 8

@@ -17,7 +17,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from kvtier.carriage import Carrier
-from kvtier.cluster_messages import (
+from kvtier.config.cluster_schema import ClusterConfig
+from kvtier.daemon.directory_service import directory_name, split
+from kvtier.daemon.peer_book import PeerBook
+from kvtier.directory import calls, saying
+from kvtier.directory.announcements import Answer
+from kvtier.directory.announcer import Announcer, Sender
+from kvtier.directory.lookups import Hits, Question, questions
+from kvtier.directory.merge import Conversation
+from kvtier.directory.routing import digest_of, services_of, shard_of_conversation
+from kvtier.errors import KvtierError
+from kvtier.messages.cluster import (
     Branches,
     FindBranches,
     FindConversations,
@@ -31,16 +41,6 @@ from kvtier.cluster_messages import (
     NodeThere,
     Stone,
 )
-from kvtier.config_cluster_schema import ClusterConfig
-from kvtier.daemon.directory_service import directory_name, split
-from kvtier.daemon.peer_book import PeerBook
-from kvtier.directory import calls, saying
-from kvtier.directory.announcements import Answer
-from kvtier.directory.announcer import Announcer, Sender
-from kvtier.directory.lookups import Hits, Question, questions
-from kvtier.directory.merge import Conversation
-from kvtier.directory.routing import digest_of, services_of, shard_of_conversation
-from kvtier.errors import KvtierError
 from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.handshake import Identity
 from kvtier.peers.stream import StreamLost

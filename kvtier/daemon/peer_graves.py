@@ -12,8 +12,8 @@ from typing import BinaryIO
 import msgpack
 import msgspec
 
-from kvtier.cluster_messages import Stone
 from kvtier.errors import KvtierError
+from kvtier.messages.cluster import Stone
 from kvtier.node.limits import MOST_PAST
 
 _NAME = "tombstones"

@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvtier import protocol
-from kvtier.cluster_messages import PEER, Erase, Erased, GaveBack, Keep, Lend, Lent, WhatIs
 from kvtier.errors import MalformedMessage, ProtocolError, TierUnavailable
 from kvtier.host.sysmem import Bytes
 from kvtier.host.tier import HostTier
-from kvtier.messages import Failed, Message
+from kvtier.messages import protocol
+from kvtier.messages.calls import Failed, Message
+from kvtier.messages.cluster import PEER, Erase, Erased, GaveBack, Keep, Lend, Lent, WhatIs
 from kvtier.objects import ObjectId
 from kvtier.peers.server import Opened
 from kvtier.tier import Slot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtier.config import Config
+from kvtier.config.load import Config
 from kvtier.errors import ConfigError
 from kvtier.policy.defaults import make_policies
 from kvtier.policy.interfaces import Policies

@@ -6,11 +6,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from kvtier.cluster_messages import Load
 from kvtier.directory.announcements import Announcement, Answer
 from kvtier.directory.lookups import Hits
 from kvtier.directory.merge import Conversation
 from kvtier.errors import MalformedMessage
+from kvtier.messages.cluster import Load
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from kvtier.cluster_messages import (
+from kvtier.directory.announcements import HINT_BYTES, MOST_PARTS, End, Layout, Part, Record, Tombstone
+from kvtier.directory.announcer import Announcer, Holding
+from kvtier.directory.lookups import Hits, Question, as_asked, fronts
+from kvtier.directory.merge import Conversation
+from kvtier.geometry import Geometry
+from kvtier.keys import BlockRef
+from kvtier.messages.cluster import (
     BranchEnd,
     Chain,
     FindHolders,
@@ -16,12 +22,6 @@ from kvtier.cluster_messages import (
     Reach,
     Stone,
 )
-from kvtier.directory.announcements import HINT_BYTES, MOST_PARTS, End, Layout, Part, Record, Tombstone
-from kvtier.directory.announcer import Announcer, Holding
-from kvtier.directory.lookups import Hits, Question, as_asked, fronts
-from kvtier.directory.merge import Conversation
-from kvtier.geometry import Geometry
-from kvtier.keys import BlockRef
 from kvtier.objects import KEY_BYTES
 
 _NOTHING = Layout(0, ())

@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from kvtier.arguments import DEFAULT_TENANT
+from kvtier.client.handles import ParkHandle
 from kvtier.errors import TokensError
-from kvtier.handles import ParkHandle
 from kvtier.receipts import RestoreReceipt
 
 if TYPE_CHECKING:

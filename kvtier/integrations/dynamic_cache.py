@@ -20,7 +20,7 @@ from kvtier.errors import GeometryError, TokensError
 from kvtier.gpu.describe import contiguous
 from kvtier.gpu.layout import LayerGroup, PoolLayout
 from kvtier.gpu.pool import Binding, bind_sequence
-from kvtier.model import ModelSpec
+from kvtier.model.spec import ModelSpec
 from kvtier.objects import Shard
 
 # One layer's keys and values, each [1, kv_heads, tokens, head_dim].

@@ -28,7 +28,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from kvtier.arguments import DEFAULT_TENANT
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.errors import KvtierError
 
 log = logging.getLogger(__name__)

@@ -49,21 +49,21 @@ import torch
 from transformers import DynamicCache
 
 from kvtier.arguments import DEFAULT_TENANT
+from kvtier.client.handles import ParkHandle
+from kvtier.client.shards import Shards
+from kvtier.client.worker_inputs import WorkerPlan
 from kvtier.errors import FingerprintError, TokensError
-from kvtier.fingerprint import Fingerprint
 from kvtier.geometry import EXACT
 from kvtier.gpu.places import place_of
-from kvtier.handles import ParkHandle
 from kvtier.integrations.chat_session import ChatSession, ParkLevel, Reply, Share
 from kvtier.integrations.dynamic_cache import CacheShape, cache_shape
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
 from kvtier.receipts import RestoreReceipt
-from kvtier.shards import Shards
-from kvtier.worker_inputs import WorkerPlan
 
 if TYPE_CHECKING:
-    from kvtier.client import Client
-    from kvtier.worker import Worker
+    from kvtier.client.client import Client
+    from kvtier.client.worker import Worker
 
 __all__ = ["ChatSession", "Reply", "Restored", "TransformersKV", "attach"]
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 from heapq import nsmallest
 from itertools import takewhile
 
-from kvtier.cluster_messages import Buried, KnownConversation
 from kvtier.errors import ProtocolError
-from kvtier.messages import (
+from kvtier.messages.calls import (
     Conversations,
     Done,
     Explain,
@@ -26,6 +25,7 @@ from kvtier.messages import (
     Status,
     StatusIs,
 )
+from kvtier.messages.cluster import Buried, KnownConversation
 from kvtier.node import usage
 from kvtier.node.awaited import Awaited
 from kvtier.node.blocks import Block, ConversationId, Stored

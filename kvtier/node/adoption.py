@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from itertools import chain
 
 from kvtier.errors import CorruptObject
+from kvtier.messages.tiers import Announce, WireRecord
 from kvtier.node import usage, wire
 from kvtier.node.conversations import Conversation, from_bytes
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectId, ObjectMeta
-from kvtier.tier_messages import Announce, WireRecord
 
 # Objects, or blocks of a conversation's chain, that one part looks at: about ten milliseconds.
 UNITS_AT_ONCE = 500

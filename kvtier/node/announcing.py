@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from kvtier.cluster_messages import DIRECTORY, Held, Holdings, Load, Named
+from kvtier.messages.cluster import DIRECTORY, Held, Holdings, Load, Named
 from kvtier.node.blocks import ConversationId
 from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState

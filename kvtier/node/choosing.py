@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import NamedTuple, TypeAlias, cast
 
 from kvtier.errors import ProtocolError
-from kvtier.messages import MakePlan
+from kvtier.messages.calls import MakePlan
 from kvtier.node.blocks import Block
 from kvtier.node.coverage import Piece, Source, SourceOf, restored_end
 from kvtier.node.queues import Queues

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvtier import cluster_messages as c
-from kvtier.messages import Message
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import Message
 from kvtier.node.announcing import Announcing
 from kvtier.node.balancing import Balancing
 from kvtier.node.disk_side import DiskSide

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvtier.messages.tiers import CancelCopies, Copied, Copy, Direction
 from kvtier.node import wire
 from kvtier.node.state import NodeState, Worker
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
-from kvtier.tier_messages import CancelCopies, Copied, Copy, Direction
 
 Pair = tuple[ObjectMeta, Slot]
 

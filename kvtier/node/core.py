@@ -14,9 +14,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
 from kvtier.errors import ConfigError, KvtierError, ProtocolError
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.node import usage
 from kvtier.node.admin import Admin
 from kvtier.node.adoption import Adoption

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
+from kvtier.messages.tiers import DiskRead, DiskReadDone
 from kvtier.node import wire
 from kvtier.node.blocks import Stored
 from kvtier.node.counters import count
@@ -12,7 +13,6 @@ from kvtier.node.reads import Orphans, Reads
 from kvtier.node.state import NodeState
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
-from kvtier.tier_messages import DiskRead, DiskReadDone
 
 # A write or read that the disk service has not answered by then no longer has a right to its slots.
 DISK_LEASE_S = 60.0

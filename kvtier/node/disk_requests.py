@@ -14,10 +14,10 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+from kvtier.messages.tiers import DiskRemove, DiskWrite
 from kvtier.node.blocks import Stored
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
-from kvtier.tier_messages import DiskRemove, DiskWrite
 
 
 class Written(NamedTuple):

@@ -7,6 +7,14 @@ from math import inf
 
 import msgspec
 
+from kvtier.messages.tiers import (
+    DiskRemove,
+    DiskRemoved,
+    DiskUsage,
+    DiskWrite,
+    DiskWritten,
+    WireRecord,
+)
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Conversation
@@ -28,14 +36,6 @@ from kvtier.node.reads import Orphans
 from kvtier.node.state import NodeState, disk_bytes, room_bytes
 from kvtier.objects import ObjectMeta
 from kvtier.tier import Slot
-from kvtier.tier_messages import (
-    DiskRemove,
-    DiskRemoved,
-    DiskUsage,
-    DiskWrite,
-    DiskWritten,
-    WireRecord,
-)
 
 # How long a disk tier that went away is waited for with what was promised to other nodes: its service starts
 # again, and takes over what it holds.

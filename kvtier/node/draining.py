@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from kvtier.cluster_messages import Drain
+from kvtier.messages.cluster import Drain
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.moving import Moving
 from kvtier.node.replicas import Replicas

@@ -19,7 +19,10 @@ from math import inf
 from typing import TypeAlias
 
 from kvtier import keys
-from kvtier.cluster_messages import (
+from kvtier.geometry import Geometry
+from kvtier.keys import BlockRef
+from kvtier.messages.calls import MakePlan
+from kvtier.messages.cluster import (
     DIRECTORY,
     MOST_KEYS,
     PEERS,
@@ -33,9 +36,6 @@ from kvtier.cluster_messages import (
     Reach,
     TheseAre,
 )
-from kvtier.geometry import Geometry
-from kvtier.keys import BlockRef
-from kvtier.messages import MakePlan
 from kvtier.node import wire
 from kvtier.node.blocks import Block, Private, Stored
 from kvtier.node.coverage import Piece, Source, longest, restored_end

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from kvtier.messages import Message
+from kvtier.messages.calls import Message
 
 
 @dataclass(frozen=True, slots=True)

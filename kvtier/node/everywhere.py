@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvtier.cluster_messages import DIRECTORY, FindConversations, Known, KnownConversation
+from kvtier.messages.cluster import DIRECTORY, FindConversations, Known, KnownConversation
 from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo

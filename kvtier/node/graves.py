@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvtier.cluster_messages import DIRECTORY, Buried, Bury, Erase, Erased, Graves, Heard, Over, Stone
+from kvtier.messages.cluster import DIRECTORY, Buried, Bury, Erase, Erased, Graves, Heard, Over, Stone
 from kvtier.node.blocks import ConversationId
 from kvtier.node.disk_requests import RemoveDone
 from kvtier.node.limits import MOST_PAST

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from kvtier.geometry import Geometry
-from kvtier.messages import Planned
+from kvtier.messages.calls import Planned
 from kvtier.node.blocks import Block
 from kvtier.node.choosing import Chosen
 from kvtier.node.coverage import Piece

@@ -18,7 +18,8 @@ import msgpack
 import msgspec
 
 from kvtier.errors import KvtierError
-from kvtier.messages import Message, StatusIs
+from kvtier.messages.calls import Message, StatusIs
+from kvtier.messages.protocol import LENGTH, decode, encode
 from kvtier.node.core import NodeCore
 from kvtier.node.events import (
     ArenaGrew,
@@ -34,7 +35,6 @@ from kvtier.node.events import (
 from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.interfaces import Policies
-from kvtier.protocol import LENGTH, decode, encode
 
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (ArenaGrew, EventsJoined, Left, ProcessEnded, Remembered, Tick)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvtier.cluster_messages import DIRECTORY, Erase, Keep, Kept
 from kvtier.errors import KvtierError
+from kvtier.messages.cluster import DIRECTORY, Erase, Keep, Kept
 from kvtier.node import limits, usage, wire
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Head

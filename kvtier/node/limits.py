@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from kvtier import messages as m
 from kvtier.arguments import name
 from kvtier.errors import ProtocolError
+from kvtier.messages import calls as m
 
 # Far above what a node is used for; refused beyond it: nobody's calls may fill its memory. A block takes
 # about 3 KiB beside its bytes, a conversation one half.

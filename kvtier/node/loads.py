@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvtier.cluster_messages import Load, Speed
-from kvtier.messages import MakePlan
+from kvtier.messages.calls import MakePlan
+from kvtier.messages.cluster import Load, Speed
 from kvtier.node.balancing import last_tier
 from kvtier.node.queues import Queues
 from kvtier.node.state import NodeState, Worker, spare_bytes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtier.cluster_messages import MOST_METAS, GaveBack, Lend, Lent, TheseAre, WhatIs
 from kvtier.errors import ObjectExists
+from kvtier.messages.cluster import MOST_METAS, GaveBack, Lend, Lent, TheseAre, WhatIs
 from kvtier.node import wire
 from kvtier.node.blocks import Stored
 from kvtier.node.disk_side import DiskSide

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from kvtier.cluster_messages import KnownConversation, Load, Reach, Speed
 from kvtier.directory.locate import Line, Prefill, rank
 from kvtier.directory.locate import NodeState as Ranked
 from kvtier.directory.lookups import Front
-from kvtier.messages import Locate, Located, MakePlan
+from kvtier.messages.calls import Locate, Located, MakePlan
+from kvtier.messages.cluster import KnownConversation, Load, Reach, Speed
 from kvtier.node.coverage import restored_end
 from kvtier.node.elsewhere import Elsewhere
 from kvtier.node.everywhere import Everywhere

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvtier import keys
 from kvtier.errors import TokensError
-from kvtier.messages import MakePlan
+from kvtier.messages.calls import MakePlan
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Private
 from kvtier.objects import Root
 

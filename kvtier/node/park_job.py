@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvtier.messages import Park
+from kvtier.messages.calls import Park
 from kvtier.node.blocks import ConversationId, Private, Stored
 from kvtier.node.conversations import Conversation, Head
 from kvtier.node.copies import CopyJob

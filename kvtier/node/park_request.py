@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from kvtier.errors import KvtierError, TokensError
-from kvtier.messages import CODECS, Park
+from kvtier.messages.calls import CODECS, Park
 from kvtier.node.blocks import Block, Private
 from kvtier.node.limits import check_seconds
 from kvtier.node.lookup import Query, block_refs, prefix_blocks

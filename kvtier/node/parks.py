@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import replace
 
 from kvtier.errors import StaleSlot
-from kvtier.messages import Park, ParkDone, ParkStarted, Released
+from kvtier.messages.calls import Park, ParkDone, ParkStarted, Released
+from kvtier.messages.tiers import Copied
 from kvtier.node import held_cost, limits, naming, usage
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Head
@@ -22,7 +23,6 @@ from kvtier.node.replicas import Replicas
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState, Worker
 from kvtier.receipts import Level, Reason
-from kvtier.tier_messages import Copied
 
 # Least and most that a refused caller is told to wait.
 _RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 5.0

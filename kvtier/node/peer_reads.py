@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtier.cluster_messages import PEERS, PeerRead, PeerReadDone
+from kvtier.messages.cluster import PEERS, PeerRead, PeerReadDone
 from kvtier.node import wire
 from kvtier.node.reads import Orphans, ReadDone, Reads
 from kvtier.node.state import NodeState

@@ -7,7 +7,8 @@ that none of its copies runs any more.
 from __future__ import annotations
 
 from kvtier.errors import FingerprintError, GeometryError, ModelSpecError, ProtocolError
-from kvtier.messages import Attach, Attached, Done, Prefilled
+from kvtier.messages.calls import Attach, Attached, Done, Prefilled
+from kvtier.messages.tiers import Arenas, GpuUsage, PoolJoined, PoolLeft, TierHello
 from kvtier.node import limits
 from kvtier.node.adoption import Adoption
 from kvtier.node.copies import Copies, CopyJob
@@ -22,7 +23,6 @@ from kvtier.node.state import NodeState, Worker
 from kvtier.objects import KEY_BYTES
 from kvtier.policy.interfaces import PrefillRate
 from kvtier.receipts import Reason
-from kvtier.tier_messages import Arenas, GpuUsage, PoolJoined, PoolLeft, TierHello
 
 _MOST_DEVICES = 65536
 

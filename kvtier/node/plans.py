@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvtier.errors import KvtierError
-from kvtier.messages import JoinPlan, MakePlan, Planned
+from kvtier.messages.calls import JoinPlan, MakePlan, Planned
 from kvtier.node import held_cost, limits
 from kvtier.node.blocks import Block, ConversationId
 from kvtier.node.choosing import Chooser, Chosen, Front, check_wishes

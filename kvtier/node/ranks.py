@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from kvtier.errors import GeometryError
 from kvtier.geometry import Geometry
-from kvtier.messages import Attach
+from kvtier.messages.calls import Attach
 from kvtier.node.blocks import Block
 from kvtier.node.coverage import Piece, SourceOf, longest, restored_end
 from kvtier.node.limits import MOST_WORKERS

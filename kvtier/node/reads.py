@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvtier.cluster_messages import PeerReadDone
+from kvtier.messages.cluster import PeerReadDone
+from kvtier.messages.tiers import DiskReadDone
 from kvtier.node.copies import Pair
 from kvtier.node.state import NodeState
 from kvtier.tier import Slot
-from kvtier.tier_messages import DiskReadDone
 
 # Who waits for a read: told the reason for each object that failed, by its place in the read.
 ReadDone: TypeAlias = Callable[[dict[int, str], int, float], None]

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvtier.cluster_messages import (
+from kvtier.messages.cluster import (
     DIRECTORY,
     MOST_METAS,
     PEERS,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from kvtier.geometry import Geometry
+from kvtier.messages.tiers import DiskUsage, GpuUsage
 from kvtier.node import held_cost
 from kvtier.node.conversations import Conversation
 from kvtier.node.eta import OUTCOMES, WAYS
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo, ModelInfo, StatusReport, TierInfo, WorkerInfo
-from kvtier.tier_messages import DiskUsage, GpuUsage
 
 # Below this share of a day's writes the status says so.
 _WEAR_LOW = 0.05

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 from kvtier.errors import ObjectExists
-from kvtier.messages import Restore, RestoreDone, RestoreStarted
+from kvtier.messages.calls import Restore, RestoreDone, RestoreStarted
+from kvtier.messages.tiers import Copied
 from kvtier.node.blocks import Stored
 from kvtier.node.copies import Copies, Pair
 from kvtier.node.counters import count
@@ -26,7 +27,6 @@ from kvtier.node.state import NodeState, Worker
 from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.receipts import Reason, RestoreReceipt
 from kvtier.tier import Slot
-from kvtier.tier_messages import Copied
 
 # Reasons that a copy engine gives.
 _CORRUPT, _STALE = "corrupt", "stale"

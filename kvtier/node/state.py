@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kvtier.cluster_messages import Stone
 from kvtier.errors import KvtierError, SlotLeased
 from kvtier.geometry import Geometry
 from kvtier.keys import make_root, tenant_secret
-from kvtier.messages import Failed, Message
+from kvtier.messages.calls import Failed, Message
+from kvtier.messages.cluster import Stone
+from kvtier.messages.tiers import DiskUsage, GpuUsage
 from kvtier.node.blocks import Block, BlockTree, ConversationId, Stored
 from kvtier.node.conversations import Conversation, Head
 from kvtier.node.counters import Counters, count
@@ -21,7 +22,6 @@ from kvtier.node.host_memory import HostMemory
 from kvtier.node.settings import NodeSettings
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.policy.interfaces import Policies, PrefillRate
-from kvtier.tier_messages import DiskUsage, GpuUsage
 
 
 @dataclass(slots=True)

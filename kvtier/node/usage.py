@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvtier.keys import TOKEN_BYTES
-from kvtier.messages import Hint, MakePlan, Park
+from kvtier.messages.calls import Hint, MakePlan, Park
 from kvtier.node.blocks import Block, ConversationId
 from kvtier.node.conversations import Conversation
 from kvtier.node.state import NodeState

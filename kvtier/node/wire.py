@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvtier.errors import MalformedMessage
 from kvtier.geometry import EXACT
+from kvtier.messages.tiers import WireItem, WireMeta, WireRoot
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.tier import Slot
-from kvtier.tier_messages import WireItem, WireMeta, WireRoot
 
 
 def item(meta: ObjectMeta, slot: Slot) -> WireItem:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from kvtier.carriage import Carrier
 from kvtier.checksum import checksum
 from kvtier.errors import AuthError, KvtierError, MalformedMessage
+from kvtier.messages.peers import Ask, Offer, PeerProof, PeerReady, Reply, Sending, Taken, Want
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import Ask, Offer, PeerProof, PeerReady, Reply, Sending, Taken, Want
 from kvtier.peers.choice import RAW, Figures, Rates, choose
 from kvtier.peers.coding import Coding, Codings, receive_encoded
 from kvtier.peers.handshake import NONCE_BYTES, Identity, hello, prove

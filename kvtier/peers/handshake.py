@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from kvtier.errors import AuthError, ConfigError, VersionMismatch
-from kvtier.peer_messages import PeerHello, PeerProof
+from kvtier.messages.peers import PeerHello, PeerProof
 
 VERSION = 1
 OLDEST_VERSION = 1

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.peer_messages import Introduce, Introduced
+from kvtier.messages.peers import Introduce, Introduced
 from kvtier.peers.stream import MAX_ASK_BYTES, Wire
 
 _LOG = logging.getLogger(__name__)

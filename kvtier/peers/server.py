@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.errors import AuthError, ConfigError, KvtierError, MalformedMessage
-from kvtier.objects import KEY_BYTES, ObjectId
-from kvtier.peer_messages import (
+from kvtier.messages.peers import (
     Ask,
     Introduce,
     Introduced,
@@ -33,6 +32,7 @@ from kvtier.peer_messages import (
     Taken,
     Want,
 )
+from kvtier.objects import KEY_BYTES, ObjectId
 from kvtier.peers.choice import RAW
 from kvtier.peers.coding import WIDTHS, Codings, encoded
 from kvtier.peers.fairness import Turns

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
 from kvtier.errors import MalformedMessage
-from kvtier.messages import Message
-from kvtier.protocol import LENGTH, body_length, decode, encode
+from kvtier.messages.calls import Message
+from kvtier.messages.protocol import LENGTH, body_length, decode, encode
 
 M = TypeVar("M", bound=Message)
 # The kernel's own window; what loopback and a 100 Gbit/s link at 0.2 ms need.

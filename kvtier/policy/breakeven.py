@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvtier.errors import ConfigError
-from kvtier.model import ModelSpec
+from kvtier.model.spec import ModelSpec
 from kvtier.policy.achieved_rate import AchievedRate
 from kvtier.policy.load_cost import LoadLine
 from kvtier.policy.prices import TIERS, Prices, Tier

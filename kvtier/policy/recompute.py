@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtier.errors import ModelSpecError
-from kvtier.model import ModelSpec
-from kvtier.model_config import ConfigReader, text_reader
-from kvtier.model_groups import LayerGroup
+from kvtier.model.config_json import ConfigReader, text_reader
+from kvtier.model.groups import LayerGroup
+from kvtier.model.spec import ModelSpec
 
 # MLPs of two matrices; all other families that are read have a gate beside them.
 _UNGATED = frozenset({"gpt2", "gpt_neox", "gpt_bigcode", "gptj", "opt", "falcon", "bloom", "mpt", "phi"})

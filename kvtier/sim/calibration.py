@@ -14,9 +14,9 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
 from kvtier.errors import KvtierError
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.node import journal
 from kvtier.node.core import NodeCore
 from kvtier.node.events import Received, Send

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvtier import messages as m
+from kvtier.messages import calls as m
 from kvtier.node.events import Received
 from kvtier.policy.recompute import ComputeSpec
 from kvtier.policy.robust_fit import RobustFit

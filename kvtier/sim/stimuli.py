@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import msgpack
 
-from kvtier import messages as m
 from kvtier.errors import KvtierError
 from kvtier.host.slots import HostSlots
+from kvtier.messages import calls as m
 from kvtier.node import journal
 from kvtier.node.events import Received
 from kvtier.policy.interfaces import Policies

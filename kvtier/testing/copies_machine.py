@@ -12,8 +12,8 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtier import cluster_messages as c
-from kvtier.messages import Forget
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import Forget
 from kvtier.node.blocks import ConversationId
 from kvtier.node.coverage import restored_end
 from kvtier.node.park_job import ParkJob

@@ -20,10 +20,10 @@ from typing import Any
 
 import msgspec
 
-from kvtier import messages as m
 from kvtier.geometry import Geometry
 from kvtier.host.slots import HostSlots
 from kvtier.keys import pack_tokens
+from kvtier.messages import calls as m
 from kvtier.node.blocks import Stored
 from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, Received, Send, Stimulus, Tick

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtier.cluster_messages import FindBranches, Held, Holdings, Named, Stone
-from kvtier.config import Config
+from kvtier.config.load import Config
 from kvtier.daemon.peer_directory import PeerDirectory
+from kvtier.messages.cluster import FindBranches, Held, Holdings, Named, Stone
 from kvtier.peers.handshake import Identity
 
 TOKEN = b"token of a test's cluster"

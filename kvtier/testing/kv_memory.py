@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.fingerprint import Fingerprint
+from kvtier.client.shards import Shards
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.shared_pool import SharedMemory, SharedPool
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
-from kvtier.shards import Shards
 
 LAYERS, HEADS, DIM = 2, 4, 32
 PAGE_TOKENS, BLOCK_TOKENS = 16, 32

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.breaker import Backoff
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
+from kvtier.client.worker import Worker
 from kvtier.errors import DaemonNotFound
 from kvtier.receipts import StatusReport, TierInfo
 from kvtier.testing.gates import Gate
@@ -16,7 +17,6 @@ from kvtier.testing.kv_memory import BLOCK_BYTES, KvMemory, pages_for, tokens_of
 from kvtier.testing.service_processes import ServiceProcesses
 from kvtier.testing.worker_process import WorkerProcess
 from kvtier.waiting import wait_until
-from kvtier.worker import Worker
 
 WAIT_S = 30.0
 FAST = Backoff(first_s=0.01, limit_s=0.1)

@@ -7,11 +7,11 @@ from collections import Counter
 import hypothesis.strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from kvtier.messages import Forget, Mode
+from kvtier.messages.calls import Forget, Mode
+from kvtier.messages.tiers import DiskRemove
 from kvtier.testing.node_rules import LENGTHS, MODES, NAMES, PICK, STORIES, TOLD, NodeRules, Turn
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_uses import HYBRID
-from kvtier.tier_messages import DiskRemove
 
 SELDOM = st.integers(0, 1)
 

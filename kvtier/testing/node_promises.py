@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from kvtier.messages.tiers import DiskRemove
 from kvtier.node import wire
 from kvtier.node.blocks import ConversationId
 from kvtier.node.coverage import Piece, restored_end
@@ -11,7 +12,6 @@ from kvtier.node.park_job import ParkJob
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import pieces_of, watch_promises
 from kvtier.testing.rig_world import Key
-from kvtier.tier_messages import DiskRemove
 
 Promise: TypeAlias = tuple[ConversationId, tuple[int, ...]]  # of these tokens
 

@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kvtier.geometry import Geometry
-from kvtier.messages import DropPlan, Forget, Forgotten, Hint, Mode, Planned
+from kvtier.messages.calls import DropPlan, Forget, Forgotten, Hint, Mode, Planned
+from kvtier.messages.tiers import Copy
 from kvtier.node.blocks import ConversationId
 from kvtier.node.settings import NodeSettings
 from kvtier.receipts import AskedLevel
@@ -17,7 +18,6 @@ from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.node_promises import Promises
 from kvtier.testing.rig_ops import Proc
 from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT, RigWorker
-from kvtier.tier_messages import Copy
 
 NAMES = st.sampled_from([("acme", "a"), ("acme", "a"), ("acme", "b"), ("rival", "a")])
 LEVELS: st.SearchStrategy[AskedLevel] = st.sampled_from(["host", "disk", "disk"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from kvtier.messages import JoinPlan, Mode, Planned
+from kvtier.messages.calls import JoinPlan, Mode, Planned
 from kvtier.node.coverage import longest, restored_end
 from kvtier.node.held_plan import HeldPlan
 from kvtier.receipts import AskedLevel

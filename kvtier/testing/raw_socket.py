@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from kvtier import messages as m
-from kvtier import protocol
-from kvtier.messages import Failed, Message
+from kvtier.client.worker_inputs import WorkerPool, attach_request
+from kvtier.messages import calls as m
+from kvtier.messages import protocol
+from kvtier.messages.calls import Failed, Message
+from kvtier.messages.wire import Channel, hello
 from kvtier.testing.kv_memory import SHARD, KvMemory
-from kvtier.wire import Channel, hello
-from kvtier.worker_inputs import WorkerPool, attach_request
 
 WAIT_S = 10.0
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kvtier.host.allocator import room_bytes
 from kvtier.keys import pack_tokens
-from kvtier.messages import MakePlan
+from kvtier.messages.calls import MakePlan
 from kvtier.node.blocks import ConversationId
 from kvtier.node.coverage import Piece, restored_end
 from kvtier.node.lookup import Query

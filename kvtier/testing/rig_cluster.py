@@ -16,14 +16,15 @@ from typing import Any
 
 import msgspec
 
-from kvtier import cluster_messages as c
 from kvtier.directory import saying
 from kvtier.directory.announcer import Announcer
 from kvtier.directory.lookups import questions
 from kvtier.directory.merge import Conversation
 from kvtier.directory.shard import Shard
 from kvtier.geometry import Geometry
-from kvtier.messages import Message
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import Message
+from kvtier.messages.tiers import WireItem
 from kvtier.node.blocks import Stored
 from kvtier.node.events import Received, Send
 from kvtier.node.settings import NodeSettings
@@ -31,7 +32,6 @@ from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_uses import PLAIN, UNIT, RigPark, RigRestore
 from kvtier.testing.rig_world import DiskStore, flipped
-from kvtier.tier_messages import WireItem
 
 SETTINGS = NodeSettings(batch_bytes=2 * UNIT, batches_in_flight=2, ask_elsewhere_s=0.25)
 

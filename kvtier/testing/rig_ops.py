@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtier import tier_messages as t
-from kvtier.messages import Message
+from kvtier.messages import tiers as t
+from kvtier.messages.calls import Message
 from kvtier.testing.rig_world import TORN, Content, DiskStore, Memory, OnDisk, Pages, content_sum
 
 

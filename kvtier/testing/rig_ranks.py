@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvtier.geometry import Geometry
-from kvtier.messages import JoinPlan, Planned
+from kvtier.messages.calls import JoinPlan, Planned
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_uses import PLAIN, RigPark, RigRestore, RigWorker

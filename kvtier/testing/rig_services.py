@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
 from kvtier.host.slots import HostSlots
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.node.events import Left, ProcessEnded, Received, Stimulus
 from kvtier.testing.rig_ops import Op, Proc
 from kvtier.testing.rig_uses import RigPark, RigRestore, RigWorker

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtier import messages as m
 from kvtier.geometry import Geometry, GroupGeometry
+from kvtier.messages import calls as m
 from kvtier.receipts import ParkReceipt, RestoreReceipt
 from kvtier.testing.rig_ops import Proc
 from kvtier.testing.rig_world import Pages

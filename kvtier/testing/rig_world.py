@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from kvtier.geometry import Geometry
 from kvtier.host.allocator import ALIGN_BYTES, room_bytes
-from kvtier.tier_messages import WireItem, WireMeta, WireRecord, WireRoot
+from kvtier.messages.tiers import WireItem, WireMeta, WireRecord, WireRoot
 
 
 class Row(NamedTuple):

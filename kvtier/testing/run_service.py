@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from kvtier.config import Config, load
+from kvtier.config.load import Config, load
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.gpu_service import GpuService

@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from kvtier import paths
-from kvtier.client import Client, connect
-from kvtier.config import load
-from kvtier.config_text import to_toml
+from kvtier.client.client import Client, connect
+from kvtier.config.load import load
+from kvtier.config.text import to_toml
 from kvtier.errors import DaemonNotFound
 from kvtier.waiting import wait_until
 
@@ -31,7 +31,7 @@ _RUNNER = (sys.executable, "-m", "kvtier.testing.run_service")
 class ServiceProcesses:
     """Started by `with`; ended, and all its processes with it, at the end of the block.
 
-    folder: for sockets, secrets and the store; kept.  settings: by dotted name, as for `kvtier.config.load`.
+    folder: for sockets, secrets and the store; kept.  settings: by dotted name, as for `config.load`.
     gates: folder of the gates at which the services stop (see gates.py); None for none.  runner: the command
     that runs one service, without its arguments.
     """

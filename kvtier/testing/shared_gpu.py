@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import kvtier
+from kvtier.client.worker import Worker
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.gpu_maps import GpuMaps
 from kvtier.daemon.gpu_service import GpuService
@@ -21,7 +22,6 @@ from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.fake_device_gpu import FakeGpu
 from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, pages_for, tokens_of
 from kvtier.waiting import wait_until
-from kvtier.worker import Worker
 
 COUNT = 200
 PAGES, OTHER, SCRATCH = pages_for(COUNT), pages_for(COUNT, 20), [62, 63]

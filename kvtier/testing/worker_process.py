@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvtier.breaker import Backoff
-from kvtier.client import connect
+from kvtier.client.client import connect
+from kvtier.client.handles import ParkHandle, RestoreHandle
+from kvtier.client.worker_inputs import WorkerPlan
 from kvtier.errors import KvtierError
-from kvtier.handles import ParkHandle, RestoreHandle
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import KvMemory, ranks_of, tokens_of
-from kvtier.worker_inputs import WorkerPlan
 
 # A test's daemon is back in a moment.
 FAST = Backoff(first_s=0.01, limit_s=0.1)

@@ -18,7 +18,7 @@ from chaos_nodes import Broken, Node
 from chaos_text import Text
 from chaos_worker import WorkerProcess
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.errors import DaemonNotFound
 from kvtier.testing.worker_process import FAST, ProcessLost
 from kvtier.waiting import wait_until

@@ -21,7 +21,7 @@ from chaos_damage import Excuses, Kind, damage
 from chaos_features import NO_FEATURES, Features
 from chaos_wires import State, Wire, Wires
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.errors import DaemonNotFound
 from kvtier.receipts import StatusReport
 from kvtier.testing.certificates import make_authority, make_certificate

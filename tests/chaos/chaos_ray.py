@@ -22,7 +22,7 @@ from test_cluster_netns import Side, ip
 
 from benchmarks.head_loss import Gcs
 from kvtier import paths
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.cluster.down import kill_all
 from kvtier.cluster.procs import alive, session_members
 from kvtier.receipts import StatusReport

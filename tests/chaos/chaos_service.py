@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.cluster_messages import Erase, Erased
-from kvtier.config import Config
+from kvtier.config.load import Config
 from kvtier.daemon.disk_writes import DiskWriter
 from kvtier.daemon.node_service import NodeService
 from kvtier.daemon.peer_lender import PeerLender
 from kvtier.disk.mover import Mover
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import KvtierError
+from kvtier.messages.cluster import Erase, Erased
+from kvtier.messages.peers import Sending
 from kvtier.node.graves import Burials
-from kvtier.peer_messages import Sending
 from kvtier.peers import choice, client, ways
 from kvtier.peers.server import PeerServer
 from kvtier.peers.stream import Stream, connect

@@ -17,16 +17,16 @@ from typing import Any
 
 from chaos_text import Text, TextMemory, pages_of
 
-from kvtier.client import connect
+from kvtier.client.client import connect
+from kvtier.client.handles import ParkHandle
+from kvtier.client.shards import Shards
+from kvtier.client.worker import Worker
 from kvtier.errors import KvtierError
-from kvtier.handles import ParkHandle
 from kvtier.objects import Shard
-from kvtier.shards import Shards
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import ranks_of
 from kvtier.testing.small_model import SIZES
 from kvtier.testing.worker_process import FAST, OrderedProcess, serve
-from kvtier.worker import Worker
 
 PAGES = 96
 _QUIET_S = 60.0

@@ -90,7 +90,7 @@ def conversation(name):
 @pytest.fixture
 def daemon(monkeypatch):
     fake = FakeClient()
-    monkeypatch.setattr("kvtier.client.connect", fake.connect)
+    monkeypatch.setattr("kvtier.client.client.connect", fake.connect)
     return fake
 
 

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from kvtier.arguments import DEFAULT_TENANT
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.errors import (
     AuthError,
     ConfigError,

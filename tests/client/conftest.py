@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier import client as client_module
-from kvtier import protocol
 from kvtier.breaker import Backoff
+from kvtier.client import client as client_module
 from kvtier.gpu import describe
 from kvtier.gpu.engine import CLOSE_S, CopyBatch, CopyEngine, CopyResult, Done
 from kvtier.gpu.pool import Pool
 from kvtier.host.arena import Arena
-from kvtier.messages import (
+from kvtier.messages import protocol
+from kvtier.messages.calls import (
     Attach,
     Attached,
     CopiesEnded,
@@ -44,10 +44,10 @@ from kvtier.messages import (
     RestoreStarted,
     Welcome,
 )
-from kvtier.messages import Done as DoneMessage
+from kvtier.messages.calls import Done as DoneMessage
+from kvtier.messages.tiers import Copy, WireItem
 from kvtier.objects import Shard
 from kvtier.receipts import Plan, TokenRange
-from kvtier.tier_messages import Copy, WireItem
 
 WAIT_S = 10.0
 PAGE_TOKENS = 16

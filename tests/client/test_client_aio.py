@@ -7,8 +7,9 @@ import threading
 
 import pytest
 
-from kvtier import aio, errors
-from kvtier.messages import (
+from kvtier import errors
+from kvtier.client import aio
+from kvtier.messages.calls import (
     Conversations,
     CopiesEnded,
     DropPlan,
@@ -26,7 +27,7 @@ from kvtier.messages import (
     Restore,
     RestoreDone,
 )
-from kvtier.messages import Done as DoneMessage
+from kvtier.messages.calls import Done as DoneMessage
 from kvtier.receipts import ConversationInfo, ParkReceipt, Plan, RestoreReceipt, TokenRange
 
 TOKENS = list(range(40))

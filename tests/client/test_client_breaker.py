@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvtier.breaker import Backoff, Breaker, Circuit
-from kvtier.client import connect
-from kvtier.credentials import Access, read_token
+from kvtier.client.client import connect
+from kvtier.client.link import LinkSettings
+from kvtier.config.credentials import Access, read_token
 from kvtier.errors import AuthError, ConfigError
-from kvtier.link import LinkSettings
 
 
 class BreakerMachine(RuleBasedStateMachine):

@@ -11,10 +11,12 @@ from datetime import timedelta
 
 import pytest
 
-import kvtier.link as link_module
-from kvtier import client, errors, protocol
+import kvtier.client.link as link_module
+from kvtier import errors
 from kvtier.breaker import Backoff
-from kvtier.messages import (
+from kvtier.client import client
+from kvtier.messages import protocol
+from kvtier.messages.calls import (
     Conversations,
     Done,
     Failed,
@@ -34,8 +36,8 @@ from kvtier.messages import (
     Status,
     StatusIs,
 )
+from kvtier.messages.wire import ChannelTimeout
 from kvtier.receipts import ConversationInfo, ForgetReceipt, ModelInfo, StatusReport
-from kvtier.wire import ChannelTimeout
 
 LATER = Backoff(first_s=3600, limit_s=3600, jitter=0)
 
@@ -321,7 +323,7 @@ def test_close_twice_and_calls_after_it(kit):
 
 def test_importing_the_client_is_light():
     code = (
-        "import sys, kvtier, kvtier.client, kvtier.aio\n"
+        "import sys, kvtier, kvtier.client.client, kvtier.client.aio\n"
         "heavy = {'numpy', 'torch', 'ray', 'cupy', 'xxhash', 'kvtier.gpu', 'kvtier.host'}\n"
         "sys.exit(str(sorted(heavy & set(sys.modules))) if heavy & set(sys.modules) else 0)"
     )

@@ -8,9 +8,9 @@ import pytest
 from kvtier.checksum import checksum
 from kvtier.gpu import describe
 from kvtier.gpu.shared_pool import SharedMemory, SharedPool
-from kvtier.messages import Attach, Attached, Park, ParkDone, Released, Restore, RestoreDone
+from kvtier.messages.calls import Attach, Attached, Park, ParkDone, Released, Restore, RestoreDone
+from kvtier.messages.tiers import Copied
 from kvtier.receipts import ParkReceipt, RestoreReceipt
-from kvtier.tier_messages import Copied
 
 TOKENS = list(range(32))
 

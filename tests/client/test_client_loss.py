@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-import kvtier.agent as agent_module
+import kvtier.client.agent as agent_module
 from kvtier import errors
-from kvtier.messages import (
+from kvtier.messages.calls import (
     Attach,
     CopiesEnded,
     Detach,
@@ -18,9 +18,9 @@ from kvtier.messages import (
     Ping,
     Released,
 )
+from kvtier.messages.tiers import Copied
+from kvtier.messages.wire import ChannelTimeout
 from kvtier.receipts import ParkReceipt
-from kvtier.tier_messages import Copied
-from kvtier.wire import ChannelTimeout
 
 TOKENS = list(range(40))
 PAGES = [2, 5, 7]
@@ -205,7 +205,7 @@ def test_close_waits_for_parks_and_then_cancels(kit, monkeypatch):
 
 
 def test_close_with_a_copy_that_does_not_end_keeps_the_memory(kit, monkeypatch):
-    monkeypatch.setattr("kvtier.worker.QUIET_S", 0.01)
+    monkeypatch.setattr("kvtier.client.worker.QUIET_S", 0.01)
     with kit.connect() as kv:
         worker = kv.attach(kit.model, kit.pool, shard=kit.shard, make_engine=kit.make_engine)
         kit.node.peer("client")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtier.page_use import ParkUse, RestoreUse
+from kvtier.client.page_use import ParkUse, RestoreUse
 from kvtier.receipts import ParkReceipt, Plan, RestoreReceipt
 
 

@@ -9,13 +9,14 @@ import threading
 import msgspec
 import pytest
 
-from kvtier import errors, protocol
-from kvtier.aio import AsyncWorker
-from kvtier.messages import Attach, Attached, JoinPlan, MakePlan, Planned
-from kvtier.model import ModelSpec
+from kvtier import errors
+from kvtier.client.aio import AsyncWorker
+from kvtier.client.shards import Shards
+from kvtier.messages import protocol
+from kvtier.messages.calls import Attach, Attached, JoinPlan, MakePlan, Planned
+from kvtier.model.spec import ModelSpec
 from kvtier.objects import Shard
 from kvtier.receipts import Plan, TokenRange
-from kvtier.shards import Shards
 
 OTHER = Shard(0, 1, 2, 2)
 LLAMA = {

@@ -6,7 +6,9 @@ import threading
 
 import numpy as np
 
-from kvtier.messages import (
+from kvtier.client.page_use import PageUse
+from kvtier.client.worker_inputs import Front
+from kvtier.messages.calls import (
     CopiesEnded,
     DropPlan,
     MakePlan,
@@ -15,10 +17,8 @@ from kvtier.messages import (
     RestoreDone,
     RestoreStarted,
 )
-from kvtier.page_use import PageUse
+from kvtier.messages.tiers import Copied
 from kvtier.receipts import Plan, RestoreReceipt, TokenRange
-from kvtier.tier_messages import Copied
-from kvtier.worker_inputs import Front
 
 TOKENS = list(range(40))
 PAGES = [2, 5, 7]
@@ -85,7 +85,7 @@ def test_restore_over_at_once(wired):
 
 def test_a_late_restore_returns_only_after_its_copy_ended(wired, monkeypatch):
     kit, worker, wires = wired
-    monkeypatch.setattr("kvtier.worker.RESTORE_GRACE_S", 0.0)
+    monkeypatch.setattr("kvtier.client.worker.RESTORE_GRACE_S", 0.0)
     got = []
     plan = worker.plan("chat", TOKENS, tenant="acme")
     thread = threading.Thread(target=lambda: got.append(worker.restore(plan, PAGES, deadline_s=0.2)))
@@ -108,7 +108,7 @@ def test_a_late_restore_returns_only_after_its_copy_ended(wired, monkeypatch):
 
 def test_control_a_restore_returns_under_its_copy_without_the_count(wired, monkeypatch):
     """Negative control for the test above."""
-    monkeypatch.setattr("kvtier.worker.RESTORE_GRACE_S", 0.0)
+    monkeypatch.setattr("kvtier.client.worker.RESTORE_GRACE_S", 0.0)
     real = PageUse.admit
 
     def uncounted(self, job, direction):
@@ -128,8 +128,8 @@ def test_control_a_restore_returns_under_its_copy_without_the_count(wired, monke
 
 def test_a_copy_that_does_not_end_makes_its_pages_busy(wired, monkeypatch):
     kit, _worker, wires = wired
-    monkeypatch.setattr("kvtier.worker.RESTORE_GRACE_S", 0.0)
-    monkeypatch.setattr("kvtier.handles.QUIET_S", 0.01)
+    monkeypatch.setattr("kvtier.client.worker.RESTORE_GRACE_S", 0.0)
+    monkeypatch.setattr("kvtier.client.handles.QUIET_S", 0.01)
     handle, sent = wires.restore(deadline_s=0.05)
     wires.copy.send(kit.copy(sent, "j"))
     kit.runs("j")
@@ -140,6 +140,6 @@ def test_a_copy_that_does_not_end_makes_its_pages_busy(wired, monkeypatch):
 
 
 def test_a_park_that_the_node_forgets_ends(wired, monkeypatch):
-    monkeypatch.setattr("kvtier.worker.PARK_GRACE_S", 0.0)
+    monkeypatch.setattr("kvtier.client.worker.PARK_GRACE_S", 0.0)
     handle, _ = wired[2].park(timeout_s=0.05)
     assert handle.released.wait(10) and handle.result(10).reason == "deadline"

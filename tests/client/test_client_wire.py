@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier import errors, protocol, wire
-from kvtier.messages import Failed, Hello, Ping, Pong, Welcome
-from kvtier.wire import (
+from kvtier import errors
+from kvtier.messages import protocol, wire
+from kvtier.messages.calls import Failed, Hello, Ping, Pong, Welcome
+from kvtier.messages.wire import (
     MAX_DESCRIPTORS,
     Channel,
     ChannelLost,

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from kvtier import errors
+from kvtier.client.page_use import PageUse
+from kvtier.client.worker_inputs import Front
 from kvtier.gpu import describe
 from kvtier.gpu.pool import bind_sequence
-from kvtier.messages import (
+from kvtier.messages.calls import (
     Attach,
     CopiesEnded,
     Detach,
@@ -22,10 +24,8 @@ from kvtier.messages import (
     ParkStarted,
     Released,
 )
-from kvtier.page_use import PageUse
+from kvtier.messages.tiers import CancelCopies, Copied
 from kvtier.receipts import ParkReceipt
-from kvtier.tier_messages import CancelCopies, Copied
-from kvtier.worker_inputs import Front
 
 TOKENS = list(range(40))
 PAGES = [2, 5, 7]

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 

@@ -12,8 +12,8 @@ import sys
 from kvtier.cluster import launch
 from kvtier.cluster.down import down
 from kvtier.cluster.up import up
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 
 # In steps of a quarter of a second, as by default; a threshold of 0.95 is Ray's default too.
 RAYS_OWN = {"RAY_memory_monitor_refresh_ms": "250", "RAY_memory_usage_threshold": "0.95"}

@@ -17,8 +17,8 @@ from kvtier.cluster.down import down
 from kvtier.cluster.drain_node import drain
 from kvtier.cluster.launch import environment_of
 from kvtier.cluster.up import up
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 
 SERVICES = dict.fromkeys(("host", "disk", "gpu"), "fake_tier_service:FakeService")
 SETTINGS = {"ray.object_store_bytes": 80 << 20, "node.grace_s": 3.0}

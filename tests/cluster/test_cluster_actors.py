@@ -17,8 +17,8 @@ import kvtier.cluster
 from kvtier.cluster.actors import ACTORS, HostActor, concurrency
 from kvtier.cluster.reconciler import Incarnation
 from kvtier.cluster.services import SERVICES, load_service, services_for
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 

@@ -15,8 +15,8 @@ from kvtier.carriage import Bytes, Passing
 from kvtier.cluster.carrier import ActorCarrier, actor_of
 from kvtier.cluster.members import Member
 from kvtier.cluster.reconciler import Incarnation
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 
 CALL = Passing("c", np.arange(3, dtype=np.uint8), first=True, least=1)
 

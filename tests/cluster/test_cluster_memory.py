@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.cluster import record as records
 from kvtier.cluster.down import kill_all
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for

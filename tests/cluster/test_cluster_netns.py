@@ -23,7 +23,7 @@ import pytest
 
 from kvtier.cluster import record as records
 from kvtier.cluster.down import kill_all
-from kvtier.config import load
+from kvtier.config.load import load
 
 pytestmark = [
     pytest.mark.netns,

@@ -26,8 +26,8 @@ from kvtier.cluster.record import Record
 from kvtier.cluster.state import prepare_dirs
 from kvtier.cluster.status import cluster_status
 from kvtier.cluster.up import UpResult, up
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 from kvtier.errors import KvtierError
 
 pytestmark = pytest.mark.timeout(180)
@@ -37,7 +37,7 @@ SERVICES: dict[TierRole, str] = dict.fromkeys(("host", "disk", "gpu"), "fake_tie
 FOREGROUND = """
 import sys
 from kvtier.cluster.up import up
-from kvtier.config import load
+from kvtier.config.load import load
 config = load(None, {"node.state_dir": sys.argv[1], "node.runtime_dir": sys.argv[2], "disk.enabled": False,
                      "ray.object_store_bytes": 80 << 20, "node.grace_s": 3.0})
 up(config, detach=False, report=lambda line: print(line, flush=True), probe=lambda config: "",

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from kvtier import paths, protocol
+from kvtier import paths
 from kvtier.cluster.readiness import not_ready
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 from kvtier.errors import AuthError
-from kvtier.messages import Failed, Message, StatusIs, Welcome
+from kvtier.messages import protocol
+from kvtier.messages.calls import Failed, Message, StatusIs, Welcome
 from kvtier.receipts import StatusReport, TierInfo
 
 DISK = TierInfo("disk", "starting", 1, 0, 0, 0)

@@ -19,8 +19,8 @@ from kvtier.cluster.procs import Process
 from kvtier.cluster.record import Record
 from kvtier.cluster.state import lock, prepare_dirs, ray_folder
 from kvtier.cluster.up import up
-from kvtier.config import load
-from kvtier.config_schema import Config
+from kvtier.config.load import load
+from kvtier.config.schema import Config
 from kvtier.errors import ConfigError, KvtierError
 
 WAIT = "import sys; print('up', flush=True); sys.stdin.read()"

@@ -12,7 +12,7 @@ import pytest
 from test_cluster_netns import Side, ip, pytestmark, sides  # noqa: F401  # the marks and the fixture
 
 from kvtier import paths
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.cluster.down import kill_all
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import FAST, until

@@ -2,11 +2,11 @@
 
 import pytest
 
-from kvtier.config import load
-from kvtier.config_text import reference, to_toml
+from kvtier.config.load import load
+from kvtier.config.text import reference, to_toml
 from kvtier.disk.codecs import CODECS as KNOWN_TO_THE_DISK
 from kvtier.errors import ConfigError
-from kvtier.messages import CODECS
+from kvtier.messages.calls import CODECS
 
 
 def write(tmp_path, text):

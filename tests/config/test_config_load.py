@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.config import effective, load
-from kvtier.config_fields import FIELDS
-from kvtier.config_text import reference, to_toml
+from kvtier.config.fields import FIELDS
+from kvtier.config.load import effective, load
+from kvtier.config.text import reference, to_toml
 from kvtier.errors import ConfigError
 
 

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from kvtier import config_secrets
-from kvtier.config import load
-from kvtier.config_secrets import read_secret, tenant_secret
+from kvtier.config import secrets as config_secrets
+from kvtier.config.load import load
+from kvtier.config.secrets import read_secret, tenant_secret
 from kvtier.errors import ConfigError
 
 

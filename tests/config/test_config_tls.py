@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.daemon.directory_service import tls_files
 from kvtier.errors import ConfigError
 from kvtier.peers.tls import TlsFiles

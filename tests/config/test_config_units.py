@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.config_units import format_bytes, parse_bytes, parse_seconds
+from kvtier.config.units import format_bytes, parse_bytes, parse_seconds
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.daemon import embedded
 from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.embedded import Embedded
 from kvtier.disk.fileops import OsFileOps
+from kvtier.messages.wire import Channel, hello
 from kvtier.testing.gates import Gate, gated_engine
 from kvtier.testing.kv_memory import SHARD, KvMemory
 from kvtier.testing.node_bench import FAST, SETTINGS, Bench, LocalWorker, is_clean, until
 from kvtier.testing.raw_socket import WAIT_S
-from kvtier.wire import Channel, hello
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.daemon.embedded import Embedded
 from kvtier.disk.tier import DiskTier
-from kvtier.fingerprint import Fingerprint
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.node import wire
 from kvtier.objects import Shard
 from kvtier.testing.kv_memory import tokens_of

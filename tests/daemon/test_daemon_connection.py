@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from kvtier import protocol
-from kvtier.credentials import Access
+from kvtier.config.credentials import Access
 from kvtier.daemon import connection as connection_module
 from kvtier.daemon.connection import Connection, Listener, Peer, welcome
 from kvtier.daemon.loop import Loop, LoopThread
 from kvtier.errors import AuthError, KvtierError
-from kvtier.messages import Hello, Message, Ping, Pong
+from kvtier.messages import protocol
+from kvtier.messages.calls import Hello, Message, Ping, Pong
+from kvtier.messages.wire import Channel, close_all, hello
 from kvtier.testing.node_bench import until
 from kvtier.waiting import wait_until
-from kvtier.wire import Channel, close_all, hello
 
 
 class Server:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from kvtier.daemon.copy_desk import CopyDesk, page_tables
 from kvtier.errors import GeometryError
 from kvtier.gpu.schedule import Bounds
-from kvtier.tier_messages import CancelCopies, Copied, Copy, WireItem
+from kvtier.messages.tiers import CancelCopies, Copied, Copy, WireItem
 
 Name = tuple[str, int]
 WORKERS = ("a", "b")

@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.cluster_messages import (
-    FindConversations,
-    Holdings,
-    Load,
-    Speed,
-    Stone,
-)
-from kvtier.config import Config, load
+from kvtier.config.load import Config, load
 from kvtier.daemon import peer_directory
 from kvtier.daemon.directory_service import DirectoryService, directory_name, shards_at, split
 from kvtier.daemon.peer_directory import PeerDirectory
@@ -24,6 +17,13 @@ from kvtier.daemon.peer_graves import PeerGraves
 from kvtier.directory import calls
 from kvtier.directory.announcements import Announcement
 from kvtier.errors import AuthError, ConfigError, KvtierError
+from kvtier.messages.cluster import (
+    FindConversations,
+    Holdings,
+    Load,
+    Speed,
+    Stone,
+)
 from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.handshake import Identity
 from kvtier.peers.stream import StreamLost

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.config import Config, load
+from kvtier.config.load import Config, load
 from kvtier.daemon import peer_directory
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.directory.routing import services_of

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvtier.client import Client
+from kvtier.client.client import Client
 from kvtier.daemon import disk_service, disk_writes
 from kvtier.daemon.disk_lanes import Lanes
 from kvtier.daemon.disk_wear import WearMeter
@@ -21,11 +21,11 @@ from kvtier.daemon.embedded import Embedded
 from kvtier.disk.fileops import Bytes, OsFileOps
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import ConfigError
+from kvtier.messages.tiers import DiskUsage
 from kvtier.receipts import StatusReport, TierInfo
 from kvtier.testing.gates import Gate, GatedFileOps
 from kvtier.testing.kv_memory import BLOCK_BYTES, pages_for, truth
 from kvtier.testing.node_bench import ARENA_BYTES, LocalWorker, forget_all, until
-from kvtier.tier_messages import DiskUsage
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from kvtier.client import Client
-from kvtier.config import load
+from kvtier.client.client import Client
+from kvtier.config.load import load
 from kvtier.daemon import disk_service
 from kvtier.daemon.disk_service import DiskService
 from kvtier.daemon.embedded import Embedded
@@ -22,11 +22,11 @@ from kvtier.disk.fileops import Bytes, OsFileOps
 from kvtier.disk.fsck import fsck
 from kvtier.disk.tier import DiskTier
 from kvtier.errors import ConfigError, StaleSlot, TierFull, TierUnavailable
+from kvtier.messages.tiers import DiskRead, DiskUsage, WireItem
 from kvtier.receipts import TierInfo
 from kvtier.testing.gates import Gate, GatedFileOps
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import LocalWorker, forget_all, until
-from kvtier.tier_messages import DiskRead, DiskUsage, WireItem
 
 TOKENS = 190
 PAGES = pages_for(TOKENS)

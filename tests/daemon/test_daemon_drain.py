@@ -11,9 +11,9 @@ import pytest
 
 from kvtier.cluster.actors import Drains
 from kvtier.cluster.drain import Progress
-from kvtier.cluster_messages import DIRECTORY, FindNodes
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.embedded import Embedded
+from kvtier.messages.cluster import DIRECTORY, FindNodes
 from kvtier.node.events import Left, Send, Stimulus
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import LocalWorker, until

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.daemon.embedded import Embedded
 from kvtier.errors import KvtierError
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.config_secrets import tenant_secret
+from kvtier.config.secrets import tenant_secret
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.endpoints import node_metrics
 from kvtier.daemon.policy_state import NAME, PolicyState, read_sections, write_sections

@@ -98,7 +98,7 @@ def test_a_node_that_answers_too_early_is_caught(
 
 def _left_after_forget(make_daemon: Callable[..., Any], tmp_path: Path) -> int:
     """Objects in the index when a park to disk was forgotten and the service was ended at once."""
-    from kvtier.client import connect
+    from kvtier.client.client import connect
     from kvtier.disk.index import Index
     from kvtier.testing.kv_memory import SHARD, KvMemory, tokens_of
 

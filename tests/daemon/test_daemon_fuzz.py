@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtier import protocol
-from kvtier.messages import Message
+from kvtier.messages import protocol
+from kvtier.messages.calls import Message
+from kvtier.messages.wire import hello
 from kvtier.testing.kv_memory import KvMemory, tokens_of
 from kvtier.testing.node_bench import Bench
 from kvtier.testing.raw_socket import answers, attach_of, raw
-from kvtier.wire import hello
 
 TOKENS = tokens_of(1, 64).tobytes()
 

@@ -16,18 +16,19 @@ import msgpack
 import msgspec
 import pytest
 
-from kvtier import messages as m
-from kvtier import protocol, tier_messages
-from kvtier.client import connect
-from kvtier.credentials import Access
+from kvtier.client.client import connect
+from kvtier.config.credentials import Access
 from kvtier.daemon import node_service
 from kvtier.daemon.embedded import Embedded
 from kvtier.errors import AuthError, KvtierError, ProtocolError, VersionMismatch
-from kvtier.messages import Failed, Hello
+from kvtier.messages import calls as m
+from kvtier.messages import protocol
+from kvtier.messages import tiers as tier_messages
+from kvtier.messages.calls import Failed, Hello
+from kvtier.messages.wire import Channel, ChannelLost, hello
 from kvtier.testing.kv_memory import KvMemory, pages_for, tokens_of
 from kvtier.testing.node_bench import FAST, Bench, LocalWorker, until
 from kvtier.testing.raw_socket import WAIT_S, answers, ask, attach_of, joined, raw, refused
-from kvtier.wire import Channel, ChannelLost, hello
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 TOKENS = tokens_of(1, 64).tobytes()

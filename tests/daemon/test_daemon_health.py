@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.daemon import endpoints
 
 

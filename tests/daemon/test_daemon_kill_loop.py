@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvtier.client import Client
+from kvtier.client.client import Client
 from kvtier.errors import DaemonNotFound
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import Bench, LocalWorker, status, until

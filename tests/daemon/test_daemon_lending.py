@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.client import Client, connect
-from kvtier.config import load
+from kvtier.client.client import Client, connect
+from kvtier.config.load import load
 from kvtier.daemon import peer_desk
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.embedded import Embedded

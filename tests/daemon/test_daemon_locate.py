@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.http import BODY_MAX_BYTES
 from kvtier.daemon.locating import Locating

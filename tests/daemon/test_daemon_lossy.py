@@ -9,18 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvtier.client import connect
+from kvtier.client.client import connect
+from kvtier.client.worker import Worker
 from kvtier.daemon.embedded import Embedded
 from kvtier.errors import GeometryError
-from kvtier.fingerprint import Fingerprint
 from kvtier.geometry import LOSSY
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.shared_pool import SharedMemory, SharedPool
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
 from kvtier.testing.kv_memory import SHARD as BYTES_SHARD
 from kvtier.testing.kv_memory import KvMemory, tokens_of
-from kvtier.worker import Worker
 
 LAYERS, HEADS, DIM, PAGE_TOKENS, BLOCK_TOKENS, PAGES = 2, 4, 32, 16, 32, 32
 COUNT = 200

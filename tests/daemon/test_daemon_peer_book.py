@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.daemon import peer_book
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.peer_book import PeerBook

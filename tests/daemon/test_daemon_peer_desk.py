@@ -10,8 +10,17 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from kvtier import cluster_messages
-from kvtier.cluster_messages import (
+from kvtier.config.load import load
+from kvtier.config.schema import Config
+from kvtier.daemon.peer_desk import PeerDesk
+from kvtier.daemon.peer_directory import PeerDirectory
+from kvtier.directory.announcer import Announcer
+from kvtier.directory.routing import shards_of
+from kvtier.directory.shard import Shard, ShardSettings
+from kvtier.host.tier import HostTier
+from kvtier.messages import cluster as cluster_messages
+from kvtier.messages.calls import Forget, Message
+from kvtier.messages.cluster import (
     DIRECTORY,
     PEERS,
     Branches,
@@ -23,15 +32,7 @@ from kvtier.cluster_messages import (
     PeerReadDone,
     Stone,
 )
-from kvtier.config import load
-from kvtier.config_schema import Config
-from kvtier.daemon.peer_desk import PeerDesk
-from kvtier.daemon.peer_directory import PeerDirectory
-from kvtier.directory.announcer import Announcer
-from kvtier.directory.routing import shards_of
-from kvtier.directory.shard import Shard, ShardSettings
-from kvtier.host.tier import HostTier
-from kvtier.messages import Forget, Message
+from kvtier.messages.tiers import WireItem
 from kvtier.node import announcing
 from kvtier.node.announcing import Announcing
 from kvtier.node.events import Send
@@ -40,7 +41,6 @@ from kvtier.peers.lending import Read
 from kvtier.testing.node_bench import until
 from kvtier.testing.node_cluster import cluster_settings
 from kvtier.testing.rig_cluster import RigCluster
-from kvtier.tier_messages import WireItem
 
 
 def config_of(folder: Path, **more: str) -> Config:

@@ -10,8 +10,12 @@ from typing import cast
 import msgspec
 import pytest
 
-from kvtier import cluster_messages
-from kvtier.cluster_messages import (
+from kvtier.config.load import load
+from kvtier.daemon.peer_desk import PeerDesk
+from kvtier.host.tier import HostTier
+from kvtier.messages import cluster as cluster_messages
+from kvtier.messages.calls import Message
+from kvtier.messages.cluster import (
     DIRECTORY,
     PEERS,
     Branches,
@@ -23,15 +27,11 @@ from kvtier.cluster_messages import (
     PeerReadDone,
     Stone,
 )
-from kvtier.config import load
-from kvtier.daemon.peer_desk import PeerDesk
-from kvtier.host.tier import HostTier
-from kvtier.messages import Message
+from kvtier.messages.tiers import WireItem
 from kvtier.node.events import Send
 from kvtier.testing.node_bench import until
 from kvtier.testing.node_cluster import cluster_settings
 from kvtier.testing.rig_uses import PLAIN
-from kvtier.tier_messages import WireItem
 
 STONE = Stone("a.1", "acme", "chat", 1.0)
 READ = PeerRead(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.client import Client
+from kvtier.client.client import Client
 from kvtier.daemon import disk_service
 from kvtier.daemon.embedded import Embedded
 from kvtier.disk.tier import DiskTier

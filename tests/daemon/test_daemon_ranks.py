@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.testing.gates import Gate
 from kvtier.testing.kv_memory import pages_for
 from kvtier.testing.node_bench import until

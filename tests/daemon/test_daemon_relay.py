@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kvtier.carriage import PIECE_BYTES, Bytes, Passing
-from kvtier.client import Client, connect
-from kvtier.config import load
+from kvtier.client.client import Client, connect
+from kvtier.config.load import load
 from kvtier.daemon.directory_service import DirectoryService, directory_name
 from kvtier.daemon.embedded import Embedded
 from kvtier.peers.client import PeerClient

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from kvtier.config_secrets import tenant_secret
+from kvtier.config.secrets import tenant_secret
 from kvtier.errors import KvtierError
 from kvtier.host.slots import HostSlots
 from kvtier.node import journal

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from kvtier import protocol
-from kvtier.messages import Message
+from kvtier.messages import protocol
+from kvtier.messages.calls import Message
+from kvtier.messages.wire import Channel
 from kvtier.testing.gates import Gate
 from kvtier.testing.kv_memory import pages_for, tokens_of
 from kvtier.testing.node_bench import Bench, LocalWorker, forget_all, until
-from kvtier.wire import Channel
 
 TOKENS = 192
 PAGES = pages_for(TOKENS)

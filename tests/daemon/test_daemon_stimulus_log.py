@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from kvtier.client import connect
+from kvtier.client.client import connect
 from kvtier.daemon import node_service, stimulus_log
 from kvtier.daemon.embedded import Embedded
 from kvtier.daemon.stimulus_log import StimulusLog

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvtier.client import Client, connect
-from kvtier.config import load
+from kvtier.client.client import Client, connect
+from kvtier.config.load import load
 from kvtier.daemon import peer_lender
 from kvtier.daemon.directory_service import DirectoryService
 from kvtier.daemon.embedded import Embedded

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.daemon.embedded import Embedded
 from kvtier.host.tier import HostTier
 from kvtier.testing.gates import Gate

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from kvtier.config_secrets import tenant_secret
+from kvtier.config.secrets import tenant_secret
 from kvtier.daemon.policy_state import NAME, read_sections
 from kvtier.errors import KvtierError
 from kvtier.host.slots import HostSlots

@@ -4,7 +4,6 @@ import hashlib
 
 import msgspec
 
-from kvtier.cluster_messages import Held
 from kvtier.directory import announcer, saying
 from kvtier.directory.announcements import (
     MOST_PARTS,
@@ -18,6 +17,7 @@ from kvtier.directory.announcements import (
 )
 from kvtier.directory.announcer import Announcer, Holding, Sender
 from kvtier.directory.shard import Shard, ShardSettings
+from kvtier.messages.cluster import Held
 
 LAYOUT = Layout(256, tuple(Part(g, "full", f"L0+32.H{h}+8", 4096) for g in range(3) for h in range(8)))
 

@@ -119,9 +119,9 @@ def test_what_runs_on_a_gpu_needs_no_more_than_such_a_machine_has(tmp_path: Path
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("module", ["kvtier.messages", "hypothesis"])
+@pytest.mark.parametrize("module", ["kvtier.messages.calls", "hypothesis"])
 def test_control_what_needs_more_is_caught(tmp_path: Path, module: str) -> None:
-    """kvtier.messages is the daemon's, and takes msgspec."""
+    """kvtier.messages.calls is the daemon's, and takes msgspec."""
     command = [sys.executable, "-c", f"import {module}"]
     done = subprocess.run(
         command, cwd=ROOT, env=bare(tmp_path), capture_output=True, text=True, timeout=PATIENCE_S, check=False

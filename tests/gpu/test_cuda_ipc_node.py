@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.daemon import gpu_copies, gpu_maps, gpu_service
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.errors import GeometryError, TierUnavailable
@@ -19,11 +19,11 @@ from kvtier.gpu.cuda.ipc_pool import IpcPool
 from kvtier.gpu.cuda.make import cuda_engine
 from kvtier.gpu.engine import CopyBatch, CopyItem
 from kvtier.gpu.pool import Pool
+from kvtier.messages.tiers import PoolProven
 from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.kv_memory import LAYERS, tokens_of
 from kvtier.testing.pool_cases import Slots
 from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, SCRATCH, SETTINGS, Second, World
-from kvtier.tier_messages import PoolProven
 from kvtier.waiting import wait_until
 
 
@@ -60,7 +60,7 @@ def test_the_service_follows_the_layers_of_a_park(world: World) -> None:
 def test_control_without_the_worker_s_events_it_is_a_race(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvtier.worker_inputs.WorkerPool.event_numbers", lambda pool, order: [])
+    monkeypatch.setattr("kvtier.client.worker_inputs.WorkerPool.event_numbers", lambda pool, order: [])
     with world.attach() as worker:
         world.compute(world.mine.current)
         worker.park("chat", tokens_of(1, COUNT), PAGES).result(20)

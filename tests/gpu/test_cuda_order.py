@@ -238,7 +238,7 @@ def test_a_place_names_its_device_and_bytes() -> None:
 
 def test_waiting_for_a_layer_ends_when_the_device_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine holds back what does not fit ahead, so the last layers are never queued."""
-    monkeypatch.setattr("kvtier.handles.QUIET_S", 0.1)
+    monkeypatch.setattr("kvtier.client.handles.QUIET_S", 0.1)
     desk = Desk(3, Settings(always("staged"), 2, 16384, 16384))
     model, prefill = desk.device.stream(), desk.device.stream()
     desk.parked()

@@ -11,9 +11,9 @@ import pytest
 from kvtier.daemon import gpu_copies, gpu_maps
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.errors import TierUnavailable
+from kvtier.messages.tiers import ProbePool
 from kvtier.testing.kv_memory import LAYERS, tokens_of
 from kvtier.testing.shared_gpu import COUNT, PAGES, Second, World
-from kvtier.tier_messages import ProbePool
 from kvtier.waiting import wait_until
 
 

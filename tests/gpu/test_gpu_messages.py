@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvtier import protocol
 from kvtier.geometry import CUDA_IPC, Geometry, GroupGeometry
-from kvtier.messages import Attach, MakePlan, Message, Park, Restore
-from kvtier.tier_messages import (
+from kvtier.messages import protocol
+from kvtier.messages.calls import Attach, MakePlan, Message, Park, Restore
+from kvtier.messages.tiers import (
     Arenas,
     Copy,
     GpuUsage,

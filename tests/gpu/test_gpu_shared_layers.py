@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 import kvtier
+from kvtier.client.handles import RestoreHandle
+from kvtier.client.worker import Worker
 from kvtier.daemon import gpu_service
 from kvtier.daemon.embedded import Embedded, start
 from kvtier.daemon.gpu_layers import RestoreLayers
@@ -22,15 +24,13 @@ from kvtier.gpu.cuda.lane import Lane
 from kvtier.gpu.engine import CopyBatch, Reached
 from kvtier.gpu.layers import LayerEvents
 from kvtier.gpu.schedule import Bounds
-from kvtier.handles import RestoreHandle
-from kvtier.messages import Message
+from kvtier.messages.calls import Message
+from kvtier.messages.tiers import Copied, Copy, LayerQueued
 from kvtier.node import restores
 from kvtier.receipts import RestoreReceipt
 from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
 from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, World
-from kvtier.tier_messages import Copied, Copy, LayerQueued
 from kvtier.waiting import wait_until
-from kvtier.worker import Worker
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import kvtier
+from kvtier.client.worker import Worker
 from kvtier.daemon.embedded import Embedded, start
 from kvtier.gpu.cuda.make import cuda_engine
 from kvtier.gpu.engine import Place, StreamEvent
@@ -20,7 +21,6 @@ from kvtier.gpu.places import CpuPlace
 from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.kv_memory import LAYERS, SHARD, KvMemory, tokens_of
 from kvtier.testing.shared_gpu import COUNT, OTHER, PAGES, SETTINGS, World
-from kvtier.worker import Worker
 
 
 class Case:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.client import connect
-from kvtier.fingerprint import Fingerprint
+from kvtier.client.client import connect
+from kvtier.client.shards import Shards
+from kvtier.client.worker_inputs import WorkerPlan
 from kvtier.gpu.describe import paged
 from kvtier.gpu.pool import Pool
-from kvtier.model import ModelSpec
-from kvtier.shards import Shards
-from kvtier.worker_inputs import WorkerPlan
+from kvtier.model.fingerprint import Fingerprint
+from kvtier.model.spec import ModelSpec
 
 PAGES, PAGE_TOKENS, BLOCK_TOKENS = 40, 8, 16
 

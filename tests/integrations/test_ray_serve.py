@@ -16,7 +16,7 @@ pytest.importorskip("ray.serve.request_router", reason="needs ray[serve]")
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import PendingRequest
 
-from kvtier.client import Client, connect
+from kvtier.client.client import Client, connect
 from kvtier.daemon.embedded import Embedded
 from kvtier.integrations.ray_serve import NODE, StickyRouter, replica_metadata, sticky
 from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for

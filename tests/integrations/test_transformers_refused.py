@@ -22,9 +22,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from kvtier.errors import FingerprintError, GeometryError, TokensError
-from kvtier.fingerprint import Fingerprint
 from kvtier.integrations.dynamic_cache import cache_shape
 from kvtier.integrations.transformers import ChatSession, TransformersKV, attach, model_fingerprint
+from kvtier.model.fingerprint import Fingerprint
 from kvtier.objects import Shard
 
 SIZES: dict[str, Any] = {

@@ -2,10 +2,20 @@
 
 import pytest
 
-from kvtier.messages import Forget, Forgotten, Hint, ListConversations, ListModels, Locate, Ping, Show, Status
+from kvtier.messages.calls import (
+    Forget,
+    Forgotten,
+    Hint,
+    ListConversations,
+    ListModels,
+    Locate,
+    Ping,
+    Show,
+    Status,
+)
+from kvtier.messages.tiers import DiskRemove
 from kvtier.node.events import ArenaGrew
 from kvtier.testing.rig_uses import UNIT
-from kvtier.tier_messages import DiskRemove
 
 
 def forget(rig, name="chat", tenant="acme"):

@@ -8,7 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from kvtier import records
 from kvtier.errors import CorruptObject
-from kvtier.messages import Forget, Status
+from kvtier.messages.calls import Forget, Status
 from kvtier.node import adoption, wire
 from kvtier.node import state as state_module
 from kvtier.node.conversations import Conversation, Head, from_bytes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtier.messages import Forget, Forgotten
+from kvtier.messages.calls import Forget, Forgotten
 from kvtier.node import admin
 from kvtier.node.awaited import Awaited
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvtier import cluster_messages as c
-from kvtier.messages import DropPlan, Forget
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import DropPlan, Forget
 from kvtier.node import balancing
 from kvtier.policy import balance
 from kvtier.testing.rig_cluster import NodeRig, RigCluster, end_well

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from kvtier import cluster_messages as c
 from kvtier.host.slots import HostSlots
 from kvtier.keys import pack_tokens
-from kvtier.messages import Forget, ListConversations, Locate, Show
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import Forget, ListConversations, Locate, Show
 from kvtier.node.adoption import Adoption
 from kvtier.node.events import Left, Received
 from kvtier.node.journal import digest, pack, unpack

@@ -6,7 +6,7 @@ import pytest
 
 from kvtier.host.slots import HostSlots
 from kvtier.keys import make_root, tenant_secret
-from kvtier.messages import Forget, Released
+from kvtier.messages.calls import Forget, Released
 from kvtier.node.blocks import Stored
 from kvtier.node.disk_requests import DiskRequests, Written
 from kvtier.node.disk_side import DiskSide

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvtier import cluster_messages as c
-from kvtier.messages import Forget
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import Forget
 from kvtier.node.events import Received
 from kvtier.node.replicas import Replicas
 from kvtier.testing.rig_cluster import NodeRig, RigCluster, end_well, objects_of, park_at

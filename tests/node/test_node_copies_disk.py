@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtier.messages import Explain, Forget
+from kvtier.messages.calls import Explain, Forget
 from kvtier.node import naming
 from kvtier.node.coverage import restored_end
 from kvtier.node.disk_side import DiskSide

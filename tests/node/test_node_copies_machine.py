@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from kvtier.cluster_messages import Kept
+from kvtier.messages.cluster import Kept
 from kvtier.node import replicas
 from kvtier.node.keeping import Keeping
 from kvtier.node.replicas import Replicas

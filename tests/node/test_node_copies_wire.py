@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from kvtier import cluster_messages as c
 from kvtier.directory import calls
-from kvtier.messages import ParkDone
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import ParkDone
+from kvtier.messages.protocol import LENGTH, decode, encode
 from kvtier.node.events import Received
-from kvtier.protocol import LENGTH, decode, encode
 from kvtier.receipts import LEVELS, ParkReceipt, copies_level
 from kvtier.testing.rig_cluster import RigCluster
 

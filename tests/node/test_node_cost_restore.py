@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtier.messages import Attached, Failed, Prefilled
+from kvtier.messages.calls import Attached, Failed, Prefilled
 from kvtier.node.eta import ERROR_BOUNDS, EtaCounters
 from kvtier.node.events import Remembered
 from kvtier.policy.cost_restore import CostRestore

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvtier.cluster_messages import SERVICE, Drain
+from kvtier.messages.cluster import SERVICE, Drain
+from kvtier.messages.tiers import DiskWrite
 from kvtier.node.events import Received
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_cluster import RigCluster, end_well
-from kvtier.tier_messages import DiskWrite
 
 
 def begin(rig: CoreRig) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvtier.messages import Forget, Forgotten, Hint
+from kvtier.messages.calls import Forget, Forgotten, Hint
+from kvtier.messages.tiers import Announce, DiskRemove
 from kvtier.node.events import Received
-from kvtier.tier_messages import Announce, DiskRemove
 
 
 def forget(rig, name="chat", tenant="acme"):

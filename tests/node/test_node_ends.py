@@ -2,10 +2,10 @@
 
 import pytest
 
-from kvtier.messages import Forget
+from kvtier.messages.calls import Forget
+from kvtier.messages.tiers import DiskRead
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import UNIT
-from kvtier.tier_messages import DiskRead
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier import cluster_messages as c
-from kvtier.messages import Forget
+from kvtier.messages import cluster as c
+from kvtier.messages.calls import Forget
+from kvtier.messages.tiers import DiskRemove
 from kvtier.node.events import Received
 from kvtier.node.graves import Burials
 from kvtier.testing.rig_cluster import NodeRig, end_well, objects_of, pair, park_at
-from kvtier.tier_messages import DiskRemove
 
 
 def forget_but_for_the_disk(rig: NodeRig) -> None:

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from kvtier import messages as m
+from kvtier.messages import calls as m
 from kvtier.policy.prices import money_of
 from kvtier.receipts import ConversationInfo, ParkReceipt, Plan
 from kvtier.testing.rig_uses import UNIT

@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.errors import KvtierError
 from kvtier.host.slots import HostSlots
-from kvtier.messages import Forget, Hint, Ping
+from kvtier.messages.calls import Forget, Hint, Ping
 from kvtier.node.events import Received, Tick
 from kvtier.node.journal import JournaledCore, Origin, digest, pack, read, replay, unpack
 from kvtier.node.settings import NodeSettings

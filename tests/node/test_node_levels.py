@@ -3,11 +3,11 @@
 import msgspec
 import pytest
 
-from kvtier.messages import Hint
+from kvtier.messages.calls import Hint
+from kvtier.messages.tiers import DiskRead, DiskWrite, DiskWritten
 from kvtier.node.events import Received
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import HYBRID, UNIT
-from kvtier.tier_messages import DiskRead, DiskWrite, DiskWritten
 
 
 def said(receipt):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtier.messages import Failed, Forget, Forgotten
+from kvtier.messages.calls import Failed, Forget, Forgotten
 from kvtier.node import limits
 
 

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kvtier.messages import Forget
+from kvtier.messages.calls import Forget
 from kvtier.node.blocks import BlockTree
 from kvtier.objects import ObjectId, ObjectMeta, Root
 from kvtier.testing.core_rig import CoreRig

@@ -3,9 +3,9 @@
 import pytest
 
 from kvtier.keys import pack_tokens
-from kvtier.messages import Park
+from kvtier.messages.calls import Park
+from kvtier.messages.tiers import Copy, DiskWrite
 from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT
-from kvtier.tier_messages import Copy, DiskWrite
 
 
 def names(receipt):

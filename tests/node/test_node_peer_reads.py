@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvtier import cluster_messages as c
+from kvtier.messages import cluster as c
+from kvtier.messages.tiers import WireItem
 from kvtier.node.events import Received
 from kvtier.node.reports import status_report
 from kvtier.states import State
 from kvtier.testing.rig_cluster import NodeRig, RigCluster, begun, end_well, objects_of, pair, park_at
 from kvtier.testing.rig_uses import HYBRID, PLAIN, UNIT
 from kvtier.tier import Slot
-from kvtier.tier_messages import WireItem
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, HYBRID])

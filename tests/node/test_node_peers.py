@@ -5,7 +5,7 @@ import pytest
 
 from kvtier.errors import FingerprintError, GeometryError
 from kvtier.geometry import Geometry, GroupGeometry
-from kvtier.messages import (
+from kvtier.messages.calls import (
     Attach,
     CopiesEnded,
     Detach,
@@ -16,10 +16,10 @@ from kvtier.messages import (
     Ping,
     Show,
 )
+from kvtier.messages.tiers import Announce, CancelCopies, Copied, DiskWritten, PoolJoined, PoolLeft, TierHello
 from kvtier.node.events import Received
 from kvtier.testing.core_rig import MODEL
 from kvtier.testing.rig_uses import FULL, PLAIN, UNIT
-from kvtier.tier_messages import Announce, CancelCopies, Copied, DiskWritten, PoolJoined, PoolLeft, TierHello
 
 MODES = pytest.mark.parametrize("mode", ["worker", "shared"])
 

@@ -7,11 +7,12 @@ from io import BytesIO
 import msgspec
 import pytest
 
-from kvtier import messages as m
-from kvtier.cluster_messages import SERVICE, Drain
 from kvtier.errors import KvtierError
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
+from kvtier.messages import calls as m
+from kvtier.messages.cluster import SERVICE, Drain
+from kvtier.messages.tiers import DiskRead
 from kvtier.node import prefetch
 from kvtier.node.events import Received, Remembered
 from kvtier.node.journal import JournaledCore, Origin, read, replay
@@ -21,7 +22,6 @@ from kvtier.policy.defaults import make_policies
 from kvtier.policy.prefetch import WorthPrefetch
 from kvtier.testing.core_rig import SECRET, CoreRig
 from kvtier.testing.rig_uses import UNIT
-from kvtier.tier_messages import DiskRead
 
 BLOCK = 2 * UNIT
 DAY_S = 86400.0

@@ -7,8 +7,8 @@ cases every full block of the promised one.
 
 import pytest
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.node import naming, park_writes
 from kvtier.node.conversations import Conversation
 

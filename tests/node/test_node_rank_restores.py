@@ -8,7 +8,7 @@ import pytest
 
 from kvtier.geometry import Geometry
 from kvtier.host.slots import HostSlots
-from kvtier.messages import DropPlan, Failed, JoinPlan
+from kvtier.messages.calls import DropPlan, Failed, JoinPlan
 from kvtier.node.journal import JournaledCore, Origin, read, replay
 from kvtier.policy.defaults import make_policies
 from kvtier.testing.core_rig import SECRET, CoreRig

@@ -3,7 +3,7 @@
 import pytest
 
 from kvtier.geometry import Geometry
-from kvtier.messages import Attach, Failed, Forget
+from kvtier.messages.calls import Attach, Failed, Forget
 from kvtier.node.park_writes import ParkWrites
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_cluster import RigCluster, end_well, pair

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from kvtier import cluster_messages as c
-from kvtier import protocol
-from kvtier.messages import Locate, Planned
+from kvtier.messages import cluster as c
+from kvtier.messages import protocol
+from kvtier.messages.calls import Locate, Planned
 from kvtier.node import elsewhere
 from kvtier.node.coverage import longest
 from kvtier.testing.rig_cluster import RigCluster, end_well, pair

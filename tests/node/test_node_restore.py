@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from kvtier.geometry import Geometry
-from kvtier.messages import DropPlan, MakePlan, Restore
+from kvtier.messages.calls import DropPlan, MakePlan, Restore
+from kvtier.messages.tiers import Copy, DiskRead
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import FULL, UNIT
-from kvtier.tier_messages import Copy, DiskRead
 
 
 def spread(plan):

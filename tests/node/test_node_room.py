@@ -3,9 +3,9 @@
 import pytest
 
 from kvtier.geometry import Geometry, GroupGeometry
+from kvtier.messages.tiers import DiskWrite
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import FULL, HYBRID, UNIT
-from kvtier.tier_messages import DiskWrite
 
 
 def small(make_rig, units=8, **how):

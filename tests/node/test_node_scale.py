@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import pytest
 
-from kvtier.cluster_messages import SERVICE, Drain
-from kvtier.messages import Explain, Forget, ListModels, Message
+from kvtier.messages.calls import Explain, Forget, ListModels, Message
+from kvtier.messages.cluster import SERVICE, Drain
+from kvtier.messages.tiers import DiskWrite
 from kvtier.node import room as room_module
 from kvtier.node.events import Received
 from kvtier.node.park_job import ParkJob
@@ -21,7 +22,6 @@ from kvtier.receipts import Level
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import drain, problems
 from kvtier.testing.rig_uses import UNIT, RigPark, RigWorker
-from kvtier.tier_messages import DiskWrite
 
 BLOCK, CHAIN = 2 * UNIT, 4
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from kvtier.messages import Forget, Hint
+from kvtier.messages.calls import Forget, Hint
+from kvtier.messages.tiers import DiskRead, DiskWrite
 from kvtier.node import room as room_module
 from kvtier.node import spills as spills_module
 from kvtier.node.disk_requests import DiskRequests
 from kvtier.node.room import Room
 from kvtier.node.settings import NodeSettings
 from kvtier.testing.rig_uses import UNIT
-from kvtier.tier_messages import DiskRead, DiskWrite
 
 BLOCK = 2 * UNIT
 

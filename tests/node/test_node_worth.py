@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtier import messages as m
+from kvtier.messages import calls as m
 from kvtier.node.disk_room import evict
 from kvtier.node.events import Remembered
 from kvtier.policy.worth_order import WorthOrder

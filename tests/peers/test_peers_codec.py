@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from kvtier.checksum import checksum
 from kvtier.disk.codecs import CODECS
 from kvtier.errors import CorruptObject, MalformedMessage
+from kvtier.messages.peers import Offer, PeerReady, Sending, Want
+from kvtier.messages.protocol import LENGTH, decode, encode
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import Offer, PeerReady, Sending, Want
 from kvtier.peers import client as client_module
 from kvtier.peers.choice import KEEP_CODEC_S, KEEP_S, RAW, Figures, Rates, choose, expected_bytes_per_s
 from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
@@ -26,7 +27,6 @@ from kvtier.peers.coding import CHUNK_BYTES, Coding, encoded, measured, receive_
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
-from kvtier.protocol import LENGTH, decode, encode
 from kvtier.waiting import wait_until
 
 TOKEN = b"0123456789abcdef"

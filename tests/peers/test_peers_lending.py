@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from kvtier.checksum import checksum
-from kvtier.messages import Message
+from kvtier.messages.calls import Message
+from kvtier.messages.peers import PeerReady, Sending, Want
+from kvtier.messages.protocol import LENGTH, decode, encode
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import PeerReady, Sending, Want
 from kvtier.peers import lending as lending_module
 from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.lending import Bytes, Lending, Read
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
-from kvtier.protocol import LENGTH, decode, encode
 from kvtier.testing.fake_agent import FakeAgent, LentMemory, lending_of
 from kvtier.testing.node_bench import until
 

@@ -19,8 +19,8 @@ import pytest
 
 from kvtier.checksum import checksum
 from kvtier.errors import AuthError, ConfigError, KvtierError
+from kvtier.messages.peers import PeerProof
 from kvtier.objects import ObjectId
-from kvtier.peer_messages import PeerProof
 from kvtier.peers import handshake
 from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
 from kvtier.peers.handshake import Identity
@@ -274,8 +274,8 @@ def test_one_who_does_not_read_is_dropped(shelf: Shelf) -> None:
 
 
 def want_of(number: int) -> bytes:
-    from kvtier.peer_messages import Want
-    from kvtier.protocol import encode
+    from kvtier.messages.peers import Want
+    from kvtier.messages.protocol import encode
 
     return encode(Want(block_key=id_of(number).block_key, group=0, shard="L0+1.H0+1"))
 

@@ -7,7 +7,7 @@ import pytest
 
 from kvtier.cli.main import run
 from kvtier.errors import ConfigError
-from kvtier.model import ModelSpec
+from kvtier.model.spec import ModelSpec
 from kvtier.policy.achieved_rate import AchievedRate
 from kvtier.policy.breakeven import break_even
 from kvtier.policy.devices import DEVICES

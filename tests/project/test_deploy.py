@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtier.cli.app import app
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.daemon.metrics import NodeMetrics, TierMetrics, make_registry
 from kvtier.errors import ConfigError
 from kvtier.sim.cluster.scenario import load_scenario

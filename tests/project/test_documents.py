@@ -14,8 +14,8 @@ import kvtier
 from kvtier.cli import exits
 from kvtier.cli.app import COMMANDS
 from kvtier.cli.main import EXTRAS
-from kvtier.config_fields import FIELDS
-from kvtier.config_text import reference
+from kvtier.config.fields import FIELDS
+from kvtier.config.text import reference
 from kvtier.daemon.metrics import NodeMetrics, make_registry
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = (
+    "model",
+    "messages",
+    "config",
+    "client",
     "gpu",
     "host",
     "disk",
@@ -30,24 +34,32 @@ TIERS = frozenset({"gpu", "host", "disk"})
 # Room -> the other rooms that it may import. The root's vocabulary ("") is open to all.
 MAY_IMPORT = {
     "": frozenset(),
+    "model": frozenset(),
+    "messages": frozenset(),
+    "config": frozenset(),
+    "client": frozenset({"config", "messages", "model"}),
     "gpu": frozenset(),
     "host": frozenset(),
     "disk": frozenset(),
-    "policy": frozenset(),
-    "node": frozenset({"policy", "directory"}),
-    "directory": frozenset(),
-    "peers": frozenset(),
-    "daemon": TIERS | {"policy", "node", "directory", "peers"},
-    "cluster": TIERS | {"policy", "node", "daemon"},
-    "integrations": frozenset({"gpu"}),
-    "sim": frozenset({"policy", "node", "host"}),
+    "policy": frozenset({"model"}),
+    "node": frozenset({"messages", "policy", "directory"}),
+    "directory": frozenset({"messages"}),
+    "peers": frozenset({"messages"}),
+    "daemon": TIERS | {"client", "config", "messages", "policy", "node", "directory", "peers"},
+    "cluster": TIERS | {"config", "messages", "policy", "node", "daemon"},
+    "integrations": frozenset({"client", "model", "gpu"}),
+    "sim": frozenset({"config", "messages", "model", "policy", "node", "host"}),
     "bench": TIERS,
-    "cli": frozenset({"bench", "cluster", "daemon", "disk", "gpu", "integrations", "policy", "sim"}),
-    "testing": TIERS | {"policy", "node", "daemon", "directory", "peers"},
+    "cli": frozenset(ROOMS) - {"cli", "directory", "host", "node", "peers", "testing"},
+    "testing": frozenset(ROOMS) - {"bench", "cli", "cluster", "integrations", "sim", "testing"},
 }
-# What the root's client may load when it is called, and not before: a worker's copy engine, its view of the
-# arena, and the services of connect("embedded:").
-ROOT_MAY_LOAD_LATE = frozenset({"gpu", "host", "daemon"})
+# What is loaded where it is used, and not before: the classes that the root names; by the client a worker's
+# copy engine, its view of the arena, and the services of connect("embedded:").
+MAY_LOAD_LATE = {
+    "": frozenset({"client", "model"}),
+    "client": frozenset({"gpu", "host", "daemon"}),
+    "messages": frozenset({"gpu"}),
+}
 
 # Package -> the rooms that may import it.
 OWNERS = {
@@ -71,7 +83,11 @@ OWNERS = {
 }
 # Rooms whose other packages are counted, so that they run in a bare environment.
 LIGHT = {
-    "": {"msgpack", "msgspec", "numpy", "xxhash"},
+    "": {"msgpack", "numpy", "xxhash"},
+    "model": {"numpy", "xxhash"},
+    "messages": {"msgspec", "numpy"},
+    "config": {"msgspec"},
+    "client": {"msgspec", "numpy"},
     "policy": {"numpy"},
     "node": {"msgpack", "msgspec", "numpy"},
     "directory": {"msgpack", "msgspec", "numpy"},
@@ -170,9 +186,9 @@ def _inside(item, room):
     target = room_of(tuple(item.module.split(".")[1:]))
     if target in ("", room):
         return
-    if room == "" and target in ROOT_MAY_LOAD_LATE:
+    if target in MAY_LOAD_LATE.get(room, ()):
         if item.at_once:
-            yield f"the root loads {item.module} at once; load it where it is used"
+            yield f"{room or 'the root'} loads {item.module} at once; load it where it is used"
     elif target not in MAY_IMPORT[room]:
         yield f"{room or 'the root'} imports {item.module}"
 
@@ -236,14 +252,14 @@ def test_every_folder_is_a_room_that_the_table_knows():
         ("integrations.transformers", "import kvtier.daemon.node_service"),
         ("integrations.vllm", "import ray"),
         ("integrations.ray_serve", "import torch"),
-        ("client", "import ray"),
-        ("client", "import click"),
-        ("client", "from kvtier.gpu import engine"),
-        ("client", "def f():\n    import kvtier.cluster.up"),
-        ("client", "def f():\n    import kvtier.cli.main"),
-        ("client", "def f():\n    import kvtier.__main__"),
+        ("client.client", "import ray"),
+        ("client.client", "import click"),
+        ("client.client", "from kvtier.gpu import engine"),
+        ("client.client", "def f():\n    import kvtier.cluster.up"),
+        ("client.client", "def f():\n    import kvtier.cli.main"),
+        ("client.client", "def f():\n    import kvtier.__main__"),
         ("__main__", "import ray"),
-        ("client", "import importlib\nimportlib.import_module('ray')"),
+        ("client.client", "import importlib\nimportlib.import_module('ray')"),
         ("__init__", "import kvtier.daemon"),
         ("cluster.up", "from kvtier.cli import output"),
         ("cluster.up", "import cupy"),
@@ -266,8 +282,11 @@ def test_a_crossing_is_seen(module, source):
         ("policy.lru", "import heapq, math\nfrom kvtier.policy.interfaces import Segment"),
         ("gpu.cuda", "import cupy\nimport torch"),
         ("node.core", "import random\ndef f(seed):\n    return random.Random(seed)"),
-        ("client", "def f():\n    from kvtier.gpu import engine"),
-        ("client", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvtier.gpu import engine"),
+        ("client.client", "def f():\n    from kvtier.gpu import engine"),
+        (
+            "client.client",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvtier.gpu import engine",
+        ),
         ("disk.codecs.lz4_block", "def f():\n    import lz4.block"),
         ("integrations.ray_serve", "from ray import serve"),
         ("cluster.up", "import ray\nfrom kvtier.daemon import node_service"),

@@ -9,15 +9,15 @@ import msgpack
 import msgspec
 import pytest
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
 from kvtier.cli.main import run
-from kvtier.client import connect
-from kvtier.config_secrets import tenant_secret
+from kvtier.client.client import connect
+from kvtier.config.secrets import tenant_secret
 from kvtier.daemon.embedded import Embedded
 from kvtier.errors import KvtierError
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.keys import pack_tokens
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.node import journal
 from kvtier.node.events import Received
 from kvtier.policy.defaults import make_policies

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import FingerprintError
-from kvtier.fingerprint import Fingerprint, canonical_json, check_revision, without_cosmetic
 from kvtier.keys import chain, make_root, pack_tokens, tenant_secret
-from kvtier.weights import SAMPLE_BYTES, SPREAD_RANGE_BYTES, SPREAD_RANGES
+from kvtier.model.fingerprint import Fingerprint, canonical_json, check_revision, without_cosmetic
+from kvtier.model.weights import SAMPLE_BYTES, SPREAD_RANGE_BYTES, SPREAD_RANGES
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "rope_theta": 10000.0, "architectures": ["Llama"]}
 ENGINE = {"kv_dtype": "bfloat16", "layout": "vllm-nhd/1"}

@@ -3,7 +3,7 @@
 import pytest
 
 from kvtier.errors import GeometryError, ModelSpecError
-from kvtier.model import ModelSpec, size_report
+from kvtier.model.spec import ModelSpec, size_report
 
 GOOD = {
     "model_type": "llama",

@@ -1,6 +1,6 @@
 """Models with layers that keep a state and no rows: which layers, and how many bytes a snapshot is."""
 
-from kvtier.model import ModelSpec
+from kvtier.model.spec import ModelSpec
 
 LLAMA3_8B = {
     "model_type": "llama",

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtier.errors import GeometryError
-from kvtier.model import ModelSpec
+from kvtier.model.spec import ModelSpec
 from kvtier.objects import Shard
 
 LLAMA3_8B = {

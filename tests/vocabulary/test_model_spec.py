@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.model import ModelSpec, size_report
+from kvtier.model.spec import ModelSpec, size_report
 
 LLAMA2_7B = {
     "model_type": "llama",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvtier.cli import options
-from kvtier.config_units import parse_bytes
+from kvtier.config.units import parse_bytes
 from kvtier.errors import ConfigError, TierFull, TierUnavailable
 
 if TYPE_CHECKING:

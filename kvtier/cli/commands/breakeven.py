@@ -43,7 +43,7 @@ def _contexts(_ctx: click.Context, _param: click.Parameter, value: str) -> list[
 
 
 def _rate(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
-    from kvtier.config_units import parse_bytes
+    from kvtier.config.units import parse_bytes
 
     if value is None:
         return None
@@ -94,8 +94,8 @@ def breakeven(
     Compares the GPU time of computing a conversation again with the price of keeping it, and with the time to
     load it. Speeds are the device's on paper, at a usual utilization. Needs no daemon.
     """
-    from kvtier.model import ModelSpec
-    from kvtier.model_config import load_config
+    from kvtier.model.config_json import load_config
+    from kvtier.model.spec import ModelSpec
     from kvtier.policy.achieved_rate import AchievedRate
     from kvtier.policy.breakeven import break_even
     from kvtier.policy.devices import device_named

@@ -34,8 +34,8 @@ def check(file: str, as_json: bool) -> None:
 def show(config_file: str | None, settings: tuple[str, ...], effective: bool, as_json: bool) -> None:
     """Show the settings as TOML, with their meaning and where each comes from."""
     from kvtier.cli import output
-    from kvtier.config import effective as all_settings
-    from kvtier.config_text import to_toml
+    from kvtier.config.load import effective as all_settings
+    from kvtier.config.text import to_toml
 
     config = options.read_config(config_file, settings)
     if not as_json:
@@ -53,6 +53,6 @@ def show(config_file: str | None, settings: tuple[str, ...], effective: bool, as
 @config.command()
 def reference() -> None:
     """Print every setting with type, default and meaning, as Markdown."""
-    from kvtier.config_text import reference as markdown
+    from kvtier.config.text import reference as markdown
 
     click.echo(markdown(), nl=False)

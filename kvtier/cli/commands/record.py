@@ -12,7 +12,7 @@ from kvtier.cli import options
 from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvtier.config_schema import Config
+    from kvtier.config.schema import Config
     from kvtier.policy.interfaces import Policies
 
 _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -63,7 +63,7 @@ def record(
 
 
 def _checked(path: Path, config: Config) -> list[tuple[str, str]]:
-    from kvtier.config_secrets import tenant_secret
+    from kvtier.config.secrets import tenant_secret
     from kvtier.sim.stimuli import replay_log
 
     with open(path, "rb") as stream:
@@ -72,7 +72,7 @@ def _checked(path: Path, config: Config) -> list[tuple[str, str]]:
 
 
 def _compared(path: Path, against: Path, config: Config) -> list[tuple[str, str]]:
-    from kvtier.config_secrets import tenant_secret
+    from kvtier.config.secrets import tenant_secret
     from kvtier.sim.calibration import calibrate
     from kvtier.sim.open_loop import compare
     from kvtier.sim.stimuli import entries_of
@@ -93,7 +93,7 @@ def _compared(path: Path, against: Path, config: Config) -> list[tuple[str, str]
 
 
 def _measured(path: Path, config: Config, scenario: TextIO) -> list[tuple[str, str]]:
-    from kvtier.config_secrets import tenant_secret
+    from kvtier.config.secrets import tenant_secret
     from kvtier.sim.machine import machine_of, scenario_text
     from kvtier.sim.stimuli import entries_of
 

@@ -23,7 +23,7 @@ def size(config: str, tokens: int, block_tokens: int, kv_dtype: str | None, as_j
     CONFIG is a Hugging Face config.json or the folder that holds it. Needs no daemon.
     """
     from kvtier.cli import output
-    from kvtier.model import ModelSpec, size_report
+    from kvtier.model.spec import ModelSpec, size_report
 
     report = size_report(ModelSpec.from_config(config, kv_dtype=kv_dtype), tokens, block_tokens)
     if as_json:

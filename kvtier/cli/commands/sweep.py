@@ -9,7 +9,7 @@ import click
 
 from kvtier.cli import options
 from kvtier.cli.commands.simulate import progress_bar, read_scenario
-from kvtier.config_units import parse_bytes
+from kvtier.config.units import parse_bytes
 
 if TYPE_CHECKING:
     from kvtier.sim.cluster.sweep import Offer

@@ -30,7 +30,7 @@ from kvtier.cli.demo.scenario import (
     TurnRecord,
     Usage,
 )
-from kvtier.client import Embedded, connect
+from kvtier.client.client import Embedded, connect
 from kvtier.integrations.transformers import ChatSession, Reply, TransformersKV, attach
 
 PARK_TIMEOUT_S = 60.0

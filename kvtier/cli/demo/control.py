@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvtier.cli.demo.scenario import DISK_BYTES, HOST_BYTES
-from kvtier.config import load
+from kvtier.config.load import load
 from kvtier.errors import KvtierError
 from kvtier.paths import node_socket
 

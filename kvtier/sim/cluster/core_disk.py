@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.sim.cluster.links import Drive
 
 _UNIT_BYTES = 4096

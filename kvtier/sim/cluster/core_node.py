@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
-from kvtier.config_schema import Config
+from kvtier.config.schema import Config
 from kvtier.errors import ConfigError, KvtierError
 from kvtier.geometry import Geometry, GroupGeometry
 from kvtier.host.slots import HostSlots
-from kvtier.model_config import load_config
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
+from kvtier.model.config_json import load_config
 from kvtier.node.core import NodeCore
 from kvtier.node.events import ArenaGrew, EventsJoined, Received, Send, Stimulus, Tick
 from kvtier.node.settings import NodeSettings

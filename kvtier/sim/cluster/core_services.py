@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvtier import messages as m
-from kvtier import tier_messages as t
+from kvtier.messages import calls as m
+from kvtier.messages import tiers as t
 from kvtier.node.events import Received, Send, Stimulus
 from kvtier.sim.cluster.core_disk import SimulatedDisk
 from kvtier.sim.cluster.events import Events

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from kvtier.model import ModelSpec
-from kvtier.model_config import load_config
+from kvtier.model.config_json import load_config
+from kvtier.model.spec import ModelSpec
 from kvtier.policy.recompute import ComputeSpec
 from kvtier.sim.cluster.models import MODELS
 from kvtier.sim.cluster.scenario import Model, Worker

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from kvtier.config_units import parse_bytes, parse_seconds
+from kvtier.config.units import parse_bytes, parse_seconds
 from kvtier.errors import ConfigError
 from kvtier.policy.prices import prices_from
 from kvtier.sim.cluster.models import MODELS

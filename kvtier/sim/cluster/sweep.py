@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final, Literal
 
-from kvtier.config_units import format_bytes
+from kvtier.config.units import format_bytes
 from kvtier.errors import ConfigError
 from kvtier.sim.cluster.deciders import NONE, UNBOUNDED, policies_of
 from kvtier.sim.cluster.result import PolicyResult

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from kvtier.config_units import format_bytes
+from kvtier.config.units import format_bytes
 from kvtier.sim.cluster.deciders import NONE
 from kvtier.sim.cluster.scenario import Scenario
 from kvtier.sim.cluster.sweep import Aim, Offer

@@ -1,0 +1,1 @@
+"""What clients, services and nodes say to each other, and how it travels."""

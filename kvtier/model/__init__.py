@@ -1,0 +1,1 @@
+"""What is to be known of a model: its layers, how large its KV is, and which weights it has."""
