@@ -120,6 +120,7 @@ def node_metrics(core: NodeCore) -> NodeMetrics:
             name: ReturnMetrics(seen.waits, seen.expected, seen.came)
             for name, seen in core.state.policies.usage.forecasts().items()
         },
+        evicts_by_last_use=core.state.policies.usage.by_last_use(),
         disk=_disk(core.state.disk.said),
         spilled_bytes=counters.spilled_bytes,
         prefetched_bytes={

@@ -108,6 +108,7 @@ class NodeMetrics:
     disk: DiskMetrics = DiskMetrics()
     eta: EtaMetrics = EtaMetrics()
     returns: Mapping[str, ReturnMetrics] = field(default_factory=dict)
+    evicts_by_last_use: bool = True
     spilled_bytes: float = 0.0
     prefetched_bytes: Mapping[str, float] = field(default_factory=dict)
     peer_bytes: Mapping[str, float] = field(default_factory=dict)
@@ -147,6 +148,11 @@ class NodeCollector(Collector):
         )
         yield from _eta(now.eta)
         yield from _returns(now.returns)
+        yield GaugeMetricFamily(
+            "kvtier_evicts_by_last_use",
+            "1 when what was used longest ago goes first.",
+            float(now.evicts_by_last_use),
+        )
         yield from _disk(now.disk)
         yield CounterMetricFamily(
             "kvtier_spilled_bytes", "KV that host memory wrote to disk.", now.spilled_bytes

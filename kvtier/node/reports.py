@@ -225,6 +225,7 @@ def _counters(state: NodeState) -> dict[str, float]:
     flat["eta.relative_error"] = c.eta.errors_sum / judged if judged else 0.0
     flat["eta.prefills"] = c.eta.prefills
     flat |= {f"plans.{way}": c.eta.ways.get(way, 0) for way in WAYS}
+    flat["evicts_by_last_use"] = float(state.policies.usage.by_last_use())
     for name, forecast in state.policies.usage.forecasts().items():
         flat[f"returns.{name}.waits"] = forecast.waits
         flat[f"returns.{name}.expected"] = forecast.expected

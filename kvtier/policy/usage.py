@@ -126,6 +126,9 @@ class UsagePolicy(Protocol):
     def forecasts(self) -> Mapping[str, Forecast]:
         """How returns came against what was expected of them, by a horizon's name."""
 
+    def by_last_use(self) -> bool:
+        """Whether what was used longest ago goes first now."""
+
 
 class NoUsage:
     """See UsagePolicy: for orders that go by something else."""
@@ -172,3 +175,7 @@ class NoUsage:
     def forecasts(self) -> Mapping[str, Forecast]:
         """Nobody expects anything."""
         return {}
+
+    def by_last_use(self) -> bool:
+        """Always."""
+        return True

@@ -361,6 +361,10 @@ class CostUsage:
         """See UsagePolicy."""
         return self._forecasts.found
 
+    def by_last_use(self) -> bool:
+        """See UsagePolicy: while worth has lost against that."""
+        return self._book.lru_leads
+
     def account(
         self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
     ) -> Account | None:

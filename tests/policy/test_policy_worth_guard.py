@@ -175,7 +175,7 @@ def served(eviction, turns=1200):
 def test_worth_that_is_deceived_loses_no_more_than_its_bound(deceived):
     lru, worth = served("lru"), served("cost")
     assert lru.hits == (600 - REGULARS) * BLOCKS
-    assert worth.policies.host._book.lru_leads
+    assert worth.policies.usage.by_last_use() and lru.policies.usage.by_last_use()
     # The bound, and until what worth had chosen has gone.
     bound = worth_guard._PATIENCE + 2 * CAPACITY / BLOCKS
     assert 0 < lru.hits - worth.hits <= bound * BLOCKS
@@ -230,6 +230,7 @@ def test_while_lru_leads_the_disk_takes_what_host_memory_lets_go():
     node.park("worth", 3, turn=Turn("tool_use"))
     admission, book = node.policies.admission, node.order("host")._book
     assert not admission.demote(key("worthless", 0), NBYTES, node.now_s)
+    assert not node.usage.by_last_use()
     book.lru_leads = True
     assert admission.demote(key("worthless", 0), NBYTES, node.now_s)
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvtier.cli.app import app
 from kvtier.config.load import load
-from kvtier.daemon.metrics import NodeMetrics, TierMetrics, make_registry
+from kvtier.daemon.metrics import NodeMetrics, ReturnMetrics, TierMetrics, make_registry
 from kvtier.errors import ConfigError
 from kvtier.sim.cluster.scenario import load_scenario
 
@@ -24,9 +24,8 @@ KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
 def known_metrics():
     tiers = (TierMetrics("host", True, 1, 1),)
-    text = generate_latest(
-        make_registry(lambda: NodeMetrics("n", "v", True, tiers, errors={"x": 1}))
-    ).decode()
+    node = NodeMetrics("n", "v", True, tiers, errors={"x": 1}, returns={"1h": ReturnMetrics()})
+    text = generate_latest(make_registry(lambda: node)).decode()
     return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
 
 
