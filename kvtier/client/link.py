@@ -104,7 +104,9 @@ class Link:
 
     def call(self, request: Message, kind: type[Answer], timeout_s: float | None = None) -> Answer:
         """One request and its answer. Raises what a Failed names, DaemonNotFound, ProtocolError."""
-        return expect(self.exchange(self.prepare(request), timeout_s), kind, self.settings.path)
+        prepared = self.prepare(request)
+        self._renew(self.settings.timeout_s if timeout_s is None else timeout_s)
+        return expect(self.exchange(prepared, timeout_s), kind, self.settings.path)
 
     def prepare(self, request: Message) -> Prepared:
         """Encode a request under an id of its own. Raises MessageTooLarge, and KvtierError after a fork."""
@@ -193,6 +195,19 @@ class Link:
         with self._calls:
             self._drop()
 
+    def _renew(self, limit_s: float) -> None:
+        """A daemon that ended since the last call may be back: wait for one attempt to connect to it."""
+        with self._changed:
+            channel, era, failures = self._channel, self._breaker.era, self._breaker.failures
+            if channel is None or not self._breaker.closed or not channel.hung_up():
+                return
+        self.fail(era, ChannelLost(f"{self.settings.path} went away since the last call"))
+        with self._changed:
+            # One failure is the one above, the next is that of the attempt.
+            self._changed.wait_for(
+                lambda: self._breaker.closed or self._closed or self._breaker.failures > failures + 1, limit_s
+            )
+
     def _drop(self) -> None:
         if self._channel is not None:
             self._channel.close()
@@ -228,10 +243,12 @@ class Link:
             with self._changed:
                 self._reason = error if isinstance(error, KvtierError) else ChannelLost(str(error))
                 self._breaker.probe_failed(self.settings.clock())
+                self._changed.notify_all()
             return False
         with self._changed:
             self._channel = channel
             self._breaker.probe_succeeded()
+            self._changed.notify_all()
         return True
 
     def _mend(self) -> None:

@@ -228,6 +228,15 @@ class Channel:
             raise
         return received
 
+    def hung_up(self) -> bool:
+        """Whether the other end is known to be gone. Does not wait."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def shutdown(self) -> None:
         """End the connection; wakes a thread that waits in `recv`. Safe from any thread."""
         with contextlib.suppress(OSError):

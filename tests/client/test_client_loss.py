@@ -19,7 +19,7 @@ from kvtier.messages.calls import (
     Released,
 )
 from kvtier.messages.tiers import Copied
-from kvtier.messages.wire import ChannelTimeout
+from kvtier.messages.wire import Channel, ChannelLost, ChannelTimeout
 from kvtier.receipts import ParkReceipt
 
 TOKENS = list(range(40))
@@ -78,6 +78,35 @@ def test_restart_of_the_node_attaches_again(wired):
     assert sent.worker == "worker:2"
     again.events.send(ParkDone(request=sent.request, receipt=parked("host")))
     assert handle.result(10).level == "host"
+
+
+def test_a_call_after_a_restart_of_the_node_is_answered(kit):
+    with kit.connect() as kv:
+        kv.ping()
+        kit.node.stop()
+        kit.node.start()
+        kv.ping()
+
+
+def test_control_a_connection_that_does_not_look_loses_the_call(kit, monkeypatch):
+    monkeypatch.setattr(Channel, "hung_up", lambda channel: False)
+    with kit.connect() as kv:
+        kv.ping()
+        kit.node.stop()
+        kit.node.start()
+        with pytest.raises(ChannelLost):
+            kv.ping()
+
+
+def test_a_call_after_the_end_of_the_node_fails_after_one_attempt(kit):
+    with kit.connect() as kv:
+        kv.ping()
+        kit.node.stop()
+        with pytest.raises(errors.DaemonNotFound, match="tried again in the background"):
+            kv.ping()
+        kit.node.start()
+        kit.until(lambda: kv.connected, "it is connected again")
+        kv.ping()
 
 
 @pytest.mark.parametrize("role", ["client", "events"])

@@ -305,6 +305,9 @@ def read_elsewhere(pair: list[LocalWorker], seed: int) -> None:
     assert at_b.kv.front(seed, PAGES, TOKENS) == TOKENS
 
 
+COUNTED = ("received", "coded", "wire")
+
+
 def test_over_a_slow_link_kv_travels_encoded_and_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,13 +316,16 @@ def test_over_a_slow_link_kv_travels_encoded_and_is_checked(
     like_kv(monkeypatch)
     with two_nodes(tmp_path) as (workers, clients):
         read_elsewhere(workers, 1)
-        assert set(clock.came) == {RAW}, "nobody knows the link yet"
-        whole = clock.came[RAW]
+        # What comes in several reads, as on a busy machine, may be encoded once the first have told the rate.
+        assert next(iter(clock.came)) == RAW, "nobody knows the link yet"
+        whole, raw = clock.came.total(), clock.came[RAW]
+        before = clients[1].status().counters
         read_elsewhere(workers, 2)
-        counters = clients[1].status().counters
-        assert (counters["peer_received_bytes"], counters["peer_coded_bytes"]) == (2 * whole, whole)
-        assert 0.5 * whole <= counters["peer_wire_bytes"] - whole <= 0.8 * whole
-        assert clock.came.total() - clock.came[RAW] == whole
+        after = clients[1].status().counters
+        came = {name: after[f"peer_{name}_bytes"] - before[f"peer_{name}_bytes"] for name in COUNTED}
+        assert (before["peer_received_bytes"], came["received"], came["coded"]) == (whole, whole, whole)
+        assert 0.5 * whole <= came["wire"] <= 0.8 * whole
+        assert (clock.came.total(), clock.came[RAW]) == (2 * whole, raw)
 
         with monkeypatch.context() as patch:
             flip_what_is_sent(patch)
@@ -328,7 +334,7 @@ def test_over_a_slow_link_kv_travels_encoded_and_is_checked(
             until(lambda: known_at(at_b, 3), "the other node knows it")
             receipt = at_b.restore(3, PAGES, TOKENS)
             assert (receipt.tokens, receipt.reason) == (0, "corrupt")
-        assert clients[1].status().counters["peer_coded_bytes"] > whole
+        assert clients[1].status().counters["peer_coded_bytes"] > after["peer_coded_bytes"]
 
         # Years later, and the link is another one.
         clock.now_s += 1e8

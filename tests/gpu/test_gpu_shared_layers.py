@@ -388,8 +388,10 @@ def test_a_restore_that_was_told_of_is_remembered_until_the_node_says_that_it_is
 
 def _remembered(world: World) -> set[str]:
     """What the service remembers after several restores and a park."""
-    books = world.daemon.gpu._node.copies._layers  # type: ignore[union-attr]
     with world.attach() as worker:
+        # The service finds its node, and maps the pool, in its own time.
+        assert wait_until(lambda: world.mode() == "shared", 20)
+        books = world.daemon.gpu._node.copies._layers  # type: ignore[union-attr]
         for _ in range(4):
             assert restoring(worker, world.memory).result(20).ok
         world.memory.put(2, PAGES, COUNT)
