@@ -20,11 +20,16 @@ class Turns:
     @contextmanager
     def of(self, peer: str) -> Iterator[None]:
         """Wait for a turn of this peer's, and give it back."""
-        mine = threading.Event()
+        mine: threading.Event | None = None
         with self._lock:
-            self._waiting.setdefault(peer, deque()).append(mine)
-            self._hand_out()
-        mine.wait()
+            # Nobody waits while a turn is free.
+            if self._free:
+                self._free -= 1
+            else:
+                mine = threading.Event()
+                self._waiting.setdefault(peer, deque()).append(mine)
+        if mine is not None:
+            mine.wait()
         try:
             yield
         finally:

@@ -39,7 +39,7 @@ from kvtier.peers.fairness import Turns
 from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
 from kvtier.peers.lending import Lending
 from kvtier.peers.relay import Tunnels
-from kvtier.peers.stream import BUFFER_BYTES, MAX_ASK_BYTES, Stream, StreamLost
+from kvtier.peers.stream import MAX_ASK_BYTES, Stream, StreamLost, widen
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 64
@@ -127,7 +127,7 @@ class PeerServer:
         except OSError as error:
             raise ConfigError("cluster.listen", f"{settings.host}:{settings.port}: {error}") from error
         # Accepted connections inherit it; later it would not widen the window any more.
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        widen(self._listener, socket.SO_SNDBUF)
         self._thread = threading.Thread(target=self._accept, name="kvtier-peers", daemon=True)
         self._thread.start()
 
@@ -194,7 +194,7 @@ class PeerServer:
         if self._settings.tls is not None:
             return None
         ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        widen(ours, socket.SO_SNDBUF)
         if self._take(ours):
             return theirs
         ours.close()

@@ -10,6 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from kvtier.checksum import PIECE_BYTES, combine, piece_sum
@@ -20,6 +21,10 @@ from kvtier.messages.protocol import LENGTH, body_length, decode, encode
 M = TypeVar("M", bound=Message)
 # The kernel's own window; what loopback and a 100 Gbit/s link at 0.2 ms need.
 BUFFER_BYTES = 4 << 20
+_MOST_PATHS = {
+    socket.SO_RCVBUF: Path("/proc/sys/net/core/rmem_max"),
+    socket.SO_SNDBUF: Path("/proc/sys/net/core/wmem_max"),
+}
 # Nothing that two nodes say to each other is longer, so nobody can make a node hold more: before both have
 # proven who they are, and afterwards.
 MAX_BODY_BYTES = 4096
@@ -27,7 +32,10 @@ MAX_ASK_BYTES = 4 << 20
 # A socket takes no longer wait than its clock can count.
 _MOST_WAIT_S = 86400.0
 _TIMEVAL = struct.Struct("@ll")
-_PIECES_AT_ONCE = 2
+# What a wait may be longer than is left: setting it anew for each call costs more than the call.
+_LATE_S = 0.01
+# Python runs slowly where so many bytes have just gone through the processor's cache: as few steps as can be.
+_PIECES_AT_ONCE = 32
 
 
 class StreamLost(OSError):
@@ -46,8 +54,8 @@ class Wire(ABC):
     lends: tuple[str, ...] = ()
 
     @abstractmethod
-    def _send_all(self, part: memoryview, until_s: float) -> None:
-        """Raises OSError."""
+    def _send_all(self, part: memoryview, until_s: float, *, more: bool = False) -> None:
+        """more: follows at once. Raises OSError."""
 
     @abstractmethod
     def fill(self, into: memoryview, until_s: float) -> None:
@@ -59,12 +67,16 @@ class Wire(ABC):
 
     def send(self, message: Message, until_s: float, payload: Iterable[memoryview] = ()) -> int:
         """A frame, and the bytes that belong to it; answers how many those are. Raises StreamLost."""
-        sent = 0
+        sent, frame = 0, memoryview(encode(message))
         try:
-            self._send_all(memoryview(encode(message)), until_s)
             for part in payload:
+                # What has more behind it needs no packet of its own, nor wakes the other end for itself.
+                if not sent:
+                    self._send_all(frame, until_s, more=True)
                 self._send_all(part, until_s)
                 sent += len(part)
+            if not sent:
+                self._send_all(frame, until_s)
         except OSError as error:
             raise StreamLost(f"sending: {error}") from error
         return sent
@@ -93,8 +105,7 @@ class Wire(ABC):
         """Fill `into` with an object's bytes; answers their checksum. Raises StreamLost.
 
         came: told of each part, (its bytes, the same in bytes of the connection).
-        Some pieces are hashed right after their arrival, while they are in the processor's cache; what comes
-        meanwhile waits in the kernel's window.
+        Many pieces are hashed at a time; what comes meanwhile waits in the kernel's window.
         """
         sums = []
         for at in range(0, len(into), _PIECES_AT_ONCE * PIECE_BYTES):
@@ -115,6 +126,7 @@ class Stream(Wire):
         if self._plain:
             # Who waits, waits in the kernel, for all that is wanted: one call for many packets.
             sock.settimeout(None)
+        self._waits_s = {socket.SO_SNDTIMEO: -1.0, socket.SO_RCVTIMEO: -1.0}
         # Held by who sends or receives: under TLS nobody else may take the socket apart meanwhile.
         self._in_use = threading.Lock()
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -127,12 +139,12 @@ class Stream(Wire):
             self._sock.settimeout(left(until_s))
             self._sock.do_handshake()
 
-    def _send_all(self, part: memoryview, until_s: float) -> None:
-        at = 0
+    def _send_all(self, part: memoryview, until_s: float, *, more: bool = False) -> None:
+        at, flags = 0, socket.MSG_MORE if more and self._plain else 0
         with self._in_use:
             while at < len(part):
                 self._bound(socket.SO_SNDTIMEO, until_s)
-                at += self._sock.send(part[at:])
+                at += self._sock.send(part[at:], flags)
 
     def fill(self, into: memoryview, until_s: float) -> None:
         """See Wire."""
@@ -154,6 +166,9 @@ class Stream(Wire):
         if not self._plain:
             self._sock.settimeout(left_s)
             return
+        if abs(left_s - self._waits_s[option]) < _LATE_S:
+            return
+        self._waits_s[option] = left_s
         seconds = int(left_s)
         micros = max(1, int((left_s - seconds) * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, micros))
@@ -175,7 +190,7 @@ def connect(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float
     except OSError as error:
         raise StreamLost(f"{address[0]}:{address[1]}: {error}") from error
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        widen(sock, socket.SO_RCVBUF)
         if tls is not None:
             sock.settimeout(left(until_s))
             sock = tls.wrap_socket(sock, server_hostname=address[0])
@@ -183,6 +198,16 @@ def connect(address: tuple[str, int], tls: ssl.SSLContext | None, until_s: float
     except OSError as error:
         sock.close()
         raise StreamLost(f"{address[0]}:{address[1]}: {error}") from error
+
+
+def widen(sock: socket.socket, option: int) -> None:
+    """Have a window of BUFFER_BYTES, in or out, where the machine allows it.
+
+    Elsewhere it stays the kernel's, which grows by need: one that was asked for is cut, and never grows.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if int(_MOST_PATHS[option].read_text()) >= BUFFER_BYTES:
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
 def left(until_s: float) -> float:
