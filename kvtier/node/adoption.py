@@ -7,6 +7,7 @@ ready: nothing is read from it or written to it.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from itertools import chain
 
@@ -36,7 +37,8 @@ class Adoption:
         # By position of the first token: a chain is adopted from its front.
         self._metas: dict[int, list[ObjectMeta]] = {}
         self._present: set[ObjectId] = set()
-        self._records: list[Conversation] = []
+        # A heap, with when each was parked last: the order by last use is that from before the restart.
+        self._records: list[tuple[float, int, Conversation]] = []
         self._damaged: list[WireRecord] = []
         self._parts: Iterator[int] | None = None
 
@@ -78,9 +80,13 @@ class Adoption:
 
     def _collect(self, record: WireRecord) -> None:
         try:
-            self._records.append(from_bytes(record.tenant, record.conversation, record.version, record.data))
+            known = from_bytes(record.tenant, record.conversation, record.version, record.data)
         except CorruptObject:
             self._damaged.append(record)
+            return
+        parked_at_s = max((head.parked_at_s for head in known.heads), default=0.0)
+        # Of those parked at once, the one announced first.
+        heapq.heappush(self._records, (parked_at_s, len(self._records), known))
 
     # --- the parts: each step answers how many units it was ------------------------------------------------
 
@@ -94,7 +100,8 @@ class Adoption:
         for damaged in self._damaged:
             self._drop_record(damaged)
             yield 1
-        for record in self._records:
+        while self._records:
+            _, _, record = heapq.heappop(self._records)
             if self._disk.dues.was_forgotten(record.id, record.after) or _is_killed(state, record):
                 self._end_record(record)
             elif record.version > state.ended.get(record.id, -1):

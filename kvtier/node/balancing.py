@@ -123,9 +123,7 @@ class Balancing:
     def _reckoned(self, idle: _Idle) -> tuple[int, bool]:
         """Its bytes, and whether it is worth its way; it is not where nobody reckons."""
         state = self._state
-        worth = state.policies.usage.account(
-            idle.head.key, 0, (0, idle.head.tokens), state.now_s, ranked=False
-        )
+        worth = state.policies.usage.account(idle.head.key, 0, (0, idle.head.tokens), state.now_s)
         if worth is None or worth.serving or worth.retired:
             return 0, False
         chain = state.tree.chain(idle.head.key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
+from typing import TypeAlias
 
 from kvtier.explanation import ExplainedRun, Explanation
 from kvtier.node.blocks import Block, ConversationId
@@ -16,13 +17,16 @@ _LRU = "lru: what was used longest ago goes first"
 _COST = "cost: what is worth least for its room goes first"
 # Runs that one answer holds.
 _MOST_RUNS = 1000
+# By tier: how many would go before something, of how many.
+_Places: TypeAlias = dict[str, tuple[int, int]]
 
 
 def explained(state: NodeState, name: ConversationId) -> Explanation:
     """The conversation's parts, by where they lie and what they wait for."""
     tenant, conversation = name
     known = state.conversations.get(name)
-    runs = [_run(state, blocks) for blocks in _parts(state, known)] if known is not None else []
+    parts = list(islice(_parts(state, known), _MOST_RUNS)) if known is not None else []
+    runs = [_run(state, *part) for part in zip(parts, _places(state, parts), strict=True)]
     reckons = state.policies.usage.run_of(b"") is not None
     currency = next((currency for _, currency in runs if currency), "")
     return Explanation(
@@ -31,7 +35,7 @@ def explained(state: NodeState, name: ConversationId) -> Explanation:
         found=known is not None,
         policy=_COST if reckons else _LRU,
         currency=currency,
-        runs=tuple(run for run, _ in runs[:_MOST_RUNS]),
+        runs=tuple(run for run, _ in runs),
         detail="" if known is not None else "it is not parked on this node",
     )
 
@@ -47,6 +51,15 @@ def _parts(state: NodeState, known: Conversation) -> Iterator[list[Block]]:
             yield list(blocks)
 
 
+def _places(state: NodeState, parts: list[list[Block]]) -> list[_Places]:
+    """Of each part."""
+    if not parts:
+        return []
+    lasts = [blocks[-1].key for blocks in parts]
+    ranks = (order.ranks(lasts, state.now_s) for order in (state.policies.host, state.policies.disk))
+    return [{"host": host, "disk": disk} for host, disk in zip(*ranks, strict=True)]
+
+
 def _tiers(state: NodeState, block: Block) -> tuple[str, ...]:
     """Tiers that have all of the block."""
     parts = list(block.parts.values())
@@ -55,7 +68,7 @@ def _tiers(state: NodeState, block: Block) -> tuple[str, ...]:
     return (*(("host",) if host else ()), *(("disk",) if disk else ()))
 
 
-def _run(state: NodeState, blocks: list[Block]) -> tuple[ExplainedRun, str]:
+def _run(state: NodeState, blocks: list[Block], places: _Places) -> tuple[ExplainedRun, str]:
     """The run, and the currency of its money."""
     stored = [s for block in blocks for s in block.parts.values()]
     host_bytes = sum(s.meta.nbytes for s in stored if s.slot is not None)
@@ -70,14 +83,14 @@ def _run(state: NodeState, blocks: list[Block]) -> tuple[ExplainedRun, str]:
         disk_bytes,
         load_s=_load_s(state, tiers, nbytes) if account is None else _load_of(account, tiers),
         decision=_decision(state, tiers, last, nbytes),
-        why=_by_last_use(state, tiers, last) if account is None else _by_worth(account, tiers),
+        why=_by_last_use(tiers, places) if account is None else _by_worth(account, tiers, places),
     )
     if account is None:
         return run, ""
-    return _reckoned(run, account), account.currency
+    return _reckoned(run, account, places), account.currency
 
 
-def _reckoned(run: ExplainedRun, account: Account) -> ExplainedRun:
+def _reckoned(run: ExplainedRun, account: Account, places: _Places) -> ExplainedRun:
     host_worth_s = account.horizon_returns * account.host_saving_s
     disk_worth_s = account.horizon_returns * account.disk_saving_s
     price = account.gpu_second
@@ -101,8 +114,8 @@ def _reckoned(run: ExplainedRun, account: Account) -> ExplainedRun:
         disk_worth=None if price is None else price * disk_worth_s,
         host_per_hour=account.host_per_hour,
         disk_per_hour=account.disk_per_hour,
-        host_rank=account.host_rank,
-        disk_rank=account.disk_rank,
+        host_rank=places["host"],
+        disk_rank=places["disk"],
     )
 
 
@@ -135,25 +148,18 @@ def _decision(state: NodeState, tiers: tuple[str, ...], key: bytes, nbytes: int)
     )
 
 
-def _by_last_use(state: NodeState, tiers: tuple[str, ...], key: bytes) -> str:
-    orders = {"host": state.policies.host, "disk": state.policies.disk}
-    said = [
-        f"{'in host memory' if tier == 'host' else 'on disk'} {_place(orders[tier].rank(key))}"
-        for tier in tiers
-    ]
-    return "by last use: " + ", ".join(said) if said else ""
+def _by_last_use(tiers: tuple[str, ...], places: _Places) -> str:
+    return "by last use: " + ", ".join(_said(tiers, places)) if tiers else ""
 
 
-def _place(rank: tuple[int, int]) -> str:
-    before, count = rank
-    return f"{before} of {count} go before it"
+def _said(tiers: tuple[str, ...], places: _Places) -> Iterator[str]:
+    for tier in tiers:
+        before, count = places[tier]
+        yield f"{'in host memory' if tier == 'host' else 'on disk'} {before} of {count} go before it"
 
 
-def _by_worth(account: Account, tiers: tuple[str, ...]) -> str:
-    said = [_expected(account)]
-    for tier, rank in (("host", account.host_rank), ("disk", account.disk_rank)):
-        if tier in tiers:
-            said.append(f"{'in host memory' if tier == 'host' else 'on disk'} {_place(rank)}")
+def _by_worth(account: Account, tiers: tuple[str, ...], places: _Places) -> str:
+    said = [_expected(account), *_said(tiers, places)]
     for tier, saving_s, per_hour in (
         ("host memory", account.host_saving_s, account.host_per_hour),
         ("disk", account.disk_saving_s, account.disk_per_hour),

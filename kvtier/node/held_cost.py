@@ -32,5 +32,5 @@ def saved_gpu_s(state: NodeState, chain: Sequence[Block]) -> float | None:
         return None
     nbytes = sum(stored.meta.nbytes for block in chain for stored in block.parts.values())
     tokens = (chain[0].start, chain[-1].end)
-    account = state.policies.usage.account(chain[-1].key, nbytes, tokens, state.now_s, ranked=False)
+    account = state.policies.usage.account(chain[-1].key, nbytes, tokens, state.now_s)
     return None if account is None else account.horizon_returns * account.recompute_s

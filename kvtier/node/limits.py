@@ -9,7 +9,7 @@ from kvtier.errors import ProtocolError
 from kvtier.messages import calls as m
 
 # Far above what a node is used for; refused beyond it: nobody's calls may fill its memory. A block takes
-# about 3 KiB beside its bytes, a conversation one half.
+# about 3 KiB beside its bytes, a conversation one half, and some 6 KiB more while its return is followed.
 MOST_BLOCKS = 2_000_000
 MOST_CONVERSATIONS = 1_000_000
 MOST_WORKERS = 1024

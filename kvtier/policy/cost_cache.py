@@ -67,8 +67,7 @@ class CostTwoTiers:
         self._fast = Tier(fast, growth, jit)
         # What lies in either tier; the slow tier's bound is held by counting copies.
         self._either = Tier(fast + slow, growth, jit)
-        # A copy in the slow tier stays when its block comes back: what lies in both tiers counts once.
-        self._shadow = Shadow(max(fast, slow), growth, jit)
+        self._shadow = Shadow(fast + slow, growth, jit)
         self._slow = slow
         self._in_slow: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._slow_count = 0
@@ -93,7 +92,10 @@ class CostTwoTiers:
         self._shadow.serve(arrival, hit)
         for tier in (self._fast, self._either):
             tier.take(path, arrival.row, paths)
-        return ServedTwo(hit, self._settle(arrival.t_s))
+        written = self._settle(arrival.t_s)
+        # What lies in both tiers LRU would have in both, too: it counts once.
+        self._shadow.trim(self._either.count)
+        return ServedTwo(hit, written)
 
     def finished(self, row: int, outcome: Outcome) -> None:
         """See TwoTierPolicy."""

@@ -126,7 +126,7 @@ class Tier:
 
 
 class Shadow:
-    """LRU with the same capacity and no data: what worth has to be better than."""
+    """LRU without data: what worth has to be better than."""
 
     def __init__(self, capacity: int, growth: float, jit: Jit) -> None:
         self._lru = LruCache(capacity, jit)
@@ -144,6 +144,10 @@ class Shadow:
         lost = self._saving(self._lru.serve(arrival).hit) - self._saving(hit)
         self._behind = _MEMORY * self._behind + lost
         self._asked = _MEMORY * self._asked + self._saving(len(arrival.path))
+
+    def trim(self, count: int) -> None:
+        """Hold no more blocks than that."""
+        self._lru.trim(count)
 
     def _saving(self, blocks: int) -> float:
         return blocks + self._growth * blocks * (blocks - 1) / 2

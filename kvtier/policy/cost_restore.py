@@ -149,6 +149,9 @@ class CostRestore:
         """
         if plan.load_end == runs[-1].end:
             return None
+        if wish.by_layer and plan.load_end and wish.deadline_s < math.inf:
+            # What is safe would be lost with what is tried, were that cut off at the deadline.
+            return None
         paths = {key: Path.of_key(key) for key in lines}
         used = {*_bytes_of(runs, plan.compute_front, plan.load_end), *self._tried}
         new = [k for k, path in paths.items() if k not in used and not self.loads.measured(path)]
@@ -156,10 +159,11 @@ class CostRestore:
             return None
         hoped = {k: self.loads.hoped(paths[k], wish.queued_bytes.get(paths[k].source, 0)) for k in new}
         found = plan_restore(runs, self._question(tokens, wish, {**lines, **hoped}))
-        if found.load_end <= plan.load_end:
-            return None
-        self._tried.update(dict.fromkeys(new))
         nbytes = _bytes_of(runs, found.compute_front, found.load_end)
+        tried = [key for key in new if key in nbytes]
+        if found.load_end <= plan.load_end or not tried:
+            return None
+        self._tried.update(dict.fromkeys(tried))
         return replace(found, load_s=max(lines[key].seconds(part) for key, part in nbytes.items()))
 
     def _look_again(self, runs: Sequence[Run], lines: Mapping[str, LoadLine], now_s: float) -> bool:

@@ -40,7 +40,7 @@ def make_policies(
         return Policies(LeafLru(), LeafLru(), chosen, AlwaysStore(), costs, {"costs": costs}, money=money)
     book, returns = Book(chosen), Returns(arithmetic)
     host, disk = WorthOrder(book, "host"), WorthOrder(book, "disk")
-    usage = CostUsage(book, returns, host, disk, money)
+    usage = CostUsage(book, returns, money)
     learned: dict[str, Learned] = {"costs": costs, "returns": returns}
     admission, prefetch = WorthAdmission(book, disk, money), WorthPrefetch(book)
     return Policies(host, disk, chosen, admission, costs, learned, usage, money, prefetch)

@@ -109,8 +109,11 @@ class EvictionPolicy(Protocol):
         The caller skips what it cannot remove; calling `removed` meanwhile makes parents come up.
         """
 
-    def rank(self, key: bytes) -> tuple[int, int]:
-        """(How many would go before what the block belongs to, how many there are); slow, for people."""
+    def ranks(self, keys: Sequence[bytes], now_s: float) -> list[tuple[int, int]]:
+        """Of each block (how many would go before what it belongs to, how many there are).
+
+        For people: all that is there is put in order, once for all keys.
+        """
 
 
 class RestorePolicy(Protocol):

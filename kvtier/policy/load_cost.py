@@ -143,10 +143,15 @@ class LoadCosts:
             return
         self._tracker(estimate.path, estimate.load).outcome(estimate.eta, seconds)
         self._fit(estimate.path).observe((1.0, estimate.nbytes, estimate.queue_bytes), seconds)
+        # The one observed last stands last, also in what is written down.
+        self._fits[estimate.path] = self._fits.pop(estimate.path)
 
     def usual(self, source: Source) -> Path:
-        """The path of a source that was measured most; one without a `via` where none was."""
-        paths = [path for path in self._fits if path.source == source]
+        """The path of a source that was measured most, of several the one observed last.
+
+        One without a `via` where none was measured.
+        """
+        paths = [path for path in reversed(self._fits) if path.source == source]
         return max(paths, key=lambda path: self._fits[path].measurements, default=Path(source))
 
     def forget(self, path: Path) -> None:

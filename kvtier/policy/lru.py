@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # Below this many entries the heap is never swept: the saving would not pay.
 _SWEEP_FROM = 1024
@@ -24,8 +24,6 @@ class LeafLru:
         self._children: dict[bytes, int] = {}
         self._heap: list[tuple[int, bytes]] = []
         self._clock = 0
-        # Stamps of all leaves, ascending, for questions that follow one another; None once anything changed.
-        self._ranked: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -49,7 +47,6 @@ class LeafLru:
         """See EvictionPolicy."""
         if self._stamps.pop(key, None) is None:
             return
-        self._ranked = None
         parent = self._parents.pop(key)
         left = self._children.pop(parent) - 1
         if left:
@@ -73,12 +70,11 @@ class LeafLru:
                 if self._is_current_leaf(item):
                     heapq.heappush(self._heap, item)
 
-    def rank(self, key: bytes) -> tuple[int, int]:
+    def ranks(self, keys: Sequence[bytes], now_s: float) -> list[tuple[int, int]]:
         """See EvictionPolicy: by last use."""
-        if self._ranked is None:
-            self._ranked = sorted(s for other, s in self._stamps.items() if other not in self._children)
-        own = self._stamps.get(key, self._clock)
-        return bisect.bisect_left(self._ranked, own), len(self._ranked)
+        leaves = sorted(stamp for key, stamp in self._stamps.items() if key not in self._children)
+        own = (self._stamps.get(key, self._clock) for key in keys)
+        return [(bisect.bisect_left(leaves, stamp), len(leaves)) for stamp in own]
 
     def _is_current_leaf(self, item: tuple[int, bytes]) -> bool:
         stamp, key = item
@@ -87,7 +83,6 @@ class LeafLru:
     def _touch(self, key: bytes) -> None:
         self._clock += 1
         self._stamps[key] = self._clock
-        self._ranked = None
         if key not in self._children:
             self._push(key)
 

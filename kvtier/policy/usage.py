@@ -66,8 +66,6 @@ class Account:
     load_disk_s: float
     host_saving_s: float
     disk_saving_s: float
-    host_rank: tuple[int, int]
-    disk_rank: tuple[int, int]
     gpu_second: float | None = None
     host_per_hour: float | None = None
     disk_per_hour: float | None = None
@@ -115,13 +113,8 @@ class UsagePolicy(Protocol):
     def stays(self, block: bytes, run: object) -> None:
         """The block was removed from an order, and is about to be added again. run: its run_of() before."""
 
-    def account(
-        self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
-    ) -> Account | None:
-        """What tokens [start, end) are worth, to which the block belongs; None where nobody reckons.
-
-        ranked: with its places in the orders, which is slow.
-        """
+    def account(self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float) -> Account | None:
+        """What tokens [start, end) are worth, to which the block belongs; None where nobody reckons."""
 
     def forecasts(self) -> Mapping[str, Forecast]:
         """How returns came against what was expected of them, by a horizon's name."""
@@ -166,9 +159,7 @@ class NoUsage:
     def stays(self, block: bytes, run: object) -> None:
         """Nobody tells them apart."""
 
-    def account(
-        self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
-    ) -> Account | None:
+    def account(self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float) -> Account | None:
         """Nobody learns."""
         return None
 

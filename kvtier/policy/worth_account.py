@@ -16,11 +16,10 @@ def account_of(
     run: Run,
     nbytes: int,
     tokens: tuple[int, int],
-    ranks: tuple[tuple[int, int], tuple[int, int]],
     money: Money,
     hint_trust: float | None,
 ) -> Account:
-    """Of tokens [start, end) of the run, in nbytes. ranks: of the run in host memory and on disk."""
+    """Of tokens [start, end) of the run, in nbytes."""
     idle_s = run.idle_s(book.now_s)
     waits = run.waiting and run.curve is not None and book.now_s < run.keep_until_s
     returns, horizon_s, horizon_returns = (0.0, 0.0, 0.0), 0.0, 0.0
@@ -45,8 +44,6 @@ def account_of(
         load_disk_s=nbytes * book.load_s("disk"),
         host_saving_s=nbytes * book.saving_s(run, "host"),
         disk_saving_s=nbytes * book.saving_s(run, "disk"),
-        host_rank=ranks[0],
-        disk_rank=ranks[1],
         gpu_second=money.gpu_second(),
         host_per_hour=None if host is None else host.keeping(nbytes, 3600.0),
         disk_per_hour=None if disk is None else disk.keeping(nbytes, 3600.0),

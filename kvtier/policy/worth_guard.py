@@ -1,6 +1,6 @@
 """What eviction by last use would have of the same load, and whether worth has fallen behind it.
 
-A shadow of LRU holds keys and no data: as many bytes of them as the tier that holds more does.
+A shadow of LRU holds keys and no data: as many bytes of them as both tiers hold, each block counted once.
 Work is counted in seconds of computing that the front spares which a request finds. Where worth has lost as
 much against LRU as some requests of the usual size ask for, LRU leads until half of that is forgotten.
 """
@@ -33,15 +33,22 @@ _SWEEP_FROM: Final = 1024
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Neighbours on one path, the front first, that were used last together. shared: others go on from it."""
+    """Neighbours on one path, the front first, that were used last together.
 
+    depth: of the first one, counted from the root.  shared: others go on from it.
+    """
+
+    depth: int
     shared: bool = False
     keys: deque[bytes] = field(default_factory=deque)
 
 
 @dataclass(slots=True, eq=False)
 class _Lot:
-    """Blocks of one piece and one size that came in together. came: with which request."""
+    """Blocks of one piece and one size that came in together.
+
+    nbytes: 0 for those that are gone, while what stood on them was of use.  came: with which request.
+    """
 
     piece: _Piece
     nbytes: int
@@ -68,48 +75,65 @@ class LruShadow:
     def front(self, path: Sequence[bytes], before: float = inf) -> int:
         """How many blocks of the path are there, from the root on, that came before this request."""
         lots = self._lots
-        return _front(len(path), lambda at: (lot := lots.get(path[at])) is not None and lot.came < before)
+        front = at = _front(
+            len(path), lambda at: (lot := lots.get(path[at])) is not None and lot.came < before
+        )
+        # Between pieces a block may have been forgotten.
+        while at:
+            lot = lots.get(path[at - 1])
+            if lot is None:
+                front = at = at - 1
+            else:
+                at = lot.piece.depth
+        return front
 
-    def use(self, path: Sequence[bytes], request: int) -> None:
-        """A whole path was used, and is there from now on."""
+    def use(self, path: Sequence[bytes], request: int, nbytes: int = 0) -> None:
+        """A whole path was used, and is there from now on. nbytes: of a block, where no other tells it."""
         known = self.front(path)
         if known < len(path):
-            piece = self._lots[path[known - 1]].piece if known else None
-            if piece is None or piece.shared or piece.keys[-1] != path[known - 1]:
-                piece = _Piece()
-                self._pieces[piece] = None
-            self._add(path[known:], piece, request)
+            piece, before = None, self._lots.get(path[known - 1]) if known else None
+            if before is not None:
+                nbytes = before.nbytes or nbytes
+                if not before.piece.shared and before.piece.keys[-1] == path[known - 1]:
+                    piece = before.piece
+            self._add(path, known, piece, nbytes, request)
         self.touch(path)
 
-    def _add(self, new: Sequence[bytes], piece: _Piece, request: int) -> None:
-        lots, blocks, lot = self._lots, self._blocks, _Lot(piece, 0, request)
-        for key in new:
+    def _add(
+        self, path: Sequence[bytes], known: int, piece: _Piece | None, nbytes: int, request: int
+    ) -> None:
+        lots, blocks, lot = self._lots, self._blocks, None
+        for at in range(known, len(path)):
+            key = path[at]
             if key in lots:
+                piece = lot = None
                 continue
+            if piece is None:
+                piece = _Piece(at)
+                self._pieces[piece] = None
             block = blocks.get(key)
             # What was stored and is gone again is as large as the block before it.
-            if block is not None and block.held and block.nbytes != lot.nbytes:
-                lot = _Lot(piece, block.nbytes, request)
+            if block is not None and block.held:
+                nbytes = block.nbytes
+            if lot is None or lot.nbytes != nbytes:
+                lot = _Lot(piece, nbytes, request)
             lots[key] = lot
             piece.keys.append(key)
-            self.nbytes += lot.nbytes
+            self.nbytes += nbytes
 
     def touch(self, path: Sequence[bytes]) -> None:
         """What is there of the path was used."""
         at = self.front(path)
         while at > 0:
-            lot = self._lots.get(path[at - 1])
-            if lot is None:
-                return
-            piece = lot.piece
+            piece = self._lots[path[at - 1]].piece
             if piece.keys[-1] != path[at - 1]:
                 piece = self._split(piece, path[at - 1])
             self._pieces.move_to_end(piece)
-            at -= len(piece.keys)
+            at = piece.depth
 
     def _split(self, piece: _Piece, last: bytes) -> _Piece:
         """The front of a piece, up to this block, becomes one of its own."""
-        front, before, lot = _Piece(shared=True), None, None
+        front, before, lot = _Piece(piece.depth, shared=True), None, None
         while not front.keys or front.keys[-1] != last:
             key = piece.keys.popleft()
             if lot is None or self._lots[key] is not before:
@@ -117,6 +141,7 @@ class LruShadow:
                 lot = _Lot(front, before.nbytes, before.came)
             self._lots[key] = lot
             front.keys.append(key)
+        piece.depth += len(front.keys)
         self._pieces[front] = None
         return front
 
@@ -128,18 +153,31 @@ class LruShadow:
             while keys and nbytes > capacity_bytes:
                 nbytes -= lots.pop(keys.pop()).nbytes
             self.nbytes = nbytes
-            if not keys:
-                del self._pieces[piece]
+            self._ended(piece)
 
     def forget(self, key: bytes) -> None:
-        """The block is gone for another reason than room, and so is what cannot be used without it."""
+        """The block is gone for another reason than room. What stands on it is of no use: see `front`."""
         lot = self._lots.get(key)
         if lot is None:
             return
         piece = lot.piece
         while key in self._lots:
             self.nbytes -= self._lots.pop(piece.keys.pop()).nbytes
-        if not piece.keys:
+        self._ended(piece)
+
+    def hollow(self, key: bytes) -> None:
+        """The block is gone for another reason than room, and what stands on it is still of use."""
+        lot = self._lots.get(key)
+        if lot is not None:
+            self.nbytes -= lot.nbytes
+            self._lots[key] = _Lot(lot.piece, 0, lot.came)
+
+    def _ended(self, piece: _Piece) -> None:
+        """Its end has gone, and so has what was of use only to that."""
+        keys, lots = piece.keys, self._lots
+        while keys and not lots[keys[-1]].nbytes:
+            del lots[keys.pop()]
+        if not keys:
             del self._pieces[piece]
 
 
@@ -180,9 +218,9 @@ class Guard:
         before = self._paths.pop(chat, [])
         if asked:
             self._judge(chat, chain, before, path, run)
-        self.shadow.use(path, self._book.request)
+        self.shadow.use(path, self._book.request, chain[0].nbytes)
         # What lies in both tiers LRU would have in both, too.
-        self.shadow.trim(max(order.held_bytes for order in self._book.orders))
+        self.shadow.trim(self._book.held_bytes)
         self._paths[chat] = path
         self._known_blocks += len(path) - len(before)
         while self._known_blocks > _PATHS * len(self.shadow) + _SWEEP_FROM:

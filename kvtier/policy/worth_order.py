@@ -11,7 +11,8 @@ fallen behind LRU (worth_guard.py), runs go by their last use.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtier.policy.prices import Money
@@ -37,7 +38,7 @@ class WorthOrder:
         self._blocks = book.blocks
         self._index = TIER_NAMES.index(tier)
         self._bit = TIER_BITS[self._index]
-        self._held = self.held_bytes = 0
+        self._held = 0
         # (worth, last use, mark, run): marks are never equal, so runs are never compared.
         self._heap: list[tuple[float, float, int, Run]] = []
         self._marks = 0
@@ -67,9 +68,10 @@ class WorthOrder:
         if before is None:
             before = block.parent = self._book.block(parent)
         if not block.held:
-            block.nbytes, block.came = nbytes, self._book.request
+            book = self._book
+            block.nbytes, block.came = nbytes, book.request
+            book.held_bytes += nbytes
         block.held |= self._bit
-        self.held_bytes += block.nbytes
         self._held += 1
         index = self._index
         siblings = before.children[index]
@@ -97,7 +99,6 @@ class WorthOrder:
         if block is None or before is None or not block.held & self._bit:
             return
         block.held &= ~self._bit
-        self.held_bytes -= block.nbytes
         self._held -= 1
         if not block.children[index]:
             run = block.run
@@ -115,9 +116,13 @@ class WorthOrder:
 
     def _gone(self, block: Block) -> None:
         book = self._book
+        book.held_bytes -= block.nbytes
         if book.shadow is not None and self._walking is None:
-            # Nobody looked for a victim: it was forgotten, or found damaged.
-            book.shadow.forget(block.key)
+            # Nobody looked for a victim: it was forgotten, found damaged, or lies behind every window.
+            if any(block.children):
+                book.shadow.hollow(block.key)
+            else:
+                book.shadow.forget(block.key)
         book.let_go(block)
 
     def moved(self, block: Block, before: Run, after: Run) -> None:
@@ -165,14 +170,14 @@ class WorthOrder:
         self._push(run)
         return self._book.worth(run, self._tier)
 
-    def rank(self, key: bytes) -> tuple[int, int]:
-        """(Runs that would go before the block's by worth, runs in all): a look at every run."""
-        held = (block.run for block in self._blocks.values() if block.held & self._bit)
-        runs = [run for run in dict.fromkeys(held) if run.leaves[self._index]]
-        own = self._book.owner(key)
-        place = (self._book.worth(own, self._tier), own.used_s)
-        before = sum((self._book.worth(run, self._tier), run.used_s) < place for run in runs)
-        return before, len(runs)
+    def ranks(self, keys: Sequence[bytes], now_s: float) -> list[tuple[int, int]]:
+        """See EvictionPolicy: runs, by worth."""
+        book, index = self._book, self._index
+        book.now_s = max(book.now_s, now_s)
+        runs = [entry[3] for entry in self._heap if entry[3].mark[index] == entry[2]]
+        order = sorted((book.worth(run, self._tier), run.used_s) for run in runs if run.leaves[index])
+        own = {run: (book.worth(run, self._tier), run.used_s) for run in map(book.owner, keys)}
+        return [(bisect_left(order, own[book.owner(key)]), len(order)) for key in keys]
 
     # --- the heap ---------------------------------------------------------------------------------------
 

@@ -68,6 +68,10 @@ class Run:
     uses: int = 0
     since_s: float = inf
 
+    def left(self) -> None:
+        """Nobody is expected back."""
+        self.waiting, self.serving, self.curve = False, False, None
+
     def idle_s(self, now_s: float) -> float:
         """How long it has been waited for."""
         return max(now_s - self.clock_s, 0.0)
@@ -109,11 +113,12 @@ class Shadow(Protocol):
     def forget(self, key: bytes) -> None:
         """No tier holds the block any more, and not for want of room."""
 
+    def hollow(self, key: bytes) -> None:
+        """The same, while what stands on it is still held."""
+
 
 class Order(Protocol):
-    """What the book tells the order of each tier. held_bytes: of all blocks there, by their first objects."""
-
-    held_bytes: int
+    """What the book tells the order of each tier."""
 
     def moved(self, block: Block, before: Run, after: Run) -> None:
         """A leaf of the tier belongs to another run."""
@@ -125,9 +130,9 @@ class Order(Protocol):
 class Book:
     """Whose each block is, and what everything costs. Shared by the orders of both tiers.
 
-    blocks: by key.  nobody: the run of blocks that no conversation is known for.  disk_usable,
-    disk_free_bytes: as the node said last.  request: how many came.  shadow: of LRU; lru_leads: whether worth
-    has fallen behind that.
+    blocks: by key.  held_bytes: of those that a tier holds, each counted once, by its first object.  nobody:
+    the run of blocks that no conversation is known for.  disk_usable, disk_free_bytes: as the node said last.
+    request: how many came.  shadow: of LRU; lru_leads: whether worth has fallen behind that.
     """
 
     def __init__(self, restore: RestorePolicy) -> None:
@@ -137,6 +142,7 @@ class Book:
         self.disk_free_bytes = 0
         self.orders: list[Order] = []
         self.blocks: dict[bytes, Block] = {}
+        self.held_bytes = 0
         self.request = 0
         self.shadow: Shadow | None = None
         self.lru_leads = False

@@ -17,7 +17,6 @@ from kvtier.policy.usage import Account, Forecast, Name, ParkedBlock, Turn
 from kvtier.policy.worth_account import account_of
 from kvtier.policy.worth_forecasts import Forecasts, expected_of
 from kvtier.policy.worth_guard import Guard
-from kvtier.policy.worth_order import WorthOrder
 from kvtier.policy.worth_runs import Book, Run
 from kvtier.policy.worth_shared import SharedFronts
 from kvtier.policy.worth_waits import Chat, Wait
@@ -48,12 +47,9 @@ _LONG_CHAIN: Final = 10
 class CostUsage:
     """See UsagePolicy. book: whose blocks are ordered; money: what prices are known."""
 
-    def __init__(
-        self, book: Book, returns: Returns, host: WorthOrder, disk: WorthOrder, money: Money
-    ) -> None:
+    def __init__(self, book: Book, returns: Returns, money: Money) -> None:
         self._book = book
         self._returns = returns
-        self._orders = (host, disk)
         self._money = money
         self._chats: dict[Name, Chat] = {}
         self._due: list[tuple[float, int, int, Wait]] = []
@@ -101,7 +97,7 @@ class CostUsage:
         for wait in (chat.asked, chat.wait):
             if wait is None:
                 continue
-            wait.over = True
+            wait.end()
             if wait.teaches and wait.codes is not None:
                 self._returns.ended(wait.codes, wait.taught, max(now_s - wait.start_s, 0.0))
         chat.asked = chat.wait = None
@@ -183,7 +179,8 @@ class CostUsage:
         self._came_back(other, chat.tokens_in or chain[-1].end, came_s)
         chat.turns, chat.new_tokens, chat.gaps_s = other.turns, other.new_tokens, other.gaps_s
         self._forget(old)
-        other.run.waiting, other.run.name = False, name
+        other.run.left()
+        other.run.name = name
         self._book.ranked(other.run)
 
     def _before(self, chain: Sequence[ParkedBlock], run: Run) -> Name | None:
@@ -218,7 +215,7 @@ class CostUsage:
         """Wait for the next request, with a run of its own; what it does not continue waits for nobody."""
         left, codes = chat.run, codes_of(context)
         if chat.wait is not None:
-            chat.wait.over = True
+            chat.wait.end()
         if chat.asked is not None:
             chat.asked.run = None
         run = Run(name, at_s, turn.model, at_s, waiting=True, start=0, end=chain[-1].end)
@@ -236,7 +233,7 @@ class CostUsage:
             wait.expected = expected_of(run.curve)
         else:
             self._book.note_away(run)
-        left.waiting = left.serving = False
+        left.left()
         for shared in self._shared.take(chain, run, left, self._book.now_s):
             self._remind(Wait(name[0], None, shared.clock_s, shared), 0)
         self._book.ranked(left)
@@ -277,7 +274,7 @@ class CostUsage:
         """See UsagePolicy."""
         chat = self._forget(name)
         if chat is not None:
-            chat.run.waiting = False
+            chat.run.left()
             self._book.ranked(chat.run)
 
     # --- time -------------------------------------------------------------------------------------------
@@ -365,18 +362,14 @@ class CostUsage:
         """See UsagePolicy: while worth has lost against that."""
         return self._book.lru_leads
 
-    def account(
-        self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float, *, ranked: bool = True
-    ) -> Account | None:
+    def account(self, block: bytes, nbytes: int, tokens: tuple[int, int], now_s: float) -> Account | None:
         """See UsagePolicy."""
         self._book.now_s = max(self._book.now_s, now_s)
         run = self._book.owner(block)
         trust = self._returns.hint_trust(run.name[0])
         chat = self._chats.get(run.name)
         hinted = chat is not None and chat.wait is not None and chat.wait.hint_s is not None
-        host, disk = self._orders
-        ranks = (host.rank(block), disk.rank(block)) if ranked else ((0, 0), (0, 0))
-        return account_of(self._book, run, nbytes, tokens, ranks, self._money, trust if hinted else None)
+        return account_of(self._book, run, nbytes, tokens, self._money, trust if hinted else None)
 
     # --- conversations ----------------------------------------------------------------------------------
 
@@ -393,7 +386,7 @@ class CostUsage:
         if chat is not None:
             for wait in (chat.asked, chat.wait):
                 if wait is not None:
-                    wait.over = True
+                    wait.end()
             self._end_at(name, chat, ())
         return chat
 

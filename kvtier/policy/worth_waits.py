@@ -31,6 +31,10 @@ class Wait:
     over: bool = False
     end_s: float = inf
 
+    def end(self) -> None:
+        """Nobody waits any more. It may be known for days, its run is not."""
+        self.over, self.run = True, None
+
     @property
     def ended(self) -> bool:
         """Nobody waits any more, or from a later time on."""

@@ -12,12 +12,16 @@ import pytest
 from kvtier.messages.calls import Explain, Forget, ListModels, Message
 from kvtier.messages.cluster import SERVICE, Drain
 from kvtier.messages.tiers import DiskWrite
+from kvtier.node import explain as explain_module
 from kvtier.node import room as room_module
 from kvtier.node.events import Received
 from kvtier.node.park_job import ParkJob
 from kvtier.node.parks import Parks
 from kvtier.node.settings import NodeSettings
 from kvtier.policy.lru import LeafLru
+from kvtier.policy.usage import Account, TierName
+from kvtier.policy.worth_runs import Book, Run
+from kvtier.policy.worth_usage import CostUsage
 from kvtier.receipts import Level
 from kvtier.testing.core_rig import CoreRig
 from kvtier.testing.rig_checks import drain, problems
@@ -69,10 +73,11 @@ def parked(rig: CoreRig, worker: RigWorker, number: int, level: Literal["host", 
     return park
 
 
-def full(count: int, clean: int) -> tuple[CoreRig, RigWorker]:
+def full(count: int, clean: int, eviction: str = "lru") -> tuple[CoreRig, RigWorker]:
     """Host memory full of `count` conversations; the last `clean` of them are also on disk."""
     settings = NodeSettings(batch_bytes=CHAIN * BLOCK, spill_batch_bytes=CHAIN * BLOCK)
-    rig = CoreRig(arena_bytes=[count * CHAIN * BLOCK], disk=1 << 40, settings=settings)
+    arena_bytes = [count * CHAIN * BLOCK]
+    rig = CoreRig(arena_bytes=arena_bytes, disk=1 << 40, settings=settings, eviction=eviction)
     worker = rig.attach()
     for number in range(count):
         parked(rig, worker, number, "disk" if number >= count - clean else "host")
@@ -254,13 +259,19 @@ def test_models_are_told_without_a_look_at_any_block() -> None:
     assert model.conversations == 8
 
 
-def test_explaining_orders_a_tier_once_for_all_parts_of_a_conversation() -> None:
-    rig, worker = full(8, clean=8)
+def full_in_parts(count: int, eviction: str) -> tuple[CoreRig, RigWorker]:
+    """Every other block of chat-7 has left host memory, and all is on disk."""
+    rig, worker = full(count, clean=count, eviction=eviction)
     state = rig.core.state
-    # Every other block has left host memory.
     for block in state.tree.named(("acme", "chat-7"))[::2]:
         for stored in block.parts.values():
             state.remove_from_host(block, stored)
+    return rig, worker
+
+
+def test_explaining_orders_a_tier_once_for_all_parts_of_a_conversation() -> None:
+    rig, worker = full_in_parts(8, "lru")
+    state = rig.core.state
     walked: list[int] = []
 
     class Stamps(dict):  # type: ignore[type-arg]
@@ -279,6 +290,49 @@ def test_explaining_orders_a_tier_once_for_all_parts_of_a_conversation() -> None
     parked(rig, worker, 77)
     assert rig.ask(Explain(conversation="chat-7", tenant="acme")).explanation.runs != before.runs
     assert len(walked) > 2
+
+
+def reckoned_to_explain(monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[int, int, int]:
+    """Times that a run's worth is reckoned, a part is accounted for, and a block of the book looked at."""
+    rig, _ = full_in_parts(count, "cost")
+    usage = rig.core.state.policies.usage
+    assert isinstance(usage, CostUsage)
+    book, account = usage._book, usage.account
+    reckoned: list[Run] = []
+    accounts: list[bytes] = []
+
+    def watched(self: Book, run: Run, tier: TierName) -> float:
+        reckoned.append(run)
+        return worth(self, run, tier)
+
+    def counted(block: bytes, *args: Any) -> Account | None:
+        accounts.append(block)
+        return account(block, *args)
+
+    with monkeypatch.context() as patch:
+        worth = Book.worth
+        patch.setattr(Book, "worth", watched)
+        patch.setattr(usage, "account", counted)
+        patch.setattr(book, "blocks", Counting(book.blocks))
+        explanation = rig.ask(Explain(conversation="chat-7", tenant="acme")).explanation
+        looked_at = book.blocks.looked_at  # type: ignore[attr-defined]
+    assert all(run.host_rank[1] == run.disk_rank[1] == count for run in explanation.runs)
+    return len(reckoned), len(accounts), looked_at
+
+
+def test_explaining_reckons_what_each_run_is_worth_once_for_all_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for count in (8, 32):
+        reckoned, accounts, looked_at = reckoned_to_explain(monkeypatch, count)
+        assert accounts == 4
+        assert reckoned <= 2 * count + 4 * accounts
+        assert looked_at < 10 * accounts
+
+
+def test_parts_that_an_answer_has_no_room_for_are_not_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain_module, "_MOST_RUNS", 2)
+    assert reckoned_to_explain(monkeypatch, 8)[1] == 2
 
 
 class Watched(dict):  # type: ignore[type-arg]

@@ -269,6 +269,24 @@ def test_a_restart_goes_on_with_what_was_learned_and_who_was_waited_for(make_rig
     assert run.tiers == ("disk",)
 
 
+def test_after_a_restart_the_shadow_of_lru_lets_go_of_what_was_parked_longest_ago(make_rig):
+    """In whatever order the disk's index announces them: it goes by their names."""
+    rig, worker = cost_rig(make_rig)
+    for number, name in enumerate("mazb", start=1):
+        park(rig, worker, name, tokens_of(number), level="disk")
+        rig.tick(10.0)
+    rig.store.records = dict(sorted(rig.store.records.items()))
+    reborn = rig.restarted()
+    reborn.run()
+    usage = reborn.core.state.policies.usage
+    ends = [reborn.core.state.conversations["acme", name].heads[-1].key for name in "mazb"]
+    shadow, left = usage._guard.shadow, []
+    while len(shadow):
+        left.append([name for name, end in zip("mazb", ends, strict=True) if end in shadow])
+        shadow.trim(shadow.nbytes - 1)
+    assert left == [[*"mazb"], [*"azb"], [*"zb"], ["b"]]
+
+
 def test_what_is_damaged_is_learned_anew_and_said(make_rig):
     rig, _ = cost_rig(make_rig)
     fresh = rig.core.learned()

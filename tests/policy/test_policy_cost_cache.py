@@ -190,17 +190,35 @@ def test_in_two_tiers_the_shadow_can_be_caught_up(monkeypatch, seed):
     """The control: with room for what both tiers hold at most, it leads for ever, and that costs hits."""
     monkeypatch.setattr(cost_cache, "_WRITES_PER_BLOCK", 100.0)
 
-    def hits(**shadow):
+    def hits():
         policy = CostTwoTiers(40, 80, TOKENS, False, compiled)
-        if shadow:
-            policy._shadow = Shadow(growth=0.0, jit=compiled, **shadow)
         found = replay_two_tiers(trace, policy)[0].token_hit_percent
         return found, policy._shadow.leads
 
     trace = chats(seed, requests=1500)
-    (mended, leads), (before, led) = hits(), hits(capacity=120)
+    mended, leads = hits()
+    monkeypatch.setattr(Shadow, "trim", lambda self, count: None)
+    before, led = hits()
     assert led and not leads
     assert mended > before + 1.0
+
+
+def test_in_two_tiers_the_shadow_holds_at_most_what_both_do_and_more_than_either():
+    policy, most = CostTwoTiers(40, 60, TOKENS, False, compiled), 0
+    serve = policy.serve
+
+    def served_by_both(arrival):
+        nonlocal most
+        done = serve(arrival)
+        held = int((policy._fast.resident | policy._in_slow).sum())
+        shadow = int(policy._shadow._lru.resident.sum())
+        assert shadow == policy._shadow._lru._count <= held
+        most = max(most, shadow)
+        return done
+
+    policy.serve = served_by_both
+    replay_two_tiers(chats(4, requests=400), policy)
+    assert 60 < most <= 100
 
 
 def test_what_is_likely_is_worth_a_write_sooner_than_what_would_be_soon():

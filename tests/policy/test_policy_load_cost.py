@@ -67,6 +67,18 @@ def test_the_usual_path_of_a_source_is_the_one_that_was_measured_most():
     assert costs.usual("host") == HOST
 
 
+def test_of_paths_that_were_measured_as_often_the_usual_one_was_observed_last():
+    costs, gone, here = LoadCosts(), Path("peer", "gone"), Path("peer", "here")
+    for path in (gone, here):
+        learn(costs, path, lambda b, q: b / 1e9, count=120)
+    assert costs.usual("peer") == here
+    again = LoadCosts.from_state(json.loads(json.dumps(costs.state())))
+    assert again.usual("peer") == here
+    again.observed(again.estimate(gone, 10**6), 0.01)
+    assert again.usual("peer") == gone
+    assert LoadCosts.from_state(json.loads(json.dumps(again.state()))).usual("peer") == gone
+
+
 def test_paths_learn_apart():
     costs = LoadCosts()
     before = costs.estimate(DISK, 500 * MB)

@@ -104,6 +104,37 @@ def test_control_where_a_front_remains_the_risk_is_taken():
     assert seconds_of(policy, segments, wish, bold.tokens, late=True) > wish.deadline_s
 
 
+def half_known(by_layer):
+    """Half lies in host memory, which was measured, and half on a disk that was not, and would be late."""
+    policy = CostRestore()
+    for number in range(40):
+        nbytes = (8 * MB, 64 * MB)[number % 2]
+        policy.observed("host", nbytes, nbytes / (160 * MB))
+    segments = [Segment(n * BLOCK, (n + 1) * BLOCK, "host", 8 * MB) for n in range(4)]
+    segments.append(Segment(4 * BLOCK, 8 * BLOCK, "disk", 600 * MB))
+    return policy, segments, RestoreWish(recompute=Flat(0.001), deadline_s=0.3, by_layer=by_layer)
+
+
+def test_a_front_that_is_safe_is_not_put_at_risk_for_a_path_that_was_never_measured():
+    policy, segments, wish = half_known(by_layer=True)
+    taken = [policy.choose(segments, 8 * BLOCK, wish).tokens for _ in range(5)]
+    assert taken == [4 * BLOCK] * 5
+    assert seconds_of(policy, segments, wish, 4 * BLOCK, late=True) <= wish.deadline_s
+
+
+def test_control_where_nothing_safe_is_at_risk_it_is_tried():
+    policy, segments, wish = half_known(by_layer=False)
+    assert policy.choose(segments, 8 * BLOCK, wish).tokens == 8 * BLOCK
+    policy, segments, wish = half_known(by_layer=True)
+    unknown = [Segment(0, 8 * BLOCK, "disk", 600 * MB)]
+    assert policy.choose(unknown, 8 * BLOCK, wish).tokens == 8 * BLOCK
+    policy, segments, wish = half_known(by_layer=True)
+    segments[-1] = dataclasses.replace(segments[-1], nbytes=900 * MB)
+    endless = dataclasses.replace(wish, recompute=Flat(0.0002), deadline_s=math.inf)
+    assert "tried" in policy.choose(segments, 8 * BLOCK, endless).why
+    assert policy.choose(segments, 8 * BLOCK, endless).tokens == 4 * BLOCK
+
+
 def test_what_is_safe_teaches_enough():
     """A front that is safe is loaded each time, so none is loaded blindly to see how long it takes."""
     policy, segments, wish = risky()

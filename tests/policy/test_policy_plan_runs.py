@@ -375,3 +375,17 @@ def test_what_is_behind_a_front_that_is_loaded_anyhow_is_tried_too():
     stored, end = blocks(*["host"] * 4, *["disk"] * 40), 44 * BLOCK
     wish = RestoreWish(Flat(0.6 * guessed_s(40) / (40 * BLOCK)))
     assert [policy.choose(stored, end, wish).tokens for _ in range(2)] == [end, 4 * BLOCK]
+
+
+def test_only_paths_that_are_loaded_by_count_as_tried():
+    policy = CostRestore(queue_scale=0.0)
+    # By the guess the peer is too slow for its many bytes, whatever may be hoped.
+    stored = [*blocks(*["disk"] * 40), Segment(40 * BLOCK, 41 * BLOCK, "peer", 10**12)]
+    wish = RestoreWish(Flat(0.6 * guessed_s(40) / (40 * BLOCK)))
+    choice = policy.choose(stored, 41 * BLOCK, wish)
+    assert (choice.tokens, "tried" in choice.why) == (40 * BLOCK, True)
+    assert list(policy._tried) == ["disk"]
+    # So the peer is tried as soon as there is less to load.
+    light = blocks(*["peer"] * 40)
+    assert policy.choose(light, 40 * BLOCK, wish).tokens == 40 * BLOCK
+    assert list(policy._tried) == ["disk", "peer"]

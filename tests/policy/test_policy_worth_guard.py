@@ -1,6 +1,7 @@
 """Worth against its shadow of LRU: that is LRU, what may be lost is bounded, and LRU leads meanwhile."""
 
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -8,84 +9,12 @@ from hypothesis import strategies as st
 
 from kvtier.policy import worth_guard
 from kvtier.policy.defaults import make_policies
-from kvtier.policy.lru import LeafLru
 from kvtier.policy.usage import ParkedBlock, Turn
 from kvtier.policy.worth_guard import Guard, LruShadow
-from kvtier.policy.worth_runs import Block, Book
+from kvtier.policy.worth_runs import Book
 from kvtier.testing.worth_rig import NBYTES, TOKENS, Node, chain, key
 
-# --- the shadow -------------------------------------------------------------------------------------------
-
-
-class Sizes(dict):
-    """Every block is held, and has one byte."""
-
-    def get(self, key):
-        return Block(key, None, held=1, nbytes=1)
-
-
-class Lru:
-    """The daemon's own LRU over a tier of so many blocks, which takes a path at once."""
-
-    def __init__(self, capacity):
-        self.order, self.capacity = LeafLru(), capacity
-
-    def use(self, path):
-        held = set(self.order)
-        for parent, block in zip([b"root", *path], path, strict=False):
-            if block not in held:
-                self.order.added(block, parent, 1, 0.0)
-        # The front was used after what stands on it.
-        for block in reversed(path):
-            self.order.used(block, 0.0)
-        for victim in self.order.victims(0.0):
-            if len(self.order) <= self.capacity:
-                return
-            self.order.removed(victim)
-
-
-def paths():
-    """Paths of a tree: below each block up to three others."""
-    steps = st.lists(st.integers(0, 2), min_size=1, max_size=9)
-    return st.lists(steps, max_size=60).map(
-        lambda all_: [[bytes(steps[: n + 1]) for n in range(len(steps))] for steps in all_]
-    )
-
-
-@given(paths(), st.integers(9, 25))
-@settings(max_examples=80)
-def test_the_shadow_holds_what_lru_holds(uses, capacity):
-    lru, shadow = Lru(capacity), LruShadow(Sizes())
-    for request, path in enumerate(uses):
-        held = set(lru.order)
-        front = next((n for n, block in enumerate(path) if block not in held), len(path))
-        assert shadow.front(path) == front
-        lru.use(path)
-        shadow.use(path, request)
-        shadow.trim(capacity)
-        assert shadow.nbytes == len(shadow) == len(lru.order)
-        assert all(block in shadow for block in lru.order)
-
-
-def test_a_touch_is_a_use_of_what_is_there():
-    shadow = LruShadow(Sizes())
-    for number, name in enumerate("ab"):
-        shadow.use([key(name, n) for n in range(3)], number)
-    shadow.touch([key("a", n) for n in range(5)])
-    shadow.trim(3)
-    assert [key("a", n) in shadow for n in range(3)] == [True] * 3
-
-
-def test_what_was_forgotten_is_gone_with_what_stands_on_it():
-    shadow = LruShadow(Sizes())
-    path = [key("a", n) for n in range(5)]
-    shadow.use(path, 1)
-    shadow.forget(path[2])
-    shadow.forget(b"unknown")
-    assert (shadow.front(path), len(shadow), shadow.nbytes) == (2, 2, 2)
-    shadow.use(path, 2)
-    assert shadow.front(path) == 5
-    assert shadow.front(path, before=2) == 2
+# --- the shadow of a node ---------------------------------------------------------------------------------
 
 
 def test_the_shadow_never_holds_more_than_the_tiers():
@@ -117,42 +46,70 @@ def test_what_a_caller_forgot_leaves_the_shadow_and_a_victim_does_not():
 
 
 class Tier:
-    """One tier of `capacity` blocks, and how much of what was asked for it had."""
+    """Host memory of `capacity` blocks and maybe a disk, and how much of what was asked for they had."""
 
-    def __init__(self, eviction, capacity):
+    def __init__(self, eviction, capacity, disk_capacity=0, window=99):
+        """window: in blocks; what lies behind it is dropped once a turn is parked."""
+        self.window = window
         self.policies, self.capacity = make_policies(eviction, "cost"), capacity
-        self.held, self.hits, self.asked, self.now_s = {}, 0, 0, 1e6
+        self.disk_capacity, self.on_disk = disk_capacity, {}
+        self.held, self.hits, self.asked, self.now_s, self.lru_led = {}, 0, 0, 1e6, 0
 
     def turn(self, name, blocks, stop):
         """A request for all of a conversation, which ends at once."""
         self.now_s += 1.0
         host, usage = self.policies.host, self.policies.usage
         path = [ParkedBlock(key(name, n), n * TOKENS, (n + 1) * TOKENS, NBYTES) for n in range(blocks)]
-        usage.passed(self.now_s, False, 0)
+        free_bytes = (self.disk_capacity - len(self.on_disk)) * NBYTES
+        usage.passed(self.now_s, self.disk_capacity > 0, free_bytes)
         usage.asked(("t", name), blocks * TOKENS, self.now_s)
         self.asked += blocks
-        for block in path:
-            if block.key not in self.held:
+        # Behind the window of the last block nothing is needed.
+        behind = len(path) - self.window if path[-1].key in self.held else 0
+        self.hits += max(behind, 0)
+        for block in path[max(behind, 0) :]:
+            if block.key not in self.held and block.key not in self.on_disk:
                 break
             host.used(block.key, self.now_s)
             self.hits += 1
         own = {block.key for block in path}
         for parent, block in zip([b"root", *(b.key for b in path)], path, strict=False):
+            if block.key in self.on_disk:
+                self.policies.disk.used(block.key, self.now_s)
             if block.key in self.held:
                 host.used(block.key, self.now_s)
                 continue
             if len(self.held) >= self.capacity:
                 self._evict_one(own)
             host.added(block.key, parent, block.nbytes, self.now_s)
-            self.held[block.key] = None
+            self.held[block.key] = parent
         usage.parked(("t", name), path, Turn(stop), self.now_s)
+        self.lru_led += usage.by_last_use()
+        for block in path[: -self.window]:
+            if self.held.pop(block.key, None) is not None:
+                host.removed(block.key)
 
     def _evict_one(self, own):
         for victim in self.policies.host.victims(self.now_s):
             if victim not in own:
+                if self.disk_capacity and victim not in self.on_disk:
+                    self._write(victim, own)
                 self.policies.host.removed(victim)
                 del self.held[victim]
                 return
+
+    def _write(self, key, own):
+        """To the disk, if that is worth it; what is worth least there goes."""
+        if not self.policies.admission.demote(key, NBYTES, self.now_s):
+            return
+        disk = self.policies.disk
+        for victim in disk.victims(self.now_s) if len(self.on_disk) >= self.disk_capacity else ():
+            if victim not in own:
+                disk.removed(victim)
+                del self.on_disk[victim]
+                break
+        disk.added(key, self.held[key], NBYTES, self.now_s)
+        self.on_disk[key] = None
 
 
 BLOCKS, CAPACITY, REGULARS = 3, 72, 10
@@ -179,6 +136,56 @@ def test_worth_that_is_deceived_loses_no_more_than_its_bound(deceived):
     # The bound, and until what worth had chosen has gone.
     bound = worth_guard._PATIENCE + 2 * CAPACITY / BLOCKS
     assert 0 < lru.hits - worth.hits <= bound * BLOCKS
+
+
+def served_by_two_tiers(eviction, turns=1000):
+    """Some come back more often than others: either tier has room for half of those whom LRU holds."""
+    tier, chance = Tier(eviction, CAPACITY // 2, CAPACITY // 2), random.Random(1)
+    for number in range(turns):
+        name = f"regular {int(chance.expovariate(1 / 12))}" if number % 8 else f"once {number}"
+        tier.turn(name, BLOCKS, "end_turn")
+    return tier
+
+
+def test_in_two_tiers_too_it_loses_no_more_than_its_bound(deceived):
+    lru, worth = served_by_two_tiers("lru"), served_by_two_tiers("cost")
+    assert worth.policies.usage.by_last_use()
+    assert 0 < lru.hits - worth.hits <= worth_guard._PATIENCE * BLOCKS
+
+
+def test_control_a_shadow_of_the_larger_tier_does_not_see_all_that_lru_would_have(deceived, monkeypatch):
+    trim, most = LruShadow.trim, CAPACITY // 2 * NBYTES
+    monkeypatch.setattr(LruShadow, "trim", lambda self, capacity: trim(self, min(capacity, most)))
+    lru, worth = served_by_two_tiers("lru"), served_by_two_tiers("cost")
+    assert lru.hits - worth.hits > 5 * worth_guard._PATIENCE * BLOCKS
+
+
+def test_in_two_tiers_worth_that_is_not_deceived_leads():
+    lru, worth = served_by_two_tiers("lru"), served_by_two_tiers("cost")
+    assert not worth.lru_led
+    assert worth.hits > lru.hits
+
+
+def served_behind_windows(eviction, turns=800):
+    """As `served`, by a model all of whose layers slide."""
+    tier = Tier(eviction, CAPACITY // BLOCKS, window=1)
+    for number in range(turns):
+        tier.turn(f"once {number}" if number % 2 else f"regular {number // 2 % REGULARS}", BLOCKS, "end_turn")
+    return tier
+
+
+def test_behind_windows_too_it_loses_no_more_than_its_bound(deceived):
+    lru, worth = served_behind_windows("lru"), served_behind_windows("cost")
+    assert worth.lru_led
+    bound = worth_guard._PATIENCE + 2 * CAPACITY / BLOCKS
+    assert 0 < lru.hits - worth.hits <= bound * BLOCKS
+
+
+def test_control_a_shadow_that_forgets_what_stands_on_what_is_gone_sees_nothing(deceived, monkeypatch):
+    monkeypatch.setattr(LruShadow, "hollow", LruShadow.forget)
+    lru, worth = served_behind_windows("lru"), served_behind_windows("cost")
+    assert not worth.lru_led
+    assert worth.hits < 0.5 * lru.hits
 
 
 def test_without_the_guard_it_loses_nearly_everything(deceived, monkeypatch):

@@ -347,10 +347,22 @@ class OrderMachine(RuleBasedStateMachine):
         assert len(self.host) == len(self.held)
 
     @invariant()
+    def ranks_are_those_of_a_search_among_all_runs(self):
+        book = self.host._book
+        leaves = [k for k in self.held if k not in self.held.values()]
+        runs = list(dict.fromkeys(book.owner(k) for k in leaves))
+        keys = [*self.held, b"unknown"]
+        places = [(book.worth(book.owner(k), "host"), book.owner(k).used_s) for k in keys]
+        worths = [(book.worth(run, "host"), run.used_s) for run in runs]
+        expected = [(sum(worth < place for worth in worths), len(runs)) for place in places]
+        assert self.host.ranks(keys, self.node.now_s) == expected
+
+    @invariant()
     def nothing_is_remembered_of_what_has_gone(self):
         blocks = self.host._book.blocks
         assert {key for key, block in blocks.items() if block.held} == set(self.held)
         assert set(blocks) <= {*self.held, *self.held.values()}
+        assert self.host._book.held_bytes == sum(block.nbytes for block in blocks.values() if block.held)
 
 
 OrderMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
@@ -387,6 +399,22 @@ def test_an_order_that_never_looks_again_is_noticed(monkeypatch):
     monkeypatch.setattr(Book, "ranked", lambda self, run: None)
     monkeypatch.setattr(worth_usage.CostUsage, "passed", lambda self, *args: None)
     assert first() == ["person 0"]
+
+
+def test_of_what_nobody_waits_for_no_curve_is_kept():
+    node = Node()
+    node.park("a", 3)
+    node.ask("a", 600)
+    first = node.usage._chats["t", "a"].run
+    node.park("a", 2)
+    left = node.order("host")._book.owner(key("a", 2))
+    assert left is first and left.curve is None and not left.waiting
+    node.park("b", 1)
+    forgotten = node.usage._chats["t", "b"].run
+    node.usage.forgotten(("t", "b"))
+    assert forgotten.curve is None
+    over = [entry[3] for entry in node.usage._due if entry[3].over]
+    assert over and all(wait.run is None for wait in over)
 
 
 def test_conversations_that_are_followed_are_bounded(monkeypatch):

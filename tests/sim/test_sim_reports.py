@@ -10,9 +10,10 @@ import pytest
 
 from kvtier.cli.commands.simulate import progress_bar
 from kvtier.cli.main import run
+from kvtier.config.schema import PolicyConfig
 from kvtier.errors import ConfigError
 from kvtier.sim.cluster import cluster
-from kvtier.sim.cluster.scenario import read_scenario
+from kvtier.sim.cluster.scenario import Scenario, read_scenario
 from kvtier.sim.cluster.simulate import simulate
 from kvtier.sim.cluster.sweep import Offer, marked, sweep
 from kvtier.sim.report import html, words
@@ -224,6 +225,11 @@ def test_a_trace_runs_in_the_default_scenario(tmp_path, capsys, rows_of, text_of
         "lru",
         "unbounded",
     ]
+
+
+def test_who_names_no_policy_is_shown_what_a_node_runs():
+    node = PolicyConfig()
+    assert f"{node.eviction}+{node.restore}" in Scenario().policies
 
 
 def test_sweep_says_what_to_buy(scenario_file, tmp_path, capsys):

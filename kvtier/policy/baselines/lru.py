@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.policy.baselines.flat import NONE, Columns, FlatCache, list_kernels, no_ends
+from kvtier.policy.baselines.flat import EMPTY, NONE, Columns, FlatCache, list_kernels, no_ends
 from kvtier.policy.baselines.interfaces import Arrival, IntArray, Jit, Served
 
 
@@ -72,6 +72,14 @@ class LruCache(FlatCache):
         gone, taken = self._access(blocks, self.resident, self.newer, self.older, self._ends, free, out)
         self._count += taken - gone
         return out[:gone], taken
+
+    def trim(self, count: int) -> None:
+        """Evict until no more blocks are left than that."""
+        over = self._count - count
+        if over > 0:
+            lists, out = (self.newer, self.older, self._ends), np.empty(over, np.int32)
+            self._access(EMPTY, self.resident, *lists, -over, out)
+            self._count = count
 
 
 @cache

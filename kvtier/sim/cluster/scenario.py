@@ -146,7 +146,7 @@ class Scenario(_Part, frozen=True):
 
     name: str = "default"
     seed: int = 1
-    policies: tuple[str, ...] = ("none", "lru")
+    policies: tuple[str, ...] = ("none", "lru", "cost+cost")
     trace: str = ""
     synthetic: Synthetic = Synthetic()
     fidelity: Literal["fast", "core"] = "fast"
