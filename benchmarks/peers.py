@@ -25,8 +25,9 @@ from kvtier.bench.lines import Line, alternate, rate_line, table
 from kvtier.checksum import checksum
 from kvtier.disk.codecs import CODECS
 from kvtier.objects import ObjectId
-from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.coding import Codings, measured
+from kvtier.peers.fetch import Came, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.lending import Lending, agent_name
 from kvtier.peers.nixl_agent import NixlAgent

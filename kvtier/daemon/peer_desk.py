@@ -63,7 +63,8 @@ from kvtier.messages.tiers import WireItem
 from kvtier.node.core import NodeCore
 from kvtier.node.events import Send
 from kvtier.objects import ObjectId
-from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import ClientSettings, PeerClient
+from kvtier.peers.fetch import Came, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.lending import AgentFailed, Lending, Read, agent_name
 from kvtier.peers.nixl_agent import NixlAgent, rdma_devices

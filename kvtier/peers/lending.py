@@ -2,7 +2,7 @@
 
 Such a read cannot be called back: what is given up goes on writing.  So each read is kept until the library
 says that it ended, well or not, and only then is the room it writes into anybody's again.  Questions, who is
-who, and checksums stay with the connection; see `peer_messages`.
+who, and checksums stay with the connection; see `messages/peers.py`.
 """
 
 from __future__ import annotations
@@ -150,9 +150,10 @@ class Lending:
         # It looks at what is late until nothing is.
         self._thread.join(within_s)
         if self._thread.is_alive():
-            _LOG.error(
-                "%d reads by %s have not ended: memory is kept until the process ends", self.late, self.way
+            why = (
+                f"{self.late} reads have not ended" if self._registered.is_set() else "it is being registered"
             )
+            _LOG.error("memory for %s is kept until the process ends: %s", self.way, why)
             _KEPT.append(self)
             return False
         del self._agent
@@ -346,5 +347,7 @@ class Borrower:
             and remote is not None
             and remote.usable
             and remote.epoch == stream.epoch
+            # Where only another way is left, the memory cannot be reached either.
+            and stream.way == Wire.way
             and self.lending.address_of(into) != 0
         )

@@ -36,7 +36,7 @@ from kvtier.messages.tiers import WireItem
 from kvtier.node import announcing
 from kvtier.node.announcing import Announcing
 from kvtier.node.events import Send
-from kvtier.peers.client import Came, Wanted
+from kvtier.peers.fetch import Came, Wanted
 from kvtier.peers.lending import Read
 from kvtier.testing.node_bench import until
 from kvtier.testing.node_cluster import cluster_settings

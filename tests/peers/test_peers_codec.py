@@ -20,10 +20,11 @@ from kvtier.errors import CorruptObject, MalformedMessage
 from kvtier.messages.peers import Offer, PeerReady, Sending, Want
 from kvtier.messages.protocol import LENGTH, decode, encode
 from kvtier.objects import ObjectId
-from kvtier.peers import client as client_module
+from kvtier.peers import fetch as fetch_module
 from kvtier.peers.choice import KEEP_CODEC_S, KEEP_S, RAW, Figures, Rates, choose, expected_bytes_per_s
-from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import ClientSettings, PeerClient
 from kvtier.peers.coding import CHUNK_BYTES, Coding, encoded, measured, receive_encoded
+from kvtier.peers.fetch import Came, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
 from kvtier.peers.stream import StreamLost
@@ -353,7 +354,7 @@ def test_the_check_above_sees_a_receiver_that_does_not_check(
             receive_encoded(*arguments)
         return checksum(shelf.objects[0])
 
-    monkeypatch.setattr(client_module, "receive_encoded", believes)
+    monkeypatch.setattr(fetch_module, "receive_encoded", believes)
     with nodes(shelf, Damaging(-1000), CODECS[ZSTD]) as (_, client):
         client.fetch(wants(shelf)[:1], 20.0)
         over_a_link_of(client, 100 * MB)
@@ -364,14 +365,14 @@ def test_the_check_above_sees_a_receiver_that_does_not_check(
 
 def test_a_codec_that_nobody_asked_for_is_not_taken(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        client_module, "Want", lambda **fields: Want(**fields | {"codec": ZSTD, "item_bytes": 2})
+        fetch_module, "Want", lambda **fields: Want(**fields | {"codec": ZSTD, "item_bytes": 2})
     )
     with nodes(shelf, CODECS[ZSTD], CODECS[ZSTD]) as (_, client):
         assert client.fetch(wants(shelf), 20.0) == ["peer_lost"] * 6
 
 
 def test_a_width_that_no_numbers_have_is_no_harm(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "Want", lambda **fields: Want(**fields | {"item_bytes": 3}))
+    monkeypatch.setattr(fetch_module, "Want", lambda **fields: Want(**fields | {"item_bytes": 3}))
     with nodes(shelf, CODECS[ZSTD], CODECS[ZSTD]) as (_, client):
         client.fetch(wants(shelf)[:1], 20.0)
         over_a_link_of(client, 100 * MB)

@@ -20,7 +20,8 @@ from kvtier.carriage import Bytes, Passing
 from kvtier.checksum import checksum
 from kvtier.objects import ObjectId
 from kvtier.peers import server as server_module
-from kvtier.peers.client import ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import ClientSettings, PeerClient
+from kvtier.peers.fetch import Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.relay import Relayed
 from kvtier.peers.server import Opened, PeerServer, ServerSettings

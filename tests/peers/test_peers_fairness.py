@@ -9,7 +9,7 @@ from kvtier.peers.fairness import Turns
 from kvtier.waiting import wait_until
 
 
-def until(holds: Callable[[], object], what: str) -> None:
+def until(holds: Callable[[], bool], what: str) -> None:
     assert wait_until(holds, 10.0), what
 
 

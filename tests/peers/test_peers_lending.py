@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 
 from kvtier.checksum import checksum
+from kvtier.errors import AuthError
 from kvtier.messages.calls import Message
 from kvtier.messages.peers import PeerReady, Sending, Want
 from kvtier.messages.protocol import LENGTH, decode, encode
 from kvtier.objects import ObjectId
 from kvtier.peers import lending as lending_module
-from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import ClientSettings, PeerClient
+from kvtier.peers.fetch import Came, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.lending import Bytes, Lending, Read
 from kvtier.peers.server import Opened, PeerServer, ServerSettings
+from kvtier.peers.stream import Wire
 from kvtier.testing.fake_agent import FakeAgent, LentMemory, lending_of
 from kvtier.testing.node_bench import until
 
@@ -266,7 +269,75 @@ def test_bytes_of_an_object_that_was_let_go_meanwhile_are_a_miss(rig: Rig) -> No
     assert fetching.result()[0] in ("corrupt", "peer_lost")
 
 
+def test_a_fetch_that_is_refused_on_one_connection_hands_over_what_is_late_on_another(rig: Rig) -> None:
+    rig.client = rig.client_of(lending=rig.ours, streams=2)
+    rig.fetched(5)
+    rig.agent.holds = True
+
+    class Refused(PeerClient):
+        def new_stream(self, until_s: float) -> Wire:
+            raise AuthError("another token")
+
+    rig.client.__class__ = Refused
+    late: list[Read] = []
+    began: list[str] = []
+
+    def fetch() -> None:
+        with pytest.raises(AuthError, match="another token"):
+            rig.client.fetch(rig.wants(0, 1), 60.0, late=late)
+        began.append("over")
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    assert rig.agent.begun.acquire(timeout=10)
+    rig.agent.reads[-1].lost = True
+    thread.join(20.0)
+    assert began == ["over"] and [read.ended for read in late] == [None]
+
+
 # --- where it does not work
+
+
+@pytest.mark.parametrize("address", [-1, (1 << 64) - 1])
+def test_an_address_that_cannot_be_is_refused(rig: Rig, address: int) -> None:
+    rig.fetched(5)
+    begun = len(rig.agent.reads)
+    rig.theirs.address_of = lambda data: address  # type: ignore[method-assign]
+    assert rig.fetched(0)[0] == ["peer_lost"]
+    assert len(rig.agent.reads) == begun
+
+
+def test_what_comes_by_another_way_is_not_read_in_memory_that_cannot_be_reached(rig: Rig) -> None:
+    rig.fetched(5)
+    stream = rig.client.idle_stream()
+    assert stream is not None
+    room = rig.wants(0)[0].into
+    assert rig.client.borrower.lends(stream, room)
+    stream.way = "ray"
+    assert not rig.client.borrower.lends(stream, room)
+    stream.close()
+
+
+def test_an_object_lent_by_a_former_start_is_asked_for_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.fetched(5)
+    begun = len(rig.agent.reads)
+    remote = rig.client.borrower.remote
+    assert remote is not None
+    monkeypatch.setattr(remote, "epoch", 6)
+    monkeypatch.setattr(type(rig.client.borrower), "lends", lambda self, stream, into: remote.epoch == 6)
+    monkeypatch.setattr(type(rig.client.borrower), "introduce", lambda *_: None)
+    asked: list[int] = []
+
+    def failed(self: object) -> None:
+        asked.append(1)
+        remote.epoch = 0
+
+    monkeypatch.setattr(type(rig.client.borrower), "failed", failed)
+    outcomes, came = rig.fetched(0)
+    assert (outcomes, came.lent_bytes, asked) == ([""], 0, [1])
+    assert len(rig.agent.reads) == begun
 
 
 @pytest.mark.parametrize("fault", ["fails", "refuses"])

@@ -22,7 +22,8 @@ from kvtier.errors import AuthError, ConfigError, KvtierError
 from kvtier.messages.peers import PeerProof
 from kvtier.objects import ObjectId
 from kvtier.peers import handshake
-from kvtier.peers.client import Came, ClientSettings, PeerClient, Wanted
+from kvtier.peers.client import ClientSettings, PeerClient
+from kvtier.peers.fetch import Came, Wanted
 from kvtier.peers.handshake import Identity
 from kvtier.peers.lending import AgentFailed
 from kvtier.peers.server import Opened, PeerServer, Sent, ServerSettings
