@@ -97,6 +97,8 @@ def _with_worker(bench: Bench, direction: Any) -> list[Line]:
     ours, theirs = spawn.Pipe()
     child = spawn.Process(target=worker, args=(bench.dry, theirs), daemon=True)
     child.start()
+    # Its end is then an error here at once, and not a wait for what it does not say any more.
+    theirs.close()
     if not ours.poll(READY_S):
         raise TimeoutError("the worker did not come up")
     mapped = MappedPool.attach(bench.device, ours.recv())

@@ -47,8 +47,8 @@ _AGAIN = Backoff(first_s=0.05, limit_s=5.0)
 class Closing:
     """Closes something in a thread of its own. close: waits a bounded time, and is called until it is True.
 
-    What fails is tried again, too, after a pause: nothing else says that no copy runs.
-    since_s: time.monotonic() at its beginning.
+    What fails is tried again, too, after a pause: nothing else says that no copy runs.  Where no thread can
+    be had, `over` tries again.  since_s: time.monotonic() at its beginning.
     """
 
     def __init__(self, name: str, close: Callable[[], bool]) -> None:
@@ -56,11 +56,27 @@ class Closing:
         self._name = name
         self._close = close
         self._over = threading.Event()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._starting = threading.Lock()
+        self._started = False
+        self._failure = ""
+        self._start()
 
     def over(self, timeout_s: float = 0.0) -> bool:
         """Whether it is closed within the time."""
+        self._start()
         return self._over.wait(timeout_s)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._started:
+                return
+            try:
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._started = True
+            except RuntimeError as error:
+                if not self._failure:
+                    log.warning("%s waits for a thread: %s", self._name, error)
+                self._failure = str(error)
 
     def _run(self) -> None:
         failures = 0
@@ -88,10 +104,10 @@ class _Mapped:
     ring: EventRing
     rings: EventRings
 
-    def answer(self, message: ProbePool) -> PoolProbed:
+    def answer(self, message: ProbePool, may_write: Callable[[], None]) -> PoolProbed:
         """This side's part of a probe. Raises KvtierError."""
         challenge = Challenge(tuple(message.pages), message.nonce)
-        answer = Prober(self.device, self.pool.pool).answer(challenge)
+        answer = Prober(self.device, self.pool.pool).answer(challenge, may_write)
         return PoolProbed(ok=True, seen=answer.seen, written=answer.written, events=self.ring.handles())
 
     def close(self) -> bool:
@@ -112,11 +128,13 @@ class _Map:
     """A worker's pool from its first probe on. mapped: what there is of it; None before that.
 
     make: maps it, raising KvtierError.  probing_s: time.monotonic() since when a probe is under way.
+    latest: the worker's last probe: the scratch pages are that one's, and none before it is answered.
     """
 
     def __init__(self, make: Callable[[], _Mapped]) -> None:
         self.mapped: _Mapped | None = None
         self.probing_s = math.inf
+        self.latest: ProbePool | None = None
         self._make = make
         self._left = False
         # Of who maps, probes or closes.
@@ -124,16 +142,22 @@ class _Map:
 
     def probe(self, message: ProbePool) -> PoolProbed:
         """Map the pool, unless it is, and play this side's part; or say why that cannot be."""
+
+        def may_write() -> None:
+            self._stay()
+            if self.latest is not message:
+                raise TierUnavailable("the worker has begun another probe")
+
         with self._one:
             self.probing_s = time.monotonic()
             try:
                 self._stay()
                 if self.mapped is None:
                     self.mapped = self._make()
-                # Mapping may have taken long: its scratch pages may be of another probe by now.
-                self._stay()
+                # Mapping may have taken long: the pages may be another probe's by now, or the worker's own.
+                may_write()
                 self.mapped.device.enter()
-                return self.mapped.answer(message)
+                return self.mapped.answer(message, may_write)
             except (KvtierError, OSError, RuntimeError) as error:
                 return PoolProbed(ok=False, detail=str(error))
             finally:
@@ -143,9 +167,13 @@ class _Map:
         if self._left:
             raise TierUnavailable("the worker has left")
 
-    def close(self) -> bool:
-        """Whether nothing of it is left within a time; from now on nothing is mapped."""
+    def leave(self) -> None:
+        """From now on nothing is mapped, and no probe begins to write. Does not wait for one that does."""
         self._left = True
+
+    def close(self) -> bool:
+        """Whether nothing of it is left within a time, a probe that wrote already included."""
+        self.leave()
         if not self._one.acquire(timeout=CLOSE_S):
             return False
         try:
@@ -194,15 +222,24 @@ class GpuMaps:
     def probe(self, worker: str, message: ProbePool, answered: Callable[[PoolProbed], None]) -> None:
         """Map the worker's pool in the background, unless it is, and play this side's part.
 
-        answered: told the outcome, from a thread of the mapping's.
+        answered: told the outcome, from any thread.
         """
         if worker not in self._maps:
             self._maps[worker] = _Map(partial(self._map, self._said[worker]))
         held = self._maps[worker]
+        held.latest = message
         work = threading.Thread(
             target=lambda: answered(held.probe(message)), name=f"kvtier-map-{worker}", daemon=True
         )
-        work.start()
+        try:
+            work.start()
+        except RuntimeError as error:
+            answered(PoolProbed(ok=False, detail=str(error)))
+
+    def outdate(self, worker: str) -> None:
+        """The worker is going to begin another probe: none from before may write any more."""
+        if worker in self._maps:
+            self._maps[worker].latest = None
 
     def probing(self, before_s: float) -> list[str]:
         """Workers whose probe began before this time.monotonic(), and has not ended."""
@@ -250,6 +287,7 @@ class GpuMaps:
         self._said.pop(worker, None)
         self._leaving = [(left, closing) for left, closing in self._leaving if not closing.over()]
         if (held := self._maps.get(worker)) is not None:
+            held.leave()
             # In this order whoever looks from another thread sees it in one of the two.
             self._leaving.append((worker, Closing(f"kvtier-unmap-{worker}", held.close)))
             del self._maps[worker]
@@ -257,7 +295,7 @@ class GpuMaps:
     def unmapping(self, before_s: float) -> list[str]:
         """Workers whose unmapping began before this time.monotonic(), and has not ended."""
         return sorted(
-            worker for worker, closing in self._leaving if closing.since_s < before_s and not closing.over()
+            worker for worker, closing in self._leaving if not closing.over() and closing.since_s < before_s
         )
 
     def close(self, timeout_s: float = CLOSE_S) -> bool:

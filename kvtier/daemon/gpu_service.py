@@ -161,7 +161,12 @@ class GpuService:
         path = str(paths.node_socket(self._config.node.runtime_dir))
         greeting = TierHello(pid=os.getpid(), address=str(self._path))
         channel, arena, said = join_node(path, "gpu", greeting, _CALL_S)
-        engine, maps = self._make_engine(arena), self._make_maps(arena)
+        try:
+            engine, maps = self._make_engine(arena), self._make_maps(arena)
+        except BaseException:
+            channel.close()
+            arena.close()
+            raise
         copies = GpuCopies(engine, maps, self._ended, self._tell_worker)
         self._node = _Node(channel, arena, copies, said.takes_gpu_usage)
         self._said = GpuUsage()
@@ -273,6 +278,10 @@ class GpuService:
         before, self._workers[worker] = self._workers.get(worker), connection
         if before is not None:
             before.close()
+        # It probes again over this one, into the same pages.
+        self._probes.pop(worker, None)
+        if self._node is not None:
+            self._node.copies.maps.outdate(worker)
         self._meet(worker)
 
     def _meet(self, worker: str) -> None:

@@ -32,6 +32,7 @@ from kvtier.gpu.engine import (
     Done,
     SlotMemory,
     check_batch,
+    start_all,
 )
 from kvtier.gpu.lossy_copy import LossyCopy
 from kvtier.gpu.plan import Cut, Unit
@@ -101,8 +102,11 @@ class CpuCopyEngine(CopyEngine):
             for direction in _DIRECTIONS
             for i in range(count)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            start_all(self._threads)
+        except TierUnavailable:
+            self.close()
+            raise
 
     def submit(self, batch: CopyBatch, on_done: Done) -> None:
         """See CopyEngine."""

@@ -15,12 +15,13 @@ is another behind the same calls.  What holds for each:
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from kvtier.errors import GeometryError
+from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.geometry import EXACT
 from kvtier.gpu.pool import Binding
 from kvtier.gpu.quantise import Loss
@@ -229,3 +230,13 @@ def check_batch(batch: CopyBatch) -> None:
             )
         if batch.verify and batch.direction == "scatter" and item.checksum is None:
             raise GeometryError("an object without a checksum cannot be verified")
+
+
+def start_all(threads: list[threading.Thread]) -> None:
+    """Start an engine's threads. Raises TierUnavailable where one cannot be had; those that run are left."""
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError as error:
+            del threads[number:]
+            raise TierUnavailable(f"a copy engine gets no thread: {error}") from error

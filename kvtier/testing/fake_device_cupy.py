@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 SUCCESS, NOT_READY, NOT_FOUND, NO_CONTEXT = 0, 600, 500, 201
+NOT_WHILE_CAPTURING, CAPTURE_GLOBAL, CAPTURE_RELAXED = 900, 0, 2
+# What CUDA lets every thread call while another one captures a graph.
+BESIDE_CAPTURES = ("streamWaitEvent", "streamIsCapturing", "eventRecord", "memcpyAsync")
 # The primary context of device n is this and n.
 CONTEXT = 1000
 TILE_BYTES = 4096
@@ -30,8 +33,9 @@ class CompileException(Exception):
 class StubRuntime:
     """cupy.cuda.runtime. calls: names in order; fail: the name of a function that raises.
 
-    context: the calling thread's own, 0 for none.  made: devices that have one, in order.  relaxed: threads
-    that no capture of a graph concerns.
+    context: the calling thread's own, 0 for none.  made: devices that have one, in order.  mode: the
+    calling thread's, of how captures of graphs concern it.  captured: whether another thread captures one, in
+    the strictest mode, and so ends by what a thread calls that it concerns.
     """
 
     streamNonBlocking, eventBlockingSync, eventDisableTiming, eventInterprocess = 1, 1, 2, 4
@@ -45,7 +49,7 @@ class StubRuntime:
         self.registered: dict[int, tuple[int, int]] = {}
         self.events: dict[int, int] = {}
         self.made: list[int] = []
-        self.relaxed: set[int] = set()
+        self.captured = False
         self._threads = threading.local()
         self.count = 1
         self._number = 100
@@ -58,6 +62,14 @@ class StubRuntime:
     def context(self, context: int) -> None:
         self._threads.context = context
 
+    @property
+    def mode(self) -> int:
+        return getattr(self._threads, "mode", CAPTURE_GLOBAL)
+
+    @mode.setter
+    def mode(self, mode: int) -> None:
+        self._threads.mode = mode
+
     def _called(self, name: str, *whole: int) -> None:
         self.calls.append(name)
         # Without one the runtime would make one on the thread's device, whichever that is.
@@ -65,6 +77,11 @@ class StubRuntime:
         assert all(type(value) is int for value in whole), (name, whole)
         if self.fail == name:
             raise CUDARuntimeError(f"{name}: cudaErrorUnknown")
+        if name not in BESIDE_CAPTURES and self.ends_a_capture():
+            raise CUDARuntimeError(f"{name}: operation not permitted when stream is capturing")
+
+    def ends_a_capture(self) -> bool:
+        return self.captured and self.mode != CAPTURE_RELAXED
 
     def _new(self) -> int:
         self._number += 1
@@ -111,6 +128,7 @@ class StubRuntime:
         self._called("eventSynchronize", event)
 
     def eventQuery(self, event: int) -> int:
+        self._called("eventQuery", event)
         return self.ready
 
     def eventElapsedTime(self, begin: int, end: int) -> float:
@@ -124,6 +142,7 @@ class StubRuntime:
         return address
 
     def free(self, address: int) -> None:
+        self._called("free", address)
         del self.kept[address]
 
     def hostAlloc(self, nbytes: int, flags: int) -> int:
@@ -137,6 +156,7 @@ class StubRuntime:
         self.registered[address] = (nbytes, flags)
 
     def hostUnregister(self, address: int) -> None:
+        self._called("hostUnregister", address)
         del self.registered[address]
 
     def pointerGetAttributes(self, address: int) -> Any:
@@ -154,16 +174,19 @@ class StubRuntime:
         return address.to_bytes(8, "little") * 8
 
     def ipcOpenMemHandle(self, handle: bytes, flags: int = 1) -> int:
+        self._called("ipcOpenMemHandle", flags)
         return int.from_bytes(handle[:8], "little")
 
     def ipcCloseMemHandle(self, address: int) -> None:
         self._called("ipcCloseMemHandle", address)
 
     def ipcGetEventHandle(self, event: int) -> bytes:
+        self._called("ipcGetEventHandle", event)
         assert self.events[event] & self.eventInterprocess and self.events[event] & self.eventDisableTiming
         return event.to_bytes(8, "little") * 8
 
     def ipcOpenEventHandle(self, handle: bytes) -> int:
+        self._called("ipcOpenEventHandle")
         event = self._new()
         self.events[event] = 0
         return event
@@ -268,13 +291,15 @@ class StubDriver:
         return SUCCESS
 
     def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
-        assert mode._obj.value == 2
-        self._runtime.relaxed.add(threading.get_ident())
+        wanted, mode._obj.value = mode._obj.value, self._runtime.mode
+        self._runtime.mode = wanted
         return SUCCESS
 
     def cuMemGetAddressRange_v2(self, base: Any, size: Any, address: Any) -> int:
         if not self._runtime.context:
             return NO_CONTEXT
+        if self._runtime.ends_a_capture():
+            return NOT_WHILE_CAPTURING
         for begin, memory in self._runtime.kept.items():
             if begin <= address.value < begin + memory.nbytes - 256:
                 base._obj.value, size._obj.value = begin, memory.nbytes - 256

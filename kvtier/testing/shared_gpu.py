@@ -85,6 +85,7 @@ class World:
         self.kv.close()
         self.daemon.close()
         self.pool.close()
+        self.pool.place.rings.close()
         self.rings.close()
         assert not self.theirs.leaks() and not self.mine.leaks() and not self.gpu.fault
 
@@ -113,4 +114,5 @@ class Second:
         """Detach, and give back what it took."""
         self.worker.close()
         self.pool.close()
+        self.pool.place.rings.close()
         self.device.destroy_stream(self.stream)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda import driver
 from kvtier.gpu.cuda.cupy_device import COPY_BLOCKS, CudaDevice, identities
 from kvtier.gpu.cuda.engine import CudaCopyEngine
-from kvtier.gpu.cuda.ipc import MappedPool, Prober, export_pool
+from kvtier.gpu.cuda.ipc import EventRing, MappedPool, PeerEvents, Prober, export_pool
+from kvtier.gpu.cuda.ipc_pool import IpcPool
 from kvtier.gpu.cuda.lane import Settings
-from kvtier.gpu.cuda.make import device_of
+from kvtier.gpu.cuda.make import CudaPlace, device_of
 from kvtier.gpu.cuda.measure import copy_once, fit
+from kvtier.gpu.cuda.memory import PinnedArena
 from kvtier.gpu.cuda.ways import WAYS, Way, always
 from kvtier.gpu.engine import CopyItem
-from kvtier.testing.fake_device_cupy import CONTEXT, NOT_READY, StubCupy, StubDriver
+from kvtier.testing.fake_device_cupy import (
+    CAPTURE_GLOBAL,
+    CAPTURE_RELAXED,
+    CONTEXT,
+    NOT_READY,
+    StubCupy,
+    StubDriver,
+)
 from kvtier.testing.fake_device_host import compiled
 from kvtier.testing.fake_device_pools import Uploaded
 from kvtier.testing.pool_cases import BUILDERS, Case, Slots
@@ -145,9 +154,12 @@ def test_the_caller_s_context_stays_current(cuda: CudaDevice, cupy: StubCupy, co
     with pytest.raises(TierUnavailable):
         cuda.allocate(1)
     assert cupy.runtime.context == context
-    assert threading.get_ident() not in cupy.runtime.relaxed
+    assert cupy.runtime.mode == CAPTURE_GLOBAL
     cuda.enter()
-    assert cupy.runtime.context == CONTEXT and threading.get_ident() in cupy.runtime.relaxed
+    assert cupy.runtime.context == CONTEXT and cupy.runtime.mode == CAPTURE_RELAXED
+    cuda.destroy_stream(cuda.stream())
+    assert cupy.runtime.mode == CAPTURE_RELAXED
+    cupy.runtime.mode, cupy.runtime.context = CAPTURE_GLOBAL, 0
 
 
 def test_control_a_thread_without_a_context_is_told(cuda: CudaDevice, cupy: StubCupy) -> None:
@@ -178,6 +190,49 @@ def test_pools_are_mapped_by_handle_and_offset(cuda: CudaDevice, cupy: StubCupy)
     with pytest.raises(GeometryError, match="expandable_segments"):
         export_pool(cuda, there.pool)
     there.close()
+
+
+def _second_mode(cuda: CudaDevice, there: Uploaded) -> None:
+    """All that a worker's threads ask of a device in the second mode, in a thread that was never entered."""
+    pool = IpcPool(there.pool, CudaPlace(cuda, Settings(always("staged"), 2, 8192)), [1, 2])
+    mapped = MappedPool.attach(cuda, pool.export())
+    assert pool.judge(Prober(cuda, mapped.pool).answer(pool.challenge()))
+    ring = EventRing(cuda)
+    event = pool.listen(ring.handles())(ring.mark(3))
+    assert event.done()
+    event.synchronize()
+    assert PeerEvents(cuda, pool.export()["events"]).event(pool.relay(event)).done()
+    del event
+    mapped.close()
+    ring.close()
+    pool.close()
+    pool.place.rings.close()
+    slots = Slots(1 << 18)
+    # Where the service cannot map, the thread that attaches again makes an engine, and closes it.
+    pool.place(slots, PinnedArena(cuda, [slots.bytes])).close()
+
+
+def test_another_thread_s_capture_of_a_graph_goes_on(cuda: CudaDevice, cupy: StubCupy) -> None:
+    there = Uploaded(cuda, BUILDERS[0]("uint16", 4, 2, 8))
+    cupy.runtime.captured = True
+    _second_mode(cuda, there)
+    assert cupy.runtime.mode == CAPTURE_GLOBAL and cuda.memory_info()
+    cupy.runtime.fail = "malloc"
+    with pytest.raises(TierUnavailable, match="cudaErrorUnknown"):
+        Prober(cuda, there.pool).challenge([1])
+    assert cupy.runtime.mode == CAPTURE_GLOBAL
+    cupy.runtime.fail = ""
+    there.close()
+
+
+def test_control_a_thread_that_captures_concern_ends_one(
+    cuda: CudaDevice, cupy: StubCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Uploaded(cuda, BUILDERS[0]("uint16", 4, 2, 8))
+    cupy.runtime.captured = True
+    monkeypatch.setattr(driver, "relaxed_capture", nullcontext)
+    with pytest.raises(TierUnavailable, match="not permitted"):
+        Prober(cuda, there.pool).challenge([1])
 
 
 def test_a_device_is_found_by_its_identity_and_no_other_is_touched(

@@ -12,8 +12,11 @@ import pytest
 from kvtier.checksum import checksum
 from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.gpu.cuda.engine import CudaCopyEngine
+from kvtier.gpu.cuda.events import mark
 from kvtier.gpu.cuda.ipc import EventRing, EventRings, MappedPool, PeerEvents, Prober, export_pool
+from kvtier.gpu.cuda.ipc_pool import IpcPool
 from kvtier.gpu.cuda.lane import Settings
+from kvtier.gpu.cuda.make import CudaPlace
 from kvtier.gpu.cuda.measure import copy_once
 from kvtier.gpu.cuda.ways import always
 from kvtier.gpu.engine import CopyBatch, CopyItem
@@ -243,6 +246,49 @@ def test_rings_are_used_again_those_of_the_same_device_the_oldest_first() -> Non
         rings.give(ring)
     rings.close()
     assert not two.worker.leaks() and not two.actor.leaks()
+
+
+def test_a_worker_s_events_stay_for_whoever_waits_for_them_after_its_end() -> None:
+    """A copy of the service's may not be queued yet; the place's next pool takes them over."""
+    two = Two()
+    place = CudaPlace(two.worker, Settings())
+    first = IpcPool(two.pool, place, [1])
+    theirs = PeerEvents(two.actor, first.export()["events"])
+    after = theirs.event(first.relay(mark(two.worker, two.worker.current)))
+    made = len(two.worker.leaks())
+    first.close()
+    first.close()
+    with pytest.raises(TierUnavailable, match="closed"):
+        first.relay(after)
+    stream = two.actor.stream()
+    after.wait(stream)
+    after.synchronize()
+    second = IpcPool(two.pool, place, [1])
+    assert len(two.worker.leaks()) <= made and not two.gpu.races
+    second.close()
+    del after
+    theirs.close()
+    place.rings.close()
+    two.actor.destroy_stream(stream)
+    assert not two.worker.leaks() and not two.actor.leaks()
+
+
+def test_a_probe_that_may_not_write_changes_nothing() -> None:
+    two = Two()
+    there = two.mapped()
+    challenge = Prober(two.worker, two.pool).challenge([1, 5])
+    before = [tensor.tobytes() for tensor in two.case.tensors]
+
+    def may_write() -> None:
+        raise TierUnavailable("the pages are another's")
+
+    with pytest.raises(TierUnavailable, match="another's"):
+        Prober(two.actor, there.pool).answer(challenge, may_write)
+    assert [tensor.tobytes() for tensor in two.case.tensors] == before
+    Prober(two.actor, there.pool).answer(challenge)
+    assert [tensor.tobytes() for tensor in two.case.tensors] != before
+    there.close()
+    assert not two.actor.leaks()
 
 
 def test_control_an_event_is_used_after_its_process_destroyed_it() -> None:

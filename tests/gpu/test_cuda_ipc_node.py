@@ -287,6 +287,7 @@ def test_control_unmapping_in_the_loop_holds_up_everybody(
 
 def _close_at_once(self: Any, name: str, close: Callable[[], bool]) -> None:
     self.since_s, self._over = 0.0, threading.Event()
+    self._starting, self._started = threading.Lock(), True
     assert close()
     self._over.set()
 

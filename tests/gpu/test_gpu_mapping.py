@@ -11,9 +11,13 @@ import pytest
 from kvtier.daemon import gpu_copies, gpu_maps
 from kvtier.daemon.gpu_service import GpuService
 from kvtier.errors import TierUnavailable
+from kvtier.gpu.cpu_engine import CpuCopyEngine
+from kvtier.gpu.cuda.engine import CudaCopyEngine
 from kvtier.messages.tiers import ProbePool
+from kvtier.testing.fake_device import FakeDevice
 from kvtier.testing.kv_memory import LAYERS, tokens_of
-from kvtier.testing.shared_gpu import COUNT, PAGES, Second, World
+from kvtier.testing.pool_cases import Slots
+from kvtier.testing.shared_gpu import COUNT, PAGES, SCRATCH, SETTINGS, Second, World
 from kvtier.waiting import wait_until
 
 
@@ -145,6 +149,99 @@ def test_a_node_lost_while_a_pool_was_mapped_is_joined_once_that_is_over(
         assert wait_until(parks, 30) and world.theirs.leaks().count("mapping") == 2 * LAYERS
 
 
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Beginnings of names of threads that cannot be had now."""
+    start, refused = threading.Thread.start, list[str]()
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(tuple(refused)):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return refused
+
+
+def test_a_service_without_a_thread_for_it_leaves_the_copies_to_the_worker(
+    world: World, no_threads: list[str]
+) -> None:
+    """Not even for giving back what it never mapped, which it tries again."""
+    no_threads += ["kvtier-map", "kvtier-unmap"]
+    with world.attach() as worker:
+        assert wait_until(lambda: worker.attached and world.mode() == "worker", 20)
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        assert "gather" in world.mine.launched and turns(world.daemon.gpu)
+        maps = world.daemon.gpu._node.copies.maps  # type: ignore[union-attr]
+        assert maps.unmapping(float("inf"))
+        no_threads.clear()
+        assert wait_until(lambda: not maps.unmapping(float("inf")), 20)
+
+
+def test_an_engine_that_gets_no_thread_leaves_nothing(no_threads: list[str]) -> None:
+    device, before = FakeDevice(), set(threading.enumerate())
+    no_threads += ["kvtier-answer-scatter", "kvtier-scatter"]
+    with pytest.raises(TierUnavailable, match="can't start"):
+        CudaCopyEngine(device, Slots(1 << 16), [], settings=SETTINGS)
+    with pytest.raises(TierUnavailable, match="can't start"):
+        CpuCopyEngine(Slots(1 << 16), threads=1)
+    assert not device.leaks() and set(threading.enumerate()) <= before
+
+
+def test_a_node_lost_without_a_thread_to_give_it_back_is_given_back_later(
+    world: World, no_threads: list[str]
+) -> None:
+    service = world.daemon.gpu
+    with world.attach() as worker:
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        no_threads.append("kvtier-gpu-end")
+        node = service._node
+        service._loop.call(lambda: service._lose_node("a test"))
+        assert wait_until(lambda: bool(service._lost), 20) and turns(service)
+        assert service._node is None
+        no_threads.clear()
+        assert wait_until(lambda: service._node not in (None, node), 20)
+
+
+@pytest.mark.parametrize("call", ["open_memory", "pinned"])
+def test_a_probe_that_was_overtaken_does_not_write_into_the_next_one_s_pages(
+    world: World, hang: Callable[..., Hang], call: str
+) -> None:
+    held, service = hang(call), world.daemon.gpu
+    with world.attach() as worker:
+        assert held.came.wait(20)
+        maps = service._node.copies.maps  # type: ignore[union-attr]
+        (mapped,) = maps._maps.values()
+        first = mapped.latest
+        service._loop.call(next(iter(service._workers.values())).close)
+        assert wait_until(lambda: mapped.latest not in (None, first), 20)
+        held.going.set()
+        world.memory.put(1, PAGES, COUNT)
+        world.turn(worker)
+        assert world.mode() == "shared" and not world.mine.launched
+
+
+def test_a_probe_does_not_write_once_the_worker_has_left(
+    world: World, hang: Callable[..., Hang], no_threads: list[str]
+) -> None:
+    """Whether or not somebody has begun to unmap."""
+    held = hang("pinned")
+    worker = world.attach()
+    assert held.came.wait(20)
+    maps = world.daemon.gpu._node.copies.maps  # type: ignore[union-attr]
+    no_threads.append("kvtier-unmap")
+    worker.close()
+    assert wait_until(lambda: bool(maps.unmapping(float("inf"))), 20)
+    before = [plane[SCRATCH].tobytes() for plane in world.memory.planes]
+    held.going.set()
+    assert wait_until(lambda: not any(t.name.startswith("kvtier-map") for t in threading.enumerate()), 20)
+    assert [plane[SCRATCH].tobytes() for plane in world.memory.planes] == before
+    no_threads.clear()
+    assert wait_until(lambda: not maps.unmapping(float("inf")), 20)
+
+
 def test_a_pool_that_left_before_its_thread_came_to_it_is_not_mapped() -> None:
     made: list[int] = []
 
@@ -153,7 +250,7 @@ def test_a_pool_that_left_before_its_thread_came_to_it_is_not_mapped() -> None:
         raise TierUnavailable("no device")
 
     held = gpu_maps._Map(make)
-    probe = ProbePool(pages=[1], nonce=b"n")
+    probe = held.latest = ProbePool(pages=[1], nonce=b"n")
     assert (held.probe(probe).ok, len(made)) == (False, 1)
     assert held.close()
     assert held.probe(probe).detail == "the worker has left" and len(made) == 1

@@ -75,6 +75,22 @@ def _on_device(
     return _device_errors(wrapped)
 
 
+def _beside_captures(
+    call: Callable[Concatenate[CudaDevice, P], R],
+) -> Callable[Concatenate[CudaDevice, P], R]:
+    """Of calls that CUDA forbids a thread while another one captures a graph: see driver.relax_capture.
+
+    Any thread may make them, also one that `enter` is not for: its mode is then what it was.
+    """
+
+    @functools.wraps(call)
+    def wrapped(device: CudaDevice, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with driver.relaxed_capture():
+            return call(device, *args, **kwargs)
+
+    return _on_device(wrapped)
+
+
 def _cupy() -> Any:
     try:
         import cupy
@@ -119,7 +135,7 @@ class CudaDevice:
         # Others allocate meanwhile, so it is an estimate.
         self.context_bytes = 0 if before is None or after is None else max(0, after - before)
 
-    @_on_device
+    @_beside_captures
     def _compile(self) -> dict[Kernel, int]:
         options = ("-std=c++17", f"-I{KERNELS}")
         self._module = self._cupy.RawModule(code=(KERNELS / "kv_copy.cu").read_text(), options=options)
@@ -130,6 +146,7 @@ class CudaDevice:
             raise TierUnavailable(f"the kernels do not compile here: {error}") from error
         return {name: int(kernel.kernel.ptr) for name, kernel in zip(names, self._kernels, strict=True)}
 
+    @_beside_captures
     def _warm(self) -> None:
         """Load the kernels, and launch the one with the largest frame over nothing.
 
@@ -166,17 +183,17 @@ class CudaDevice:
         """See Device."""
         return bool(self._run.streamIsCapturing(stream))
 
-    @_on_device
+    @_beside_captures
     def stream(self) -> Stream:
         """See Device. Streams have priority 0 unless asked otherwise, and that is CUDA's lowest."""
         return int(self._run.streamCreateWithFlags(self._run.streamNonBlocking))
 
-    @_on_device
+    @_beside_captures
     def destroy_stream(self, stream: Stream) -> None:
         """See Device."""
         self._run.streamDestroy(stream)
 
-    @_on_device
+    @_beside_captures
     def event(self, *, timed: bool = False, shared: bool = False) -> Event:
         """See Device."""
         flags = self._run.eventBlockingSync
@@ -186,7 +203,7 @@ class CudaDevice:
             flags |= self._run.eventInterprocess
         return int(self._run.eventCreateWithFlags(flags))
 
-    @_on_device
+    @_beside_captures
     def destroy_event(self, event: Event) -> None:
         """See Device."""
         self._run.eventDestroy(event)
@@ -202,7 +219,7 @@ class CudaDevice:
         """See Device."""
         self._run.streamWaitEvent(stream, event)
 
-    @_on_device
+    @_beside_captures
     def done(self, event: Event) -> bool:
         """See Device. cupy answers CUDA's code here, and does not raise."""
         code = int(self._run.eventQuery(event))
@@ -210,47 +227,47 @@ class CudaDevice:
             raise TierUnavailable(f"cudaEventQuery: error {code}")
         return code == 0
 
-    @_on_device
+    @_beside_captures
     def synchronize(self, event: Event) -> None:
         """See Device."""
         self._run.eventSynchronize(event)
 
-    @_on_device
+    @_beside_captures
     def elapsed_s(self, begin: Event, end: Event) -> float:
         """See Device."""
         return float(self._run.eventElapsedTime(begin, end)) / 1e3
 
     # -- memory
 
-    @_on_device
+    @_beside_captures
     def allocate(self, nbytes: int) -> int:
         """See Device."""
         return int(self._run.malloc(nbytes))
 
-    @_on_device
+    @_beside_captures
     def free(self, address: int) -> None:
         """See Device."""
         self._run.free(address)
 
-    @_on_device
+    @_beside_captures
     def pinned(self, nbytes: int) -> Bytes:
         """See Device."""
         address = int(self._run.hostAlloc(nbytes, self._run.hostAllocPortable))
         memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
         return memory
 
-    @_on_device
+    @_beside_captures
     def free_pinned(self, memory: Bytes) -> None:
         """See Device."""
         self._run.freeHost(int(memory.ctypes.data))
 
-    @_on_device
+    @_beside_captures
     def register(self, memory: Bytes) -> None:
         """See Device."""
         flags = HOST_REGISTER_PORTABLE | HOST_REGISTER_MAPPED
         self._run.hostRegister(int(memory.ctypes.data), memory.nbytes, flags)
 
-    @_on_device
+    @_beside_captures
     def unregister(self, memory: Bytes) -> None:
         """See Device."""
         self._run.hostUnregister(int(memory.ctypes.data))
@@ -260,7 +277,7 @@ class CudaDevice:
         """See Device."""
         return int(self._run.pointerGetAttributes(host_address).devicePointer)
 
-    @_on_device
+    @_beside_captures
     def memory_info(self) -> tuple[int, int]:
         """See Device."""
         free, whole = self._run.memGetInfo()
@@ -311,12 +328,12 @@ class CudaDevice:
 
     # -- other processes
 
-    @_on_device
+    @_beside_captures
     def extent(self, address: int) -> tuple[int, int]:
         """See Device."""
         return driver.address_range(address)
 
-    @_on_device
+    @_beside_captures
     def export_memory(self, address: int) -> tuple[bytes, int]:
         """See Device."""
         base, _ = self.extent(address)
@@ -329,22 +346,22 @@ class CudaDevice:
                 "allocator; or use mode 'worker'",
             ) from error
 
-    @_on_device
+    @_beside_captures
     def open_memory(self, handle: bytes) -> int:
         """See Device."""
         return int(self._run.ipcOpenMemHandle(handle))
 
-    @_on_device
+    @_beside_captures
     def close_memory(self, address: int) -> None:
         """See Device."""
         self._run.ipcCloseMemHandle(address)
 
-    @_on_device
+    @_beside_captures
     def export_event(self, event: Event) -> bytes:
         """See Device."""
         return bytes(self._run.ipcGetEventHandle(event))
 
-    @_on_device
+    @_beside_captures
     def open_event(self, handle: bytes) -> Event:
         """See Device."""
         return int(self._run.ipcOpenEventHandle(handle))

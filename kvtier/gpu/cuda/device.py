@@ -29,7 +29,7 @@ TILE_BYTES = 4096
 
 
 class Device(Protocol):
-    """One GPU. Any thread may call.
+    """One GPU. Any thread may call, also while others capture graphs.
 
     identity: the same in every process, whatever devices it sees.  location: as pools name it, 'cuda:0'.
     context_bytes: device memory that this process's context took when it was made here; 0 where it was there
@@ -43,7 +43,7 @@ class Device(Protocol):
     context_bytes: int
 
     def enter(self) -> None:
-        """Make this device the thread's own, and its calls no matter of graphs that others capture.
+        """Make this device the thread's own, and all it does no matter of graphs that others capture.
 
         For threads that do nothing but copy, at their beginning; calls of other threads need it not.
         """

@@ -11,6 +11,8 @@ NVML's nvmlDeviceGetMemoryInfo: the only question about a device's memory that n
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -106,10 +108,26 @@ def relax_capture() -> None:
     In CUDA's strictest mode of capturing, which is torch's default, such a call of any other thread fails,
     and ends the capture.
     """
-    mode = ctypes.c_int(CAPTURE_RELAXED)
+    _exchange_capture(CAPTURE_RELAXED)
+
+
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """relax_capture for as long as this lasts: the thread's own mode is another's affair."""
+    before = _exchange_capture(CAPTURE_RELAXED)
+    try:
+        yield
+    finally:
+        _exchange_capture(before)
+
+
+def _exchange_capture(wanted: int) -> int:
+    """Set the thread's mode; what it was."""
+    mode = ctypes.c_int(wanted)
     check(
         library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode"
     )
+    return mode.value
 
 
 def can_batch() -> bool:

@@ -31,6 +31,7 @@ from kvtier.gpu.engine import (
     Done,
     SlotMemory,
     check_batch,
+    start_all,
 )
 from kvtier.gpu.tensors import Bytes
 from kvtier.waiting import join_all
@@ -81,8 +82,11 @@ class CudaCopyEngine(CopyEngine):
             for direction in DIRECTIONS
             for name, work in (("issue", self._issue_all), ("answer", self._answer_all))
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            start_all(self._threads)
+        except TierUnavailable:
+            self.close()
+            raise
 
     @property
     def device_bytes(self) -> int:

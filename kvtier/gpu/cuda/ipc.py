@@ -34,7 +34,7 @@ from kvtier.gpu.cuda.shapes import ShapeCache, pieces_of
 from kvtier.gpu.engine import StreamEvent
 from kvtier.gpu.pool import Pool
 from kvtier.gpu.shared_pool import Answer, Challenge, layout_from, whole
-from kvtier.gpu.tensors import DeviceBytes
+from kvtier.gpu.tensors import Bytes, DeviceBytes
 
 VERSION = 1
 # CUDA's have 64 bytes.
@@ -203,12 +203,13 @@ class EventRing:
 
 
 class EventRings:
-    """Rings for one worker after the other. Calls from any thread.
+    """Rings for one worker's pool after the other. Calls from any thread.
 
-    CUDA does not say what an event is whose process destroyed it.  A worker asks this process's events until
-    it has heard that they mean nothing any more, which this process cannot know: so a ring is not destroyed,
-    but used again, the one that was given back first.  Whoever still asks of its last user's events waits for
-    a later point, or gets the answer that they were reached, which they were.
+    CUDA leaves undefined what another process's operations on an event do after it was destroyed here
+    (cudaIpcOpenEventHandle).  The other side asks this process's events until it has heard that they mean
+    nothing any more, which this process cannot know: so a ring is not destroyed, but used again, the one that
+    was given back first.  Whoever still asks of its last user's events waits for a later point, or gets the
+    answer that they were reached.
     """
 
     def __init__(self) -> None:
@@ -224,7 +225,7 @@ class EventRings:
         return EventRing(device)
 
     def give(self, ring: EventRing) -> None:
-        """Nothing is recorded in it any more, and all that was is reached."""
+        """Its user records nothing in it any more."""
         with self._lock:
             self._free.append(ring)
 
@@ -278,10 +279,13 @@ class Prober:
         self._digest = self._write(self._challenge)
         return self._challenge
 
-    def answer(self, challenge: Challenge) -> Answer:
-        """On the actor's side: read the pages, then write another pattern into them."""
+    def answer(self, challenge: Challenge, may_write: Callable[[], None] = lambda: None) -> Answer:
+        """On the actor's side: read the pages, then write another pattern into them.
+
+        may_write: called right before that; raises where the pages are not this probe's any more.
+        """
         seen = self._read(challenge)
-        return Answer(seen, self._write(challenge))
+        return Answer(seen, self._write(challenge, may_write))
 
     def judge(self, answer: Answer) -> bool:
         """On the worker's side: whether each read what the other wrote."""
@@ -291,15 +295,21 @@ class Prober:
         written = secrets.compare_digest(answer.written, self._read(self._challenge))
         return seen and written and answer.seen != answer.written
 
-    def _write(self, challenge: Challenge) -> bytes:
-        self._copy(challenge.pages, lambda size: np.frombuffer(secrets.token_bytes(size), np.uint8))
+    def _write(self, challenge: Challenge, may_write: Callable[[], None] = lambda: None) -> bytes:
+        def pattern(size: int) -> Bytes:
+            made = np.frombuffer(secrets.token_bytes(size), np.uint8)
+            # Here the device has given all memory that it may take its time for.
+            may_write()
+            return made
+
+        self._copy(challenge.pages, pattern)
         return self._read(challenge)
 
     def _read(self, challenge: Challenge) -> bytes:
         data = self._copy(challenge.pages, None)
         return hashlib.blake2b(data, key=challenge.nonce, digest_size=16).digest()
 
-    def _copy(self, pages: Sequence[int], fill: Callable[[int], Any] | None) -> bytes:
+    def _copy(self, pages: Sequence[int], fill: Callable[[int], Bytes] | None) -> bytes:
         """All bytes of the pages through pinned memory: out of them, or into them when `fill` is given."""
         device = self._device
         binding = self._pool.bind(pages)

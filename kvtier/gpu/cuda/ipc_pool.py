@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvtier.errors import GeometryError
+from kvtier.errors import GeometryError, TierUnavailable
 from kvtier.geometry import CUDA_IPC
-from kvtier.gpu.cuda.ipc import EventRing, PeerEvents, Prober, export_pool
+from kvtier.gpu.cuda.ipc import PeerEvents, Prober, export_pool
 from kvtier.gpu.cuda.make import CudaPlace
 from kvtier.gpu.engine import StreamEvent
 from kvtier.gpu.pool import Pool
@@ -21,6 +21,8 @@ class IpcPool(MappablePool):
     writes there, at each attach.  Raises GeometryError for a pool that is elsewhere, or no scratch pages.
     """
 
+    place: CudaPlace
+
     def __init__(self, pool: Pool, place: CudaPlace, scratch: Sequence[int]) -> None:
         if not scratch:
             raise GeometryError("a probe needs at least one scratch page", fix="keep a page out of use")
@@ -30,7 +32,8 @@ class IpcPool(MappablePool):
         self.pool, self.place, self._gpu = pool, place, place.gpu
         self._scratch = tuple(scratch)
         self._prober = Prober(self._gpu, pool)
-        self._ring = EventRing(self._gpu)
+        self._ring = place.rings.take(self._gpu)
+        self._closed = False
 
     def export(self) -> dict[str, Any]:
         """See MappablePool."""
@@ -46,6 +49,8 @@ class IpcPool(MappablePool):
 
     def relay(self, event: StreamEvent) -> int:
         """See MappablePool."""
+        if self._closed:
+            raise TierUnavailable("the pool is closed")
         return self._ring.relay(event)
 
     def listen(self, handles: Sequence[bytes]) -> Callable[[int], StreamEvent]:
@@ -53,5 +58,10 @@ class IpcPool(MappablePool):
         return PeerEvents(self._gpu, handles).event
 
     def close(self) -> None:
-        """Give the events back, once no worker is attached with it."""
-        self._ring.close()
+        """Give the events to the place's next pool, once no worker is attached with it; again is no error.
+
+        They are not destroyed: the service may have a copy to queue that waits for one.  See EventRings.
+        """
+        closed, self._closed = self._closed, True
+        if not closed:
+            self.place.rings.give(self._ring)

@@ -14,6 +14,7 @@ from kvtier.gpu.cuda.cupy_device import CudaDevice, identities
 from kvtier.gpu.cuda.device import Device, Stream
 from kvtier.gpu.cuda.engine import DIRECTIONS, CudaCopyEngine
 from kvtier.gpu.cuda.events import borrowed_event, mark, stream_handle
+from kvtier.gpu.cuda.ipc import EventRings
 from kvtier.gpu.cuda.lane import Settings
 from kvtier.gpu.cuda.measure import fit
 from kvtier.gpu.cuda.memory import PinnedArena
@@ -36,6 +37,8 @@ class SubArenas(Protocol):
 class CudaPlace(Place):
     """A GPU: makes the engine of a pool on it once the arena is mapped, which it registers then.
 
+    rings: events of this process for pools that another one maps.
+
     What it is called with raises TierUnavailable for an arena that the driver cannot lock, GeometryError for
     slots that are not an arena's.
     """
@@ -44,6 +47,7 @@ class CudaPlace(Place):
 
     def __init__(self, device: Device, settings: Settings) -> None:
         self._device, self._settings = device, settings
+        self.rings = EventRings()
         self.location, self.device = device.location, device.name
 
     def __call__(self, slots: SlotMemory, arena: PinnedArena | None = None) -> CudaCopyEngine:
