@@ -29,7 +29,7 @@ from kvtier.errors import KvtierError
 from kvtier.host.sysmem import Bytes
 from kvtier.host.tier import HostTier
 from kvtier.messages import protocol
-from kvtier.messages.calls import Message
+from kvtier.messages.calls import Failed, Message
 from kvtier.messages.cluster import (
     DIRECTORY,
     PEER,
@@ -81,6 +81,12 @@ _BEHIND, _KEEPS = 2, 16
 _HEARD_S = 1.0
 # What another node may take to erase a conversation, its flush included.
 _ERASE_S = 12.0
+
+# How often it is said that the core could not use what others said.
+_REFUSED_EVERY_S = 10.0
+
+# Of a name of a host, and of a port.
+_LABEL_BYTES, _PORT_DIGITS = 64, 5
 
 # How long the end of this service waits for reads in other nodes' memory that were given up.
 _LATE_S = 2.0
@@ -148,6 +154,7 @@ class PeerDesk:
         # Tombstones that the core has carried out: the directory hears of no others.
         self._proven: dict[str, Stone] = {}
         self._closing = False
+        self._refused_s = 0.0
         self._reads = ThreadPoolExecutor(_READS, "kvtier-pull")
         # Nobody's request waits for these.
         self._behind = ThreadPoolExecutor(_BEHIND, "kvtier-pull-behind")
@@ -229,6 +236,8 @@ class PeerDesk:
             self._lender.answered(send.peer, message)
         elif isinstance(message, Holdings):
             self._directory.say(message)
+        elif isinstance(message, Failed):
+            self._refused(send.peer, message)
         else:
             pool, work = self._works[type(message)]
             if isinstance(message, PeerRead) and message.behind:
@@ -241,6 +250,12 @@ class PeerDesk:
                 if begun.acquire(blocking=False):
                     _LOG.warning("%s cannot be carried out now: %s", type(message).__name__, error)
                     self._not_done(send)
+
+    def _refused(self, said_by: str, why: Failed) -> None:
+        """The core cannot use what it was told; nobody waits for this answer."""
+        if time.monotonic() >= self._refused_s:
+            self._refused_s = time.monotonic() + _REFUSED_EVERY_S
+            _LOG.warning("what '%s' said is of no use: %s: %.200s", said_by, why.error, why.message)
 
     def _make_works(self) -> dict[type[Message], tuple[ThreadPoolExecutor, Callable[[Any], None]]]:
         """Who carries out what the core wishes, and how; each tells the core its end."""
@@ -286,13 +301,13 @@ class PeerDesk:
     # --- other nodes ------------------------------------------------------------------------------------
 
     def _client(self, node: str, epoch: int) -> PeerClient | None:
-        """The connections to a node; None when nobody knows where it is. epoch: the least that counts."""
+        """The connections to a node; None when nobody knows where to call. epoch: the least that counts."""
         address = self._directory.address_of(node)
         if not address:
             # It has asked this node before this node ever asked for it.
             self._directory.nodes()
             address = self._directory.address_of(node)
-        if not address:
+        if not _is_address(address):
             return None
         with self._lock:
             client = self._clients.get((node, address))
@@ -467,3 +482,11 @@ class PeerDesk:
         ended = threading.Event()
         while not (ended.is_set() or self._closing):
             self._look(step)
+
+
+def _is_address(said: str) -> bool:
+    """Whether what another node says of itself is a host:port that can be called."""
+    host, _, port = said.rpartition(":")
+    labels = host.removesuffix(".").split(".")
+    named = host.isascii() and host.isprintable() and all(0 < len(label) < _LABEL_BYTES for label in labels)
+    return named and port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS and int(port) < 1 << 16

@@ -11,7 +11,8 @@ from kvtier.host.sysmem import Bytes
 from kvtier.host.tier import HostTier
 from kvtier.messages import protocol
 from kvtier.messages.calls import Failed, Message
-from kvtier.messages.cluster import PEER, Erase, Erased, GaveBack, Keep, Lend, Lent, WhatIs
+from kvtier.messages.cluster import KEEP_MOST_S, PEER, Erase, Erased, GaveBack, Keep, Lend, Lent, WhatIs
+from kvtier.node.limits import check_seconds
 from kvtier.objects import ObjectId
 from kvtier.peers.server import Opened
 from kvtier.tier import Slot
@@ -53,12 +54,14 @@ class PeerLender:
         self._closed = False
 
     def answer(self, body: bytes, peer: str) -> bytes:
-        """See PeerServer. Raises MalformedMessage."""
+        """See PeerServer. Raises MalformedMessage, ProtocolError."""
         message = protocol.decode(body[protocol.LENGTH.size :])
         if not isinstance(message, WhatIs | Erase | Keep):
             raise MalformedMessage(f"nodes do not ask each other for {type(message).__name__}")
         if isinstance(message, Keep) and message.owner != peer:
             raise MalformedMessage(f"node '{peer}' asks in the name of '{message.owner}'")
+        if isinstance(message, Keep):
+            check_seconds("timeout_s", message.timeout_s)
         found = self._ask(message)
         if found is None:
             raise TierUnavailable("the node did not answer in time")
@@ -128,5 +131,5 @@ class PeerLender:
 
 def _longest_s(message: Message) -> float:
     if isinstance(message, Keep):
-        return message.timeout_s + _KEEP_MORE_S
+        return min(max(message.timeout_s, 0.0), KEEP_MOST_S) + _KEEP_MORE_S
     return _ANSWER_S[type(message)]

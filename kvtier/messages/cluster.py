@@ -26,6 +26,8 @@ DIRECTORY, PEERS, PEER = "directory", "peers", "peer:"
 SERVICE = "service"
 # Blocks that one question about a chain may name, and objects that an answer does: above, fronts are shorter.
 MOST_KEYS, MOST_METAS = 16384, 16384
+# Nobody waits longer for a Keep's answer.
+KEEP_MOST_S = 600.0
 
 
 class Stone(msgspec.Struct, frozen=True, array_like=True):

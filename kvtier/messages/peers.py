@@ -20,6 +20,8 @@ Both ends prove that they know the cluster's token without saying it, then the o
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from kvtier.messages.calls import Message
@@ -43,7 +45,7 @@ class PeerProof(Message, frozen=True, tag="peer_proof"):
 
     mac: bytes = b""
     node: str = ""
-    epoch: int = 0
+    epoch: Annotated[int, msgspec.Meta(ge=0)] = 0
     version: int = 0
     nonce: bytes = b""
     reason: str = ""

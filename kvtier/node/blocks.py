@@ -18,6 +18,11 @@ _Key = TypeVar("_Key", bytes, int)
 _NOBODY: Final[frozenset[ConversationId]] = frozenset()
 
 
+def is_private(private: Private | None) -> bool:
+    """Whether a chain can be keyed like this; what others say need not be so."""
+    return private is None or (private[0] >= 0 and bool(private[1]))
+
+
 @dataclass(slots=True, eq=False)
 class Stored:
     """One object that some tier holds.
@@ -213,9 +218,9 @@ class BlockTree:
         tips = self._named[name].tips
         if gone.key in tips:
             del tips[gone.key]
-            before = self._blocks.get(gone.parent)
+            before = self._before(gone)
             while before is not None and name not in before.names:
-                before = self._blocks.get(before.parent)
+                before = self._before(before)
             if before is not None:
                 tips[before.key] = None
         if not tips:
@@ -239,15 +244,23 @@ class BlockTree:
         return sorted(self._tails.get(parent, ()), reverse=True)
 
     def chain(self, key: bytes) -> list[Block]:
-        """The blocks from the first to `key`; empty when one of them is not in the tree."""
+        """The blocks from the first to `key`; empty when one of them is not in the tree.
+
+        Each ends where the next one begins, so it comes to an end whatever other nodes said of them.
+        """
         found: list[Block] = []
         block = self._blocks.get(key)
         while block is not None:
             found.append(block)
             if block.parent == block.root.key:
                 return found[::-1]
-            block = self._blocks.get(block.parent)
+            block = self._before(block)
         return []
+
+    def _before(self, block: Block) -> Block | None:
+        """The block that it stands on."""
+        found = self._blocks.get(block.parent)
+        return found if found is not None and found.start + found.tokens == block.start else None
 
 
 def _count(counts: dict[_Key, int], key: _Key, by: int) -> None:

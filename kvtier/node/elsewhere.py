@@ -19,6 +19,7 @@ from math import inf
 from typing import TypeAlias
 
 from kvtier import keys
+from kvtier.errors import MalformedMessage
 from kvtier.geometry import Geometry
 from kvtier.keys import BlockRef
 from kvtier.messages.calls import MakePlan
@@ -37,7 +38,7 @@ from kvtier.messages.cluster import (
     TheseAre,
 )
 from kvtier.node import wire
-from kvtier.node.blocks import Block, Private, Stored
+from kvtier.node.blocks import Block, Private, Stored, is_private
 from kvtier.node.coverage import Piece, Source, longest, restored_end
 from kvtier.node.loads import Loads
 from kvtier.node.lookup import Query, wanted_end
@@ -49,6 +50,8 @@ from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta, Root
 TellFronts: TypeAlias = Callable[[Sequence[Reach]], None]
 # Chains of one question: the ways in which branches were keyed, and branches that end in a tail.
 _CHAINS_MOST = 8
+# Ends of branches that are looked at, the last parked first, and bytes that a node may have of a chain.
+_ENDS_MOST, _BYTES_MOST = 256, 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +212,7 @@ class Elsewhere:
         lookup = self._lookups.get(message.job)
         if lookup is None:
             return
-        known = [front for front in message.fronts if 0 <= front.chain < len(lookup.chains)]
+        known = [front for front in message.fronts if _is_sound(lookup, front)]
         if lookup.tell is not None:
             self._told(lookup, _jointly(known, len(lookup.slices)))
             return
@@ -244,7 +247,11 @@ class Elsewhere:
         shard, reach = lookup.asked.pop(message.job)
         self._state.reached(reach.node, message.way)
         private, refs = lookup.chains[reach.chain]
-        metas = _trusted(lookup, refs, shard, wire.unpack_metas(message.roots, message.metas))
+        try:
+            said = wire.unpack_metas(message.roots, message.metas)
+        except MalformedMessage:
+            said = []
+        metas = _trusted(lookup, refs, shard, said)
         if metas:
             slice_of = lookup.sought[reach.chain][shard]
             remotes = {shard: Remote(reach.node, reach.epoch, private, metas, lookup.after)}
@@ -292,10 +299,10 @@ class Elsewhere:
         """
         size = lookup.worker.geometry.block_tokens
         known = self._state.conversations.get((lookup.message.tenant, lookup.message.conversation))
-        ends = list(ends)
+        ends = [end for end in ends if is_private(end.private)][:_ENDS_MOST]
         privates = [end.private for end in ends] + (known.privates() if known else []) + [None]
         found: list[tuple[Private | None, list[BlockRef]]] = []
-        for private in dict.fromkeys(privates) if not lookup.unheard else ():
+        for private in list(dict.fromkeys(privates))[:_CHAINS_MOST] if not lookup.unheard else ():
             found.append((private, self._refs(lookup, private, lookup.query.end // size * size)))
         for end in ends:
             if (end.tokens % size or lookup.unheard) and lookup.tokens < end.tokens <= lookup.query.end:
@@ -357,7 +364,7 @@ class Elsewhere:
         """A block as it would be with all that the other node has of it; no part of the tree."""
         block = Block(ref.key, ref.parent, root, ref.start, ref.tokens)
         here = self._state.tree.get(ref.key)
-        for part, stored in here.parts.items() if here is not None else ():
+        for part, stored in here.parts.items() if here is not None and here.start == ref.start else ():
             if self._state.source_of(stored) is not None:
                 block.parts[part] = stored
         for meta in there:
@@ -382,6 +389,15 @@ class _SourceOf:
 def _refs_to(lookup: Lookup, chain: int, tokens: int) -> list[BlockRef]:
     """The blocks of the chain's first tokens."""
     return [ref for ref in lookup.chains[chain][1] if ref.start + ref.tokens <= tokens]
+
+
+def _is_sound(lookup: Lookup, front: Reach) -> bool:
+    """Whether it is of one of the chains, and within it."""
+    if not 0 <= front.chain < len(lookup.chains):
+        return False
+    last = lookup.chains[front.chain][1][-1]
+    sizes = (front.host_bytes, front.disk_bytes)
+    return 0 <= front.tokens <= last.start + last.tokens and 0 <= min(sizes) <= max(sizes) < _BYTES_MOST
 
 
 def _jointly(fronts: Iterable[Reach], slices: int) -> list[Reach]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from kvtier.messages.cluster import DIRECTORY, FindConversations, Known, KnownConversation
 from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState
@@ -14,6 +16,8 @@ from kvtier.receipts import ConversationInfo
 TellKnown = Callable[[Sequence[KnownConversation]], None]
 # A list of conversations may be long, and nobody's restore waits for it.
 _MOST_S = 3.0
+# A position has no more bits.
+_TOKENS_MOST = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,20 @@ class Everywhere:
         self._loads.heard(message.loads)
         waiting = self._waiting.pop(message.job, None)
         if waiting is not None:
-            waiting.tell(message.conversations)
+            waiting.tell([_sound(one) for one in message.conversations])
 
     def tick(self) -> None:
         """What is here is the answer for those who waited for too long."""
         for job in [job for job, waiting in self._waiting.items() if waiting.until_s <= self._state.now_s]:
             self._waiting.pop(job).tell(())
+
+
+def _sound(known: KnownConversation) -> KnownConversation:
+    """Without nodes that hold less or more of it than there may be."""
+    if all(0 <= tokens < _TOKENS_MOST for _, tokens in known.held):
+        return known
+    held = tuple((node, tokens) for node, tokens in known.held if 0 <= tokens < _TOKENS_MOST)
+    return msgspec.structs.replace(known, held=held)
 
 
 def merged(here: ConversationInfo | None, known: KnownConversation | None, node: str) -> ConversationInfo:

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvtier.errors import KvtierError
-from kvtier.messages.cluster import DIRECTORY, Erase, Keep, Kept
-from kvtier.node import limits, usage, wire
+from kvtier.messages.cluster import DIRECTORY, KEEP_MOST_S, Erase, Keep, Kept
+from kvtier.node import limits, usage
 from kvtier.node.blocks import ConversationId, Stored
 from kvtier.node.conversations import Head
 from kvtier.node.counters import count
@@ -22,16 +21,15 @@ from kvtier.node.disk_requests import Written
 from kvtier.node.disk_side import DiskSide
 from kvtier.node.graves import Burials
 from kvtier.node.holding import Holding
+from kvtier.node.keep_request import checked, fits, follow_each_other
 from kvtier.node.naming import drop_tails
 from kvtier.node.peer_reads import PeerReads
 from kvtier.node.replicas import wanted_bytes
 from kvtier.node.room import Room
 from kvtier.node.state import NodeState
-from kvtier.objects import KEY_BYTES, ObjectId, ObjectMeta
+from kvtier.objects import ObjectId, ObjectMeta
 from kvtier.tier import Slot
 
-# Nobody waits longer for an answer.
-_KEEP_MOST_S = 600.0
 # Read at once; others wait their turn, up to a number of them.
 _AT_ONCE, _WAITING_MOST = 2, 256
 # No conversation takes more of host memory than this share of it while it comes.
@@ -91,13 +89,16 @@ class Keeping:
         self._jobs: dict[str, _Job] = {}
 
     def keep(self, peer: str, message: Keep) -> None:
-        """Answer Keep, when all of it is here or it is known that it will not be."""
-        metas = self._trusted(message)
+        """Answer Keep, when all of it is here or it is known that it will not be.
+
+        Raises KvtierError for what no honest node sends.
+        """
+        metas = checked(self._state, message)
         refusal = self._refusal(message, metas)
         if refusal:
             self._state.send(peer, Kept(reason=refusal))
             return
-        timeout_s = min(message.timeout_s, _KEEP_MOST_S)
+        timeout_s = min(message.timeout_s, KEEP_MOST_S)
         until_s = self._state.now_s + timeout_s
         job = _Job(self._state.next_id("k"), peer, message, metas, until_s, deque(metas))
         self._jobs[job.id] = job
@@ -117,25 +118,6 @@ class Keeping:
 
     # --- what is asked for ------------------------------------------------------------------------------
 
-    def _trusted(self, message: Keep) -> list[ObjectMeta]:
-        """The objects. Raises KvtierError for what no honest node sends."""
-        limits.check_seconds("timeout_s", message.timeout_s)
-        metas = wire.unpack_metas(message.roots, message.metas)
-        for root in {meta.root for meta in metas}:
-            own = self._state.root(message.tenant, root.fingerprint, root.fidelity, root.block_tokens)
-            if own != root:
-                raise KvtierError("its keys begin elsewhere", fix="give all nodes the same tenant secret")
-        sound = all(
-            len(meta.object_id.block_key) == KEY_BYTES
-            and meta.checksum is not None
-            and meta.nbytes > 0
-            and 0 <= meta.first_valid < meta.tokens
-            for meta in metas
-        )
-        if not (metas and sound and _end_of(metas) == message.tokens):
-            raise KvtierError(f"node '{message.owner}' names objects that no conversation has")
-        return metas
-
     def _refusal(self, message: Keep, metas: list[ObjectMeta]) -> str:
         state = self._state
         name = (message.tenant, message.conversation)
@@ -147,6 +129,8 @@ class Keeping:
             return "draining"
         if wanted_bytes(metas) > sum(state.arena_bytes) // _SHARE:
             return "too_large"
+        if not follow_each_other(metas, state.tree, metas[0].root):
+            return "incomplete"
         full = len(state.tree) + len(metas) > limits.MOST_BLOCKS
         many = name not in state.conversations and len(state.conversations) >= limits.MOST_CONVERSATIONS
         late = state.now_s < state.serves_from_s
@@ -196,9 +180,11 @@ class Keeping:
                 if index in failed:
                     count(self._state.counters.errors, f"peer_{failed[index]}")
                     job.failure = job.failure or _FAILURES.get(failed[index], "peer_lost")
-                elif forgotten:
-                    # On its way while it was forgotten: it does not come back.
+                elif forgotten or not fits(self._state.tree, meta):
+                    # On its way while it was forgotten: it does not come back. Nor does what another node
+                    # has said otherwise of meanwhile.
                     self._state.host.abort(slot, quiet=True)
+                    job.failure = job.failure or ("forgotten" if forgotten else "incomplete")
                 else:
                     self._arrived(job, meta, slot)
 
@@ -302,7 +288,3 @@ class Keeping:
 
 
 _FAILURES = {"deadline": "deadline", "busy": "busy", "missing": "incomplete"}
-
-
-def _end_of(metas: list[ObjectMeta]) -> int:
-    return metas[-1].start + metas[-1].tokens

@@ -7,6 +7,7 @@ here; both are told to the directory, which hands them out with its answers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 
 from kvtier.messages.calls import MakePlan
 from kvtier.messages.cluster import Load, Speed
@@ -19,6 +20,8 @@ from kvtier.policy import balance
 _SAY_EVERY_S = 1.0
 # Below a thousandth a change is no news.
 _ROUNDED = ".3g"
+# What is beyond these no node means, and sums of times would not stay finite.
+_LONGEST_S, _SLOWEST_BYTES_PER_S = 1e9, 1e-3
 
 
 class Loads:
@@ -37,8 +40,8 @@ class Loads:
         self._free_s[worker.name] = self._state.now_s + message.prefill_wait_s
 
     def heard(self, loads: Mapping[str, Load]) -> None:
-        """The directory said of nodes what they last said."""
-        self.of.update(loads)
+        """The directory said of nodes what they last said; what cannot be reckoned with is left out."""
+        self.of.update({node: load for node, load in loads.items() if _is_sound(load)})
 
     def own(self) -> Load:
         """This node's, now."""
@@ -84,6 +87,14 @@ class Loads:
         self._free_s = {name: free_s for name, free_s in self._free_s.items() if name in workers}
         waits = [max(self._free_s.get(w.name, now_s) - now_s, 0.0) for w in workers.values() if w.connected]
         return _rounded(min(waits, default=0.0))
+
+
+def _is_sound(load: Load) -> bool:
+    speeds = (load.host, load.disk, load.peer)
+    waits = (load.wait_s, *(speed.start_s for speed in speeds))
+    return all(0 <= wait_s <= _LONGEST_S for wait_s in waits) and all(
+        _SLOWEST_BYTES_PER_S <= speed.bytes_per_s < inf for speed in speeds
+    )
 
 
 def _rounded(number: float) -> float:

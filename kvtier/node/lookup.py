@@ -80,11 +80,14 @@ def match(
         first_position=query.after_tokens,
         private=private,
     )
+    end = query.after_tokens
     # What follows the first block that is not here is not even keyed.
     for block in map(tree.get, found):
-        if block is None:
+        # Another node may have named it as part of another chain.
+        if block is None or block.start != end:
             break
         blocks.append(block)
+        end += block.tokens
     if blocks and blocks[-1].is_tail:
         blocks.pop()
     last = blocks[-1] if blocks else None
@@ -104,7 +107,7 @@ def tails_within(
     first = (start - query.after_tokens) * keys.TOKEN_BYTES
     lengths = [n for n in tree.tail_lengths(parent) if first >= 0 and start + n <= query.end]
     found = (tree.get(_tail_key(after, n, root, query, private)) for n in lengths)
-    return [tail for tail in found if tail is not None]
+    return [tail for tail in found if tail is not None and tail.start == start]
 
 
 def _tail_key(

@@ -166,8 +166,8 @@ class Replicas:
         if wish is None:
             return
         node = wish.asked.pop(message.job)
-        wish.bytes += message.bytes
-        if message.tier:
+        wish.bytes += min(max(message.bytes, 0), wish.nbytes)
+        if message.tier in ("host", "disk"):
             wish.copies[node.node] = message.tier
             wish.holders[node.node] = msgspec.structs.replace(node, epoch=message.epoch)
             wish.failures.pop(node.node, None)

@@ -30,7 +30,7 @@ class Worker:
 
     ranks: shards of all ranks that park and restore together with it; () where it does so alone.  engine,
     place: as it said when it attached; gpu_bytes: so too, or as the GPU service says that copies for it.
-    restored: see tier_messages.Copy.over.
+    restored: see messages.tiers.Copy.over.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,17 @@ import msgspec
 import pytest
 
 from kvtier.config.load import load
+from kvtier.daemon import peer_lender
 from kvtier.daemon.peer_desk import PeerDesk
+from kvtier.daemon.peer_directory import PeerDirectory
+from kvtier.errors import ProtocolError
 from kvtier.host.tier import HostTier
 from kvtier.messages import cluster as cluster_messages
-from kvtier.messages.calls import Message
+from kvtier.messages import protocol
+from kvtier.messages.calls import Failed, Message
 from kvtier.messages.cluster import (
     DIRECTORY,
+    KEEP_MOST_S,
     PEERS,
     Branches,
     Buried,
@@ -160,3 +166,57 @@ def test_work_that_goes_wrong_is_answered_as_failed_but_for_a_read_that_was_begu
     until(lambda: undone.told, "it is answered")
     assert undone.told == [(DIRECTORY, cluster_messages.NodesThere(job="j"))]
     assert "FindNodes was not carried out" in caplog.text
+
+
+def test_what_the_core_cannot_use_is_said_once_and_ends_nothing(
+    undone: Undone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer to a mistake of those who are not waiting for one."""
+    for peer in (PEERS, DIRECTORY, PEERS):
+        undone.desk.carry_out(Send(peer, Failed(error="MalformedMessage", message="x" * 10_000)))
+    assert undone.told == []
+    (record,) = [one for one in caplog.records if "of no use" in one.message]
+    assert len(record.getMessage()) < 500
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, -math.inf, math.nan])
+def test_a_keep_for_no_time_that_a_clock_has_is_refused_unasked(undone: Undone, timeout_s: float) -> None:
+    keep = msgspec.structs.replace(KEEP, timeout_s=timeout_s)
+    with pytest.raises(ProtocolError):
+        undone.desk._lender.answer(protocol.encode(keep), KEEP.owner)
+    assert undone.told == []
+
+
+def test_nobody_waits_for_longer_than_a_keep_may_take() -> None:
+    for timeout_s, longest_s in ((1e300, KEEP_MOST_S + 1), (-5.0, 1.0), (2.0, 3.0)):
+        assert peer_lender._longest_s(msgspec.structs.replace(KEEP, timeout_s=timeout_s)) == longest_s
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "nowhere",
+        "host:",
+        "host:seven",
+        "host:65536",
+        f"host:{'9' * 5000}",
+        ":7200",
+        "a\0b:1",
+        f"{'x' * 64}:1",
+        "a..b:1",
+        "h\u00f6st:1",
+    ],
+)
+def test_a_node_that_says_no_address_is_away(
+    undone: Undone, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setattr(PeerDirectory, "address_of", lambda self, node: said)
+    monkeypatch.setattr(PeerDirectory, "nodes", lambda self: {"b": True})
+    assert undone.desk._client("b", 0) is None
+
+
+@pytest.mark.parametrize("said", ["10.0.0.2:7200", "[::1]:7200", "node-7.rack.:1"])
+def test_and_one_that_does_can_be_called(undone: Undone, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(PeerDirectory, "address_of", lambda self, node: said)
+    assert undone.desk._client("b", 0) is not None
