@@ -35,7 +35,7 @@ def went_well(plan: Plan, folder: Path, record_property: Callable[[str, object],
     record_property("seeds", str(plan.seed))
     before = left_in_shared_memory()
     seen = Run(plan, folder).go()
-    record_property("seen", json.dumps(seen))
+    record_property(f"seen {plan.seed}", json.dumps(seen))
     print(plan.features, json.dumps(seen))
     assert seen["faults"] > plan.rounds
     assert min(seen["promises held"], seen["stayed forgotten"], seen["held elsewhere"]) > plan.rounds
