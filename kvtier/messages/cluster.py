@@ -356,7 +356,7 @@ class PeerRead(Message, frozen=True, tag="peer_read"):
 
 
 class PeerReadDone(Message, frozen=True, tag="peer_read_done"):
-    """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.client.Outcome).
+    """Answer to PeerRead; nothing of it touches a slot any more. failed: (index, a peers.fetch.Outcome).
 
     busy: those of the failed whose slots may still be written to: the answer comes once more when none is.
 

@@ -29,7 +29,7 @@ from kvtier.errors import KvtierError
 from kvtier.messages.cluster import Erase, Erased
 from kvtier.messages.peers import Sending
 from kvtier.node.graves import Burials
-from kvtier.peers import choice, client, ways
+from kvtier.peers import choice, fetch, ways
 from kvtier.peers.server import PeerServer
 from kvtier.peers.stream import Stream, connect
 from kvtier.testing import run_service
@@ -75,7 +75,7 @@ def unchecked_flips() -> None:
         return ""
 
     PeerLender._view = flipped  # type: ignore[method-assign]
-    client._Fetch._receive = unchecked  # type: ignore[method-assign,assignment]
+    fetch.Fetch._receive = unchecked  # type: ignore[method-assign,assignment]
 
 
 def no_index_row() -> None:
