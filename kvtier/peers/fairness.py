@@ -20,16 +20,11 @@ class Turns:
     @contextmanager
     def of(self, peer: str) -> Iterator[None]:
         """Wait for a turn of this peer's, and give it back."""
-        mine: threading.Event | None = None
+        mine = threading.Event()
         with self._lock:
-            # Nobody waits while a turn is free.
-            if self._free:
-                self._free -= 1
-            else:
-                mine = threading.Event()
-                self._waiting.setdefault(peer, deque()).append(mine)
-        if mine is not None:
-            mine.wait()
+            self._waiting.setdefault(peer, deque()).append(mine)
+            self._hand_out()
+        mine.wait()
         try:
             yield
         finally:

@@ -41,7 +41,7 @@ class Relayed(Wire):
         self._closed: Future[None] = Future()
         self._lock = threading.Lock()
 
-    def _send_all(self, part: memoryview, until_s: float, *, more: bool = False) -> None:
+    def _send_all(self, part: memoryview, until_s: float) -> None:
         for at in range(0, len(part), PIECE_BYTES):
             piece = part[at : at + PIECE_BYTES]
             if len(self._said) + len(piece) > PIECE_BYTES:

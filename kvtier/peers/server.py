@@ -39,7 +39,7 @@ from kvtier.peers.fairness import Turns
 from kvtier.peers.handshake import NONCE_BYTES, Identity, answer, check
 from kvtier.peers.lending import Lending
 from kvtier.peers.relay import Tunnels
-from kvtier.peers.stream import MAX_ASK_BYTES, Stream, StreamLost, widen
+from kvtier.peers.stream import BUFFER_BYTES, MAX_ASK_BYTES, Stream, StreamLost, widen
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 64
@@ -194,7 +194,8 @@ class PeerServer:
         if self._settings.tls is not None:
             return None
         ours, theirs = socket.socketpair()
-        widen(ours, socket.SO_SNDBUF)
+        # No window that grows by itself.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         if self._take(ours):
             return theirs
         ours.close()

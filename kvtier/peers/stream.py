@@ -32,8 +32,6 @@ MAX_ASK_BYTES = 4 << 20
 # A socket takes no longer wait than its clock can count.
 _MOST_WAIT_S = 86400.0
 _TIMEVAL = struct.Struct("@ll")
-# What a wait may be longer than is left: setting it anew for each call costs more than the call.
-_LATE_S = 0.01
 # Python runs slowly where so many bytes have just gone through the processor's cache: as few steps as can be.
 _PIECES_AT_ONCE = 32
 
@@ -54,8 +52,8 @@ class Wire(ABC):
     lends: tuple[str, ...] = ()
 
     @abstractmethod
-    def _send_all(self, part: memoryview, until_s: float, *, more: bool = False) -> None:
-        """more: follows at once. Raises OSError."""
+    def _send_all(self, part: memoryview, until_s: float) -> None:
+        """Raises OSError."""
 
     @abstractmethod
     def fill(self, into: memoryview, until_s: float) -> None:
@@ -67,16 +65,12 @@ class Wire(ABC):
 
     def send(self, message: Message, until_s: float, payload: Iterable[memoryview] = ()) -> int:
         """A frame, and the bytes that belong to it; answers how many those are. Raises StreamLost."""
-        sent, frame = 0, memoryview(encode(message))
+        sent = 0
         try:
+            self._send_all(memoryview(encode(message)), until_s)
             for part in payload:
-                # What has more behind it needs no packet of its own, nor wakes the other end for itself.
-                if not sent:
-                    self._send_all(frame, until_s, more=True)
                 self._send_all(part, until_s)
                 sent += len(part)
-            if not sent:
-                self._send_all(frame, until_s)
         except OSError as error:
             raise StreamLost(f"sending: {error}") from error
         return sent
@@ -126,7 +120,6 @@ class Stream(Wire):
         if self._plain:
             # Who waits, waits in the kernel, for all that is wanted: one call for many packets.
             sock.settimeout(None)
-        self._waits_s = {socket.SO_SNDTIMEO: -1.0, socket.SO_RCVTIMEO: -1.0}
         # Held by who sends or receives: under TLS nobody else may take the socket apart meanwhile.
         self._in_use = threading.Lock()
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -139,12 +132,12 @@ class Stream(Wire):
             self._sock.settimeout(left(until_s))
             self._sock.do_handshake()
 
-    def _send_all(self, part: memoryview, until_s: float, *, more: bool = False) -> None:
-        at, flags = 0, socket.MSG_MORE if more and self._plain else 0
+    def _send_all(self, part: memoryview, until_s: float) -> None:
+        at = 0
         with self._in_use:
             while at < len(part):
                 self._bound(socket.SO_SNDTIMEO, until_s)
-                at += self._sock.send(part[at:], flags)
+                at += self._sock.send(part[at:])
 
     def fill(self, into: memoryview, until_s: float) -> None:
         """See Wire."""
@@ -166,9 +159,6 @@ class Stream(Wire):
         if not self._plain:
             self._sock.settimeout(left_s)
             return
-        if abs(left_s - self._waits_s[option]) < _LATE_S:
-            return
-        self._waits_s[option] = left_s
         seconds = int(left_s)
         micros = max(1, int((left_s - seconds) * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, micros))
