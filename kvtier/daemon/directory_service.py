@@ -233,6 +233,6 @@ def tls_files(cluster: ClusterConfig) -> TlsFiles | None:
 
 
 def split(address: str) -> tuple[str, int]:
-    """host:port, as `config_checks` let it pass."""
+    """host:port, as `config/checks.py` let it pass."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)

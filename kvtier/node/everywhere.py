@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from kvtier.messages.cluster import DIRECTORY, FindConversations, Known, KnownConversation
+from kvtier.node import limits
 from kvtier.node.loads import Loads
 from kvtier.node.state import NodeState
 from kvtier.receipts import ConversationInfo
@@ -16,8 +17,6 @@ from kvtier.receipts import ConversationInfo
 TellKnown = Callable[[Sequence[KnownConversation]], None]
 # A list of conversations may be long, and nobody's restore waits for it.
 _MOST_S = 3.0
-# A position has no more bits.
-_TOKENS_MOST = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +69,7 @@ class Everywhere:
 
 def _sound(known: KnownConversation) -> KnownConversation:
     """Without nodes that hold less or more of it than there may be."""
-    if all(0 <= tokens < _TOKENS_MOST for _, tokens in known.held):
-        return known
-    held = tuple((node, tokens) for node, tokens in known.held if 0 <= tokens < _TOKENS_MOST)
+    held = tuple((node, tokens) for node, tokens in known.held if 0 <= tokens < limits.MOST_TOKENS)
     return msgspec.structs.replace(known, held=held)
 
 

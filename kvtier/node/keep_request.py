@@ -10,8 +10,7 @@ from kvtier.node.blocks import BlockTree, is_private
 from kvtier.node.state import NodeState
 from kvtier.objects import KEY_BYTES, ObjectMeta, Root
 
-# A position has 32 bits on disk, a checksum 64.
-_TOKENS_MOST, _CHECKSUM_MOST = 1 << 32, 1 << 64
+_CHECKSUM_MOST = 1 << 64
 # More layer groups than any model has, and numbers wider than any that KV consists of.
 _GROUPS_MOST, _WIDTH_MOST = 1 << 16, 16
 
@@ -81,7 +80,7 @@ def _is_sound(meta: ObjectMeta) -> bool:
         len(meta.object_id.block_key) == KEY_BYTES
         and 0 <= meta.object_id.group < _GROUPS_MOST
         and 0 < meta.tokens <= meta.root.block_tokens
-        and 0 <= meta.start < _TOKENS_MOST - meta.tokens
+        and 0 <= meta.start < limits.MOST_TOKENS - meta.tokens
         and meta.start % meta.root.block_tokens == 0
         and 0 <= meta.first_valid < meta.tokens
         and meta.nbytes > 0

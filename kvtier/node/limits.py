@@ -22,6 +22,8 @@ MOST_WAITING = 4096
 MOST_FORGOTTEN = 100_000
 # Tombstones that are over and still known as such.
 MOST_PAST = 100_000
+# Of a conversation: a position has 32 bits on disk.
+MOST_TOKENS = 1 << 32
 
 # Fields with names, by message; the second ones may be empty. What is not known yet goes into an answer
 # and on the drive, so all of them are bounded, whoever asks.

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,12 @@ from kvtier.errors import KvtierError, MalformedMessage
 from kvtier.messages.peers import Sending, Taken, Want
 from kvtier.objects import ObjectId
 from kvtier.peers.choice import RAW
-from kvtier.peers.coding import Coding, receive_encoded
-from kvtier.peers.lending import AgentFailed, Borrower, Read
+from kvtier.peers.coding import receive_encoded
+from kvtier.peers.lending import AgentFailed, Read
 from kvtier.peers.stream import StreamLost, Wire
+
+if TYPE_CHECKING:
+    from kvtier.peers.client import PeerClient
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,33 +62,6 @@ class Came:
     lent_bytes: int = 0
 
 
-class Connections(Protocol):
-    """What a fetch uses of the client to the peer. depth: objects asked for ahead on one connection."""
-
-    borrower: Borrower
-
-    @property
-    def depth(self) -> int: ...
-
-    def idle_stream(self) -> Wire | None:
-        """A connection of an earlier fetch; the peer may have closed it since."""
-
-    def new_stream(self, until_s: float) -> Wire:
-        """A connection that is ready to be asked. Raises StreamLost, AuthError, MalformedMessage."""
-
-    def give_back(self, stream: Wire) -> None:
-        """Keep a connection on which nothing is under way."""
-
-    def codec_now(self, way: str) -> str:
-        """By which objects are best asked for; '' for none. way: of the connection."""
-
-    def coding(self, name: str) -> Coding | None:
-        """One of those that this end decodes."""
-
-    def came(self, way: str, codec: str, nbytes: int) -> None:
-        """So many bytes of KV have arrived just now."""
-
-
 class GivenUp(StreamLost):
     """A read goes on in the room of what was asked for."""
 
@@ -95,7 +71,7 @@ class Fetch:
 
     def __init__(
         self,
-        client: Connections,
+        client: PeerClient,
         wanted: Sequence[Wanted],
         until_s: float,
         on_each: Callable[[int, Outcome], None] | None,

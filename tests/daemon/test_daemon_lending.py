@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.client.client import Client, connect
-from kvtier.config.load import load
 from kvtier.daemon import peer_desk
-from kvtier.daemon.directory_service import DirectoryService
-from kvtier.daemon.embedded import Embedded
 from kvtier.peers.lending import AgentFailed
 from kvtier.peers.nixl_agent import NixlAgent
+from kvtier.testing.embedded_nodes import EmbeddedNodes
 from kvtier.testing.fake_agent import FakeAgent
-from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
-from kvtier.testing.node_bench import SETTINGS, LocalWorker, until
-from kvtier.testing.node_cluster import cluster_settings
+from kvtier.testing.kv_memory import pages_for
+from kvtier.testing.node_bench import until
 
 pytestmark = pytest.mark.timeout(120)
 TOKENS = 190
@@ -35,44 +31,13 @@ class LikeNixl(FakeAgent):
         self.made.append(self)
 
 
-class Two:
-    """Two nodes and a directory in this process."""
-
-    def __init__(self, folder: Path, mode: str) -> None:
-        settings = cluster_settings(folder, ("a", "b"))
-        for own in settings.values():
-            own["cluster.rdma"] = mode
-        self.service = DirectoryService(load(None, {**SETTINGS, **settings["a"]}))
-        self.service.start()
-        self.daemons = {name: Embedded({**SETTINGS, **own}) for name, own in settings.items()}
-        self.clients: dict[str, Client] = {}
-        self.workers: dict[str, LocalWorker] = {}
-        for name, daemon in self.daemons.items():
-            daemon.start()
-            kv, client = KvMemory(), connect(daemon.socket_path)
-            self.clients[name] = client
-            self.workers[name] = LocalWorker(kv, client.attach(kv.model, kv.pool, shard=SHARD))
-
-    def close(self) -> None:
-        for local in self.workers.values():
-            local.worker.close()
-        for client in self.clients.values():
-            client.close()
-        for daemon in self.daemons.values():
-            daemon.close()
-        self.service.stop(5.0)
+class Two(EmbeddedNodes):
+    """Nodes that read each other's memory."""
 
     def parked(self, seed: int) -> None:
         """At a, and known to b."""
         self.workers["a"].park(seed, PAGES, TOKENS, level="host").result(timeout_s=30.0)
-        worker = self.workers["b"].worker
-
-        def known() -> bool:
-            plan = worker.plan(f"chat-{seed}", tokens_of(seed, TOKENS))
-            worker.drop(plan)
-            return plan.load_tokens == TOKENS
-
-        until(known, "the other node is known to have it")
+        until(lambda: self.planned("b", seed, TOKENS) == TOKENS, "the other node is known to have it")
 
     def restored(self, seed: int) -> tuple[int, str]:
         receipt = self.workers["b"].restore(seed, PAGES, TOKENS)
@@ -93,9 +58,12 @@ def two(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
             NixlAgent("probe/1")
         except AgentFailed as error:
             pytest.skip(str(error))
-    made = Two(tmp_path, "force")
-    yield made
-    made.close()
+    made = Two(tmp_path, {"cluster.rdma": "force"})
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
 
 
 def test_a_conversation_is_read_in_the_other_nodes_memory(two: Two) -> None:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from kvtier.carriage import PIECE_BYTES, Bytes, Passing
-from kvtier.client.client import Client, connect
-from kvtier.config.load import load
-from kvtier.daemon.directory_service import DirectoryService, directory_name
+from kvtier.daemon.directory_service import directory_name
 from kvtier.daemon.embedded import Embedded
+from kvtier.peers import stream
 from kvtier.peers.client import PeerClient
-from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
+from kvtier.testing.embedded_nodes import EmbeddedNodes
+from kvtier.testing.kv_memory import pages_for, tokens_of
 from kvtier.testing.local_carrier import LocalCarrier
-from kvtier.testing.node_bench import SETTINGS, LocalWorker, host, until
-from kvtier.testing.node_cluster import cluster_settings, free_port
+from kvtier.testing.node_bench import host, until
+from kvtier.testing.node_cluster import free_port
 
 pytestmark = pytest.mark.timeout(120)
 TOKENS = 190
@@ -34,52 +34,28 @@ class RayLike(LocalCarrier):
     name = "ray"
 
 
-class Cut:
-    """Two nodes and a directory in this process. Where they say that they listen, nobody is."""
+def refuse_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At all addresses, whoever calls."""
+    nowhere = ("127.0.0.1", free_port())
+    monkeypatch.setattr(
+        "kvtier.peers.ways.connect", lambda address, tls, until_s: stream.connect(nowhere, tls, until_s)
+    )
+
+
+class Cut(EmbeddedNodes):
+    """Where the nodes say that they listen, nobody is."""
 
     def __init__(self, folder: Path, fallback: str) -> None:
-        self.settings = cluster_settings(folder, ("a", "b"))
-        for own in self.settings.values():
-            own["cluster.fallback"] = fallback
-        self.service = DirectoryService(load(None, {**SETTINGS, **self.settings["a"]}))
+        super().__init__(folder, {"cluster.fallback": fallback})
         called = directory_name(self.settings["a"]["cluster.directory"])
         self.answers: Answers = {called: self.service.carried}
         self.carrier = RayLike(self.answers)
-        self.daemons: dict[str, Embedded] = {}
-        self.clients: dict[str, Client] = {}
-        self.workers: dict[str, LocalWorker] = {}
 
-    def start(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """TCP is refused at all addresses, whoever calls."""
-        nowhere = ("127.0.0.1", free_port())
-        made = __import__("kvtier.peers.ways", fromlist=["connect"])
-        really = made.connect
-        monkeypatch.setattr(made, "connect", lambda address, tls, until_s: really(nowhere, tls, until_s))
-        self.service.start()
-        for name, own in self.settings.items():
-            daemon = Embedded({**SETTINGS, **own})
-            daemon.node.carry_by(self.carrier)
-            self.daemons[name] = daemon
-            daemon.start()
-            self.answers[name] = daemon.node.carried
-            kv, client = KvMemory(), connect(daemon.socket_path)
-            self.clients[name] = client
-            self.workers[name] = LocalWorker(kv, client.attach(kv.model, kv.pool, shard=SHARD))
-
-    def close(self) -> None:
-        for local in self.workers.values():
-            local.worker.close()
-        for client in self.clients.values():
-            client.close()
-        for daemon in self.daemons.values():
-            daemon.close()
-        self.service.stop(5.0)
-
-    def planned(self, name: str, seed: int) -> int:
-        worker = self.workers[name].worker
-        plan = worker.plan(f"chat-{seed}", tokens_of(seed, TOKENS))
-        worker.drop(plan)
-        return plan.load_tokens
+    def begin(self, name: str, daemon: Embedded) -> None:
+        """With the other way to it."""
+        daemon.node.carry_by(self.carrier)
+        super().begin(name, daemon)
+        self.answers[name] = daemon.node.carried
 
     def park(self, name: str, seed: int, **options: object) -> str:
         handle = self.workers[name].park(seed, PAGES, TOKENS, **options)
@@ -95,7 +71,8 @@ class Cut:
 def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cut]:
     made = Cut(tmp_path, "ray")
     try:
-        made.start(monkeypatch)
+        refuse_tcp(monkeypatch)
+        made.start()
         yield made
     finally:
         made.close()
@@ -103,7 +80,7 @@ def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cut]:
 
 def test_all_that_tcp_does_is_done(cut: Cut) -> None:
     cut.park("a", 1, level="host")
-    until(lambda: cut.planned("b", 1) == TOKENS, "the directory and the other node are asked")
+    until(lambda: cut.planned("b", 1, TOKENS) == TOKENS, "the directory and the other node are asked")
     assert cut.restored("b", 1) == (TOKENS, "")
     report = cut.clients["b"].status()
     assert (report.transport, dict(report.peers)["a"]) == ("tcp", "ray")
@@ -122,7 +99,7 @@ def test_all_that_tcp_does_is_done(cut: Cut) -> None:
 
 def test_what_a_call_damages_is_a_miss(cut: Cut) -> None:
     cut.park("a", 3, level="host")
-    until(lambda: cut.planned("b", 3) == TOKENS, "b knows what a has")
+    until(lambda: cut.planned("b", 3, TOKENS) == TOKENS, "b knows what a has")
     sound = cut.answers["a"]
 
     def damaged(call: Passing) -> Bytes | None:
@@ -139,7 +116,7 @@ def test_what_a_call_damages_is_a_miss(cut: Cut) -> None:
 
 def test_a_carrier_that_loses_the_node_is_a_miss_and_nothing_waits(cut: Cut) -> None:
     cut.park("a", 4, level="host")
-    until(lambda: cut.planned("b", 4) == TOKENS, "b knows what a has")
+    until(lambda: cut.planned("b", 4, TOKENS) == TOKENS, "b knows what a has")
     plan = cut.workers["b"].worker.plan("chat-4", tokens_of(4, TOKENS))
     del cut.answers["a"]
     receipt = cut.workers["b"].worker.restore(plan, PAGES, deadline_s=20.0)
@@ -149,10 +126,11 @@ def test_a_carrier_that_loses_the_node_is_a_miss_and_nothing_waits(cut: Cut) -> 
 def test_where_it_is_not_wanted_nothing_is_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Cut(tmp_path, "none")
     try:
-        alone.start(monkeypatch)
+        refuse_tcp(monkeypatch)
+        alone.start()
         assert alone.park("a", 5, level="disk") == "disk"
         assert alone.restored("a", 5) == (TOKENS, "")
-        assert alone.planned("b", 5) == 0
+        assert alone.planned("b", 5, TOKENS) == 0
         assert alone.carrier.calls == []
         # Nor do others that want it get an answer, from the node or from the directory.
         assert [answer(BEGINS) for answer in alone.answers.values()] == [None] * 3
@@ -178,7 +156,7 @@ def test_a_read_that_gets_no_thread_ends_as_a_miss(
     cut: Cut, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     cut.park("a", 6, level="host")
-    until(lambda: cut.planned("b", 6) == TOKENS, "b knows what a has")
+    until(lambda: cut.planned("b", 6, TOKENS) == TOKENS, "b knows what a has")
     plan = cut.workers["b"].worker.plan("chat-6", tokens_of(6, TOKENS))
     with monkeypatch.context() as patched:
         if where == "the call":

@@ -12,17 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvtier.client.client import Client, connect
-from kvtier.config.load import load
+from kvtier.client.client import Client
 from kvtier.daemon import peer_lender
-from kvtier.daemon.directory_service import DirectoryService
-from kvtier.daemon.embedded import Embedded
 from kvtier.peers import choice
 from kvtier.peers.choice import RAW, Rates
 from kvtier.testing import kv_memory
-from kvtier.testing.kv_memory import SHARD, KvMemory, pages_for, tokens_of
-from kvtier.testing.node_bench import SETTINGS, Bench, LocalWorker, host, until
-from kvtier.testing.node_cluster import NodeCluster, cluster_settings
+from kvtier.testing.embedded_nodes import EmbeddedNodes
+from kvtier.testing.kv_memory import pages_for, tokens_of
+from kvtier.testing.node_bench import Bench, LocalWorker, host, until
+from kvtier.testing.node_cluster import NodeCluster
 from kvtier.tier import Slot
 
 pytestmark = pytest.mark.timeout(120)
@@ -201,28 +199,12 @@ def pair(tmp_path: Path) -> Iterator[tuple[LocalWorker, LocalWorker]]:
 @contextmanager
 def two_nodes(tmp_path: Path) -> Iterator[tuple[list[LocalWorker], list[Client]]]:
     """Their workers, and who asks them for their status."""
-    settings = cluster_settings(tmp_path, ("a", "b"))
-    directory = DirectoryService(load(None, {**SETTINGS, **settings["a"]}))
-    directory.start()
-    daemons: list[Embedded] = []
-    clients: list[Client] = []
-    workers: list[LocalWorker] = []
+    nodes = EmbeddedNodes(tmp_path)
     try:
-        for own in settings.values():
-            daemons.append(Embedded({**SETTINGS, **own}))
-            daemons[-1].start()
-            kv, client = KvMemory(), connect(daemons[-1].socket_path)
-            clients.append(client)
-            workers.append(LocalWorker(kv, client.attach(kv.model, kv.pool, shard=SHARD)))
-        yield workers, clients
+        nodes.start()
+        yield list(nodes.workers.values()), list(nodes.clients.values())
     finally:
-        for local in workers:
-            local.worker.close()
-        for client in clients:
-            client.close()
-        for daemon in daemons:
-            daemon.close()
-        directory.stop(5.0)
+        nodes.close()
 
 
 def known_at(local: LocalWorker, seed: int) -> bool:
